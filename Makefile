@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# PyPI's Linux wheel of torch brings gigabytes of CUDA libraries. Without an NVIDIA driver the CPU build of PyTorch's own
+# index is taken where that answers: pip ranks 2.13.0+cpu above 2.13.0, and the pin matches both. To decide yourself:
+# `make TORCH_INDEX=URL`, or `make TORCH_INDEX=` for the configured index alone.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || $(PYTHON) -c \
+	'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=3); print("$(CPU_INDEX)")' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv and install the package with what its tests need
+
+demo: $(INSTALLED) ## compile, verify and run a small policy, without network
+	$(BIN)/evla demo
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## lint, check the formatting, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## time compilation, export and inference of the demo policy
+	$(BIN)/python benchmarks/compile_and_export.py
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# torch goes first and alone, so that the extra index is asked for nothing else.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
+	$(PIP) -e '.[cpu,dev]'
+	touch $@

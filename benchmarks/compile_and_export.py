@@ -1,0 +1,101 @@
+"""Times what stands between a policy in memory and its first actions, on the demo's policy, dense and compiled."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+
+from evla_compile import runtime
+from evla_compile.calibration import calibrate
+from evla_compile.capture import capture
+from evla_compile.checkpoint import load
+from evla_compile.config import CompileConfig
+from evla_compile.demo import DEMO_CONFIG, describe_machine
+from evla_compile.demo_policy import DEMO_SIZES, demo_frames, write_run_directory
+from evla_compile.model.policy import CogACT
+from evla_compile.pipeline import build_passes, compile
+from evla_compile.plan import Plan, plan_without_calibration
+from evla_compile.verification import verify
+
+Times = dict[str, float]
+"""Seconds by what they were spent on."""
+
+
+def main() -> None:
+    """Run the benchmark, print a table, and write it as JSON if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch and of ONNX Runtime")
+    parser.add_argument("--json", type=Path, help="file to write the seconds to")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with TemporaryDirectory() as scratch:
+        measured = benchmark(Path(scratch), arguments.threads)
+    machine = describe_machine(arguments.threads)
+    print_table(measured)
+    print(machine)
+    if arguments.json is not None:
+        results = {"machine": machine, "seconds": measured}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def benchmark(folder: Path, threads: int) -> dict[str, Times]:
+    """Return the times of the dense and of the compiled policy."""
+    write_run_directory(folder / "run", DEMO_SIZES)
+    policy = load(folder / "run")
+    dense = CompileConfig.dense()
+    capture(policy, dense)  # the first capture of a process also pays for what torch imports on the way
+    measured: dict[str, Times] = {"compiled": {}, "dense": {}}
+    with timing(measured["compiled"], "calibrate"):
+        plan = calibrate(policy, demo_frames(), DEMO_CONFIG, progress=False)
+    time_variant(
+        policy,
+        dense,
+        plan_without_calibration(policy.sizes.language, dense),
+        folder / "dense",
+        threads,
+        measured["dense"],
+    )
+    time_variant(policy, DEMO_CONFIG, plan, folder / "compiled", threads, measured["compiled"])
+    return measured
+
+
+def time_variant(policy: CogACT, config: CompileConfig, plan: Plan, artifact: Path, threads: int, times: Times) -> None:
+    """Take one variant from the policy to its first actions."""
+    with timing(times, "capture"):
+        graph = capture(policy, config)
+    with timing(times, "passes"):
+        for rewrite in build_passes(config, plan, policy.sizes):
+            graph, _ = rewrite(graph)
+    compiled = compile(policy, config, plan=plan)
+    with timing(times, "export to ONNX"):
+        compiled.export(artifact)
+    with timing(times, "verify"):
+        verify(artifact, threads=threads)
+    with timing(times, "load the runtime"):
+        loaded = runtime.load(artifact, threads=threads)
+    with timing(times, "first actions"):
+        loaded.predict_action(*demo_frames()[0])
+
+
+@contextmanager
+def timing(times: Times, name: str) -> Iterator[None]:
+    """Add the seconds spent in a `with` block."""
+    start = perf_counter()
+    yield
+    times[name] = perf_counter() - start
+
+
+def print_table(measured: dict[str, Times]) -> None:
+    """Print the times, a variant a column."""
+    print(f"{'seconds':20}", *(f"{variant:>12}" for variant in measured))
+    for name in dict.fromkeys(name for times in measured.values() for name in times):
+        print(f"{name:20}", *(f"{times[name]:12.2f}" if name in times else f"{'-':>12}" for times in measured.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A graph compiler for the CogACT robot policy: `load`, `compile`, `verify`, and a runtime without torch.
+
+The names that need torch are imported when they are first used, so that importing `evla_compile.runtime` never does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.errors import (
+    ArtifactError,
+    CalibrationError,
+    CheckpointError,
+    EvlaError,
+    ExportError,
+    PassError,
+    UnsupportedModelError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from evla_compile import runtime
+    from evla_compile.calibration import Frame, calibrate, read_frames
+    from evla_compile.checkpoint import load
+    from evla_compile.compiled import CompiledPolicy
+    from evla_compile.pipeline import compile
+    from evla_compile.plan import Plan
+    from evla_compile.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "ArtifactError",
+    "CalibrationError",
+    "CheckpointError",
+    "CompileConfig",
+    "CompiledPolicy",
+    "EvlaError",
+    "ExportError",
+    "Frame",
+    "PassError",
+    "Plan",
+    "UnsupportedModelError",
+    "VerificationError",
+    "__version__",
+    "calibrate",
+    "compile",
+    "load",
+    "read_frames",
+    "runtime",
+    "verify",
+]
+
+_HOMES = {
+    "CompiledPolicy": "compiled",
+    "Frame": "calibration",
+    "Plan": "plan",
+    "calibrate": "calibration",
+    "compile": "pipeline",
+    "load": "checkpoint",
+    "read_frames": "calibration",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "runtime":
+        return import_module("evla_compile.runtime")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'evla_compile' has no attribute {name!r}")
+    return getattr(import_module(f"evla_compile.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

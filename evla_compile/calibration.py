@@ -1,0 +1,179 @@
+"""Frames to plan: which decoder layers and MLP neurons a policy can spare, measured on real observations.
+
+Both measures are one shot, on the unpruned model, without padding and without training.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx
+from torch.nn import functional
+
+from evla_compile.capture import capture
+from evla_compile.config import CompileConfig
+from evla_compile.errors import CalibrationError
+from evla_compile.host import CameraFrame
+from evla_compile.model.policy import CogACT
+from evla_compile.passes import ExposeStages
+from evla_compile.plan import Plan, check_layer_budget, kept_layers, kept_neurons
+from evla_compile.sites import argument, decoder_layers
+
+
+class Frame(NamedTuple):
+    """One observation."""
+
+    image: CameraFrame
+    """Camera frame, 8-bit RGB of any size."""
+    instruction: str
+    """What the robot was doing."""
+
+
+def calibrate(
+    policy: CogACT, frames: Iterable[Frame], config: CompileConfig | None = None, *, progress: bool = True
+) -> Plan:
+    """Measure `policy` on `frames` and return the plan for the budgets of `config`.
+
+    Layer importance is EfficientVLA's equation 2: I(l) = 1 - mean over frames of the mean over positions of
+    cos(layer input, layer output), residual included, the last layer before the final norm; the lowest go, the lower
+    index among equals. A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of
+    the down projection.
+
+    Args:
+        policy: the dense policy.
+        frames: real observations of the robot's task, at least one; (image, instruction) pairs will do.
+        config: the budgets; None for the defaults of `CompileConfig`.
+        progress: whether to draw a progress bar on standard error.
+
+    Raises:
+        CalibrationError: there are no frames.
+        ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
+    """
+    config = config or CompileConfig()
+    sizes = policy.sizes.language
+    check_layer_budget(config, sizes)
+    observations = list(frames)
+    if not observations:
+        raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
+    observer = _Observer(policy)
+    bar = track(
+        observations,
+        description="Calibrating",
+        console=Console(stderr=True),
+        transient=True,
+        disable=not progress,
+    )
+    for image, instruction in bar:
+        observer.observe(image, instruction)
+    importance, scores = observer.importance(), observer.neuron_scores()
+    keep = kept_layers(config, importance)
+    count = kept_neurons(config, sizes.mlp_width)
+    neurons = () if count == sizes.mlp_width else tuple(_top(scores[layer], count) for layer in keep)
+    return Plan(layer_importance=importance, keep_layers=keep, mlp_neurons=neurons, frames=len(observations))
+
+
+def read_frames(folder: str | os.PathLike[str]) -> list[Frame]:
+    """Read the observations of a folder: `frames.jsonl`, lines {"image": path within it, "instruction": text}.
+
+    Raises:
+        CalibrationError: the folder or an image is missing or unreadable, or a line is malformed; the message names it.
+    """
+    listing = Path(folder) / "frames.jsonl"
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f'{listing} cannot be read ({error}): expected lines {{"image": "0.png", "instruction": "pick coke can"}}'
+        ) from error
+    frames = [_read_frame(listing, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not frames:
+        raise CalibrationError(f"{listing} is empty: expected at least one observation")
+    return frames
+
+
+def _read_frame(listing: Path, number: int, line: str) -> Frame:
+    place = f"{listing}:{number}"
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{place}: not JSON ({error})") from error
+    name, instruction = (entry.get("image"), entry.get("instruction")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(name, str) or not name or not isinstance(instruction, str) or not instruction:
+        raise CalibrationError(f'{place}: expected {{"image": path, "instruction": text}}, found {line[:80]}')
+    path = listing.parent / name
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise CalibrationError(f"{place}: image {path} cannot be read ({error})") from error
+    if image.mode != "RGB":
+        raise CalibrationError(f'{place}: image {path} has PIL mode {image.mode!r}: expected "RGB"; convert the file')
+    return Frame(image, instruction)
+
+
+class _Observer(fx.Interpreter):
+    """Runs the perception half of the captured graph and takes both measures on the way."""
+
+    def __init__(self, policy: CogACT) -> None:
+        graph, _ = ExposeStages(stages=("cognition",))(capture(policy, CompileConfig.dense()))
+        super().__init__(graph)
+        self._policy = policy
+        layers = decoder_layers(graph.graph)
+        self._first = layers[0].entry
+        self._exits = {layer.exit: layer.index for layer in layers}
+        self._gated = {argument(layer.named("mlp.down_proj"), 0): layer.index for layer in layers}
+        self._downs = [argument(layer.named("mlp.down_proj"), 1) for layer in layers]
+        self._cosines: list[list[float]] = [[] for _ in layers]
+        self._activity: list[Tensor] = [torch.zeros(policy.sizes.language.mlp_width) for _ in layers]
+        self._tokens = 0
+        self._hidden: Tensor | None = None
+
+    def observe(self, image: CameraFrame, instruction: str) -> None:
+        """Measure one observation, its prompt unpadded."""
+        processor, action = self._policy.processor, self._policy.sizes.action
+        device = next(self._policy.parameters()).device
+        ids = torch.tensor([processor.prompt_ids(instruction)], device=device)
+        pixels = torch.from_numpy(processor.image(image))[None].to(device)
+        length = torch.tensor([ids.shape[1]], device=device)
+        with torch.no_grad():
+            self.run(
+                pixels,
+                ids,
+                length,
+                torch.zeros(1, action.chunk, action.action_width, device=device),
+                torch.zeros(1, device=device),
+            )
+        self._tokens += self._policy.sizes.patches + ids.shape[1]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and measure it where it ends a layer or feeds a down projection."""
+        result = super().run_node(n)
+        if n is self._first:
+            self._hidden = result
+        elif n in self._exits and self._hidden is not None:
+            cosine = functional.cosine_similarity(self._hidden.float(), result.float(), dim=-1)
+            self._cosines[self._exits[n]].append(cosine.mean().item())
+            self._hidden = result
+        elif n in self._gated:
+            self._activity[self._gated[n]] += result[0].float().abs().sum(0).cpu()
+        return result
+
+    def importance(self) -> tuple[float, ...]:
+        """Return 1 - the mean cosine of every layer."""
+        return tuple(1.0 - sum(values) / len(values) for values in self._cosines)
+
+    def neuron_scores(self) -> list[Tensor]:
+        """Return the score of every neuron of every layer, float32 [M]."""
+        norms = [self.fetch_attr(str(node.target)).float().norm(dim=0).cpu() for node in self._downs]
+        return [activity / self._tokens * norm for activity, norm in zip(self._activity, norms, strict=True)]
+
+
+def _top(scores: Tensor, count: int) -> tuple[int, ...]:
+    ranked = scores.sort(descending=True, stable=True).indices[:count]
+    return tuple(ranked.sort().values.tolist())

@@ -1,0 +1,271 @@
+"""The command line, `evla`: each command is a few calls of the public interface, and prints what they return."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs; `evla run` needs none of it.
+
+import json
+import shlex
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import evla_compile as evla
+from evla_compile.errors import EvlaError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Compile CogACT robot policies by EfficientVLA's rewrites, and run them without torch.",
+)
+
+RunDirectory = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="CogACT run directory, its .pt file, or a Hugging Face id.")
+]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a compiled policy, or its .onnx file.")]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend ends in one message and exit status 2, without a traceback."""
+    try:
+        app(prog_name="evla")
+    except (EvlaError, ValueError, OSError) as error:
+        # Long words, paths among them, stay whole: they are there to be copied.
+        _console(stderr=True).print(f"error: {error}", overflow="ignore", crop=False)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder to keep everything in.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each backend.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each backend.")] = 1,
+) -> None:
+    """Take a small policy with random weights through the whole path, and time it. Needs no network."""
+    from evla_compile.tables import demo_summary
+
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a folder that does not exist yet, in one that does; choose another")
+    with TemporaryDirectory(dir=None if out is None else out.parent) as scratch:
+        # A folder inside, since a temporary one is closed to other users and would stay so.
+        folder = Path(scratch) / "demo"
+        folder.mkdir()
+        with _step("import torch and transformers"):
+            from evla_compile.demo import run_demo
+        result = run_demo(folder, runs=runs, threads=threads, step=_step)
+        if out is not None:
+            folder.rename(out)
+    _console().print(demo_summary(result))
+    if out is not None:
+        _print_next(out / "compiled", ())
+
+
+@app.command("compile")
+def compile_policy(
+    ctx: typer.Context,
+    run_dir: RunDirectory,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the artifact, or an X.onnx.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan of an earlier calibration, to not measure again.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
+    keep_layers: Annotated[str | None, typer.Option(metavar="N|i,j,k|all", help="Decoder layers kept.")] = None,
+    mlp_keep: Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")] = None,
+    visual_tokens: Annotated[str | None, typer.Option(metavar="N|all", help="Visual tokens kept.")] = None,
+    key_tokens: Annotated[int | None, typer.Option(help="Of these, always kept by relevance.")] = None,
+    task_share: Annotated[float | None, typer.Option(help="Share of the others kept by relevance.")] = None,
+    cache_interval: Annotated[int | None, typer.Option(help="Denoising steps from one recomputation to the next.")] = (
+        None
+    ),
+    ddim_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Llama-2's tokenizer.json, or its folder.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weights, but for the action head's.")] = (
+        "float32"
+    ),
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 23,
+) -> None:
+    """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
+    from evla_compile.artifact import check_target
+    from evla_compile.tables import compile_summary
+
+    config = _config(ctx, preset, dense)
+    check_target(out)
+    with _step("import torch and transformers"):
+        import torch
+
+        from evla_compile.checkpoint import read_checkpoint
+        from evla_compile.exporters.to_onnx import OPSETS
+        from evla_compile.pipeline import check_budgets, check_plan
+        from evla_compile.plan import plan_without_calibration
+    if opset not in OPSETS:
+        raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
+    frames = None if calibration is None else evla.read_frames(calibration)
+    chosen = None if plan is None else evla.Plan.load(plan)
+    # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
+    sizes = read_checkpoint(run_dir).sizes
+    check_budgets(config, sizes)
+    if chosen is not None:
+        check_plan(chosen, config, sizes)
+    elif frames is None:
+        chosen = plan_without_calibration(sizes.language, config)
+    with _step("load the policy"):
+        policy = evla.load(run_dir, tokenizer=tokenizer, dtype=getattr(torch, dtype))
+    for frame in frames or ():
+        policy.processor.text(frame.instruction, config.text_tokens)
+    if frames is not None and chosen is None:
+        chosen = evla.calibrate(policy, frames, config)
+    with _step("capture and rewrite the graph"):
+        compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
+    with _step(f"export it to {out}"):
+        compiled.export(out, opset=opset)
+    _console().print(compile_summary(compiled.report))
+    _print_next(out, policy.processor.statistics)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A RUN_DIR, or the DIR of a compiled policy.")],
+) -> None:
+    """Show what a checkpoint or a compiled policy holds, without reading its weights."""
+    console = _console()
+    place = Path(path)
+    if place.suffix in (".onnx", ".json") or (place / "manifest.json").is_file():
+        from evla_compile.artifact import find_manifest
+        from evla_compile.manifest import read_manifest
+        from evla_compile.tables import manifest_table
+
+        console.print(manifest_table(read_manifest(find_manifest(place))))
+        return
+    from evla_compile.checkpoint import read_checkpoint
+    from evla_compile.tables import checkpoint_table
+
+    checkpoint = read_checkpoint(path)
+    console.print(checkpoint_table(checkpoint))
+    found = (checkpoint.run / "tokenizer.json").is_file()
+    for line in (
+        f"frame: {checkpoint.sizes.image_side} x {checkpoint.sizes.image_side} pixels",
+        f"datasets: {', '.join(sorted(checkpoint.statistics))}",
+        f"tokenizer: {'tokenizer.json in the run directory' if found else 'none here; give --tokenizer'}",
+    ):
+        console.print(line)
+
+
+@app.command()
+def run(
+    artifact: Artifact,
+    image: Annotated[Path, typer.Option(metavar="FILE", help="Camera frame, 8-bit RGB.")],
+    instruction: Annotated[str, typer.Option(help="What the robot shall do.")],
+    unnorm_key: Annotated[str | None, typer.Option(help="Dataset whose statistics scale the actions.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise.")] = None,
+    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the action chunk for a camera frame on ONNX Runtime; imports no torch."""
+    from evla_compile.tables import ACTION_NAMES, action_table
+
+    frame = _read_image(image)
+    actions = evla.runtime.load(artifact, provider=provider).predict_action(frame, instruction, unnorm_key, seed=seed)
+    if as_json:
+        print(json.dumps({"names": ACTION_NAMES, "actions": actions.tolist()}))
+    else:
+        _console().print(action_table(actions, f'Actions for "{instruction}"'))
+
+
+@app.command()
+def verify(
+    artifact: Artifact,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
+) -> None:
+    """Prove that an artifact is intact and static, and that ONNX Runtime returns what its torch graph did."""
+    with _step("verify on ONNX Runtime"):
+        found = evla.verify(artifact, threads=threads)
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors)
+    _console().print(
+        f"verified: files as the manifest says; {found.nodes} operators, all shapes static; {found.cases} recorded"
+        f" cases, largest relative error {errors} (tolerance {found.tolerance:.0e})"
+    )
+
+
+def _config(ctx: typer.Context, preset: str | None, dense: bool) -> evla.CompileConfig:
+    """Return the settings asked for; every setting is an option of its name, None where it was not given."""
+    if dense and preset is not None:
+        raise ValueError(f"--dense and --preset {preset} exclude each other: give the one to start from")
+    base = (
+        evla.CompileConfig.dense() if dense else evla.CompileConfig.preset(preset) if preset else evla.CompileConfig()
+    )
+    given = {name: ctx.params[name] for name in base.to_json() if ctx.params[name] is not None}
+    if "keep_layers" in given:
+        given["keep_layers"] = _layers(given["keep_layers"])
+    if "visual_tokens" in given:
+        given["visual_tokens"] = _tokens(given["visual_tokens"])
+    return replace(base, **given)
+
+
+def _layers(text: str) -> int | tuple[int, ...] | None:
+    try:
+        if text == "all":
+            return None
+        return tuple(int(index) for index in text.split(",")) if "," in text else int(text)
+    except ValueError as error:
+        raise ValueError(f"--keep-layers {text}: expected a count as in 22, indices as in 0,1,4, or all") from error
+
+
+def _tokens(text: str) -> int | None:
+    try:
+        return None if text == "all" else int(text)
+    except ValueError as error:
+        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, or all") from error
+
+
+def _read_image(path: Path) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path} cannot be read ({error}): expected an image file such as a PNG") from error
+    return image
+
+
+@contextmanager
+def _step(what: str) -> Iterator[None]:
+    """Show on standard error what is being done, and after it how long it took."""
+    console, start = _console(stderr=True), perf_counter()
+    with console.status(Text(what)):
+        yield
+    console.print(f"{perf_counter() - start:6.1f} s  {what}", style="dim", soft_wrap=True)
+
+
+def _print_next(artifact: Path, datasets: Collection[str]) -> None:
+    key = f" --unnorm-key {shlex.quote(min(datasets))}" if len(datasets) > 1 else ""
+    folder = shlex.quote(str(artifact))
+    _console().print(
+        f"\nWritten to {artifact}. Next:\n  evla verify {folder}\n"
+        f'  evla run {folder} --image FRAME.png --instruction "pick up the apple"{key}',
+        soft_wrap=True,
+    )
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Return a console that prints what it is given: brackets in messages and instructions are no markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)

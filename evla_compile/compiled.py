@@ -1,0 +1,208 @@
+"""The result of a compilation: a policy whose graph is rewritten and static, ready to run or to export."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from evla_compile import host
+from evla_compile.calibration import Frame
+from evla_compile.config import CompileConfig
+from evla_compile.host import CameraFrame
+from evla_compile.model.policy import ModelSizes
+from evla_compile.passes import ExposeStages
+from evla_compile.plan import Plan
+from evla_compile.processor import Processor
+from evla_compile.report import CompileReport
+
+
+class CompiledPolicy:
+    """A compiled policy, run by torch; made by `compile`.
+
+    Attributes:
+        graph: the finished graph, image, input_ids, text_length and noise -> samples.
+        config: settings of the compilation.
+        plan: which layers and neurons stay.
+        sizes: sizes of the dense policy.
+        processor: host-side tokenizer, image preparation and action statistics.
+        report: what every pass did.
+        frames: observations that exports record to verify runtimes with; empty for a seeded stand-in.
+    """
+
+    def __init__(
+        self,
+        *,
+        graph: fx.GraphModule,
+        config: CompileConfig,
+        plan: Plan,
+        sizes: ModelSizes,
+        processor: Processor,
+        report: CompileReport,
+        frames: tuple[Frame, ...] = (),
+    ) -> None:
+        self.graph = graph
+        self.config = config
+        self.plan = plan
+        self.sizes = sizes
+        self.processor = processor
+        self.report = report
+        self.frames = frames
+        self._exposed: dict[tuple[str, ...], fx.GraphModule] = {("samples",): graph}
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Shape of the noise that the graph takes, (B, A, F)."""
+        return self.config.batch_size, self.sizes.action.chunk, self.sizes.action.action_width
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the action chunk for a camera frame and an instruction.
+
+        Args:
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
+            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+
+        Returns:
+            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+
+        Raises:
+            ValueError: an argument is refused, or the samples are not finite.
+        """
+        _, chunk, width = self.noise_shape
+        return host.predict_action(
+            self.sample,
+            self.processor,
+            image,
+            instruction,
+            unnorm_key=unnorm_key,
+            noise=noise,
+            seed=seed,
+            text_tokens=self.config.text_tokens,
+            batch_size=self.config.batch_size,
+            chunk=chunk,
+            width=width,
+        )
+
+    def sample(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Return raw samples float32 [B,A,F]; see `outputs`."""
+        return self.outputs(image, input_ids, text_length, noise)["samples"]
+
+    def outputs(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+        *,
+        stages: Sequence[str] = ("samples",),
+    ) -> dict[str, NDArray[Any]]:
+        """Return named values of the graph; what none of them needs is not computed.
+
+        Args:
+            image: uint8 [B,S,S,3].
+            input_ids: int64 [B,T], right-padded.
+            text_length: int64 [B], real tokens of each row, from 2 to T.
+            noise: float32 [B,A,F].
+            stages: names; see `evla_compile.passes.ExposeStages`.
+
+        Raises:
+            PassError: the graph has no such stage.
+            ValueError: an argument has another dtype or shape, or a text length is out of range.
+        """
+        names = tuple(stages)
+        graph = self.exposing(names)
+        given = (image, input_ids, text_length, noise)
+        tensors = [
+            _checked_input(node, value)
+            for node, value in zip(self.graph.graph.find_nodes(op="placeholder"), given, strict=True)
+        ]
+        # Beyond these bounds the graph would read a wrong position without complaint.
+        if text_length.min() < 2 or text_length.max() > self.config.text_tokens:
+            raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {self.config.text_tokens}")
+        with torch.no_grad():
+            results = graph(*tensors)
+        values = (results,) if isinstance(results, torch.Tensor) else results
+        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
+
+    def exposing(self, stages: tuple[str, ...]) -> fx.GraphModule:
+        """Return the graph with `stages` as its outputs, made once for each choice.
+
+        Raises:
+            PassError: the graph has no such stage.
+        """
+        if stages not in self._exposed:
+            self._exposed[stages], _ = ExposeStages(stages=stages)(self.graph)
+        return self._exposed[stages]
+
+    def kept_tokens(
+        self, image: CameraFrame | Sequence[CameraFrame], instruction: str | Sequence[str]
+    ) -> NDArray[np.int64]:
+        """Return the patches that the policy keeps for an observation, ascending indices row by row of the image.
+
+        Returns:
+            int64 [K] for a single frame, [B,K] for a sequence; all patches where the policy selects none.
+
+        Raises:
+            ValueError: an argument is refused.
+        """
+        inputs = host.prepare(
+            self.processor,
+            image,
+            instruction,
+            text_tokens=self.config.text_tokens,
+            batch_size=self.config.batch_size,
+        )
+        budget = self.config.visual_tokens
+        if budget is None or budget == self.sizes.patches:
+            kept = np.tile(np.arange(self.sizes.patches), (self.config.batch_size, 1))
+        else:
+            noise = np.zeros(self.noise_shape, dtype=np.float32)
+            arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
+            kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
+        return kept if isinstance(image, Sequence) else kept[0]
+
+    def export(self, path: str | os.PathLike[str], *, opset: int = 23, stages: Sequence[str] = ()) -> None:
+        """Write the policy to a file or folder that `evla_compile.runtime.load` reads, whole or not at all.
+
+        Args:
+            path: an `X.onnx`, with `X.manifest.json` and so on beside it, or a folder for all of them.
+            opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default.
+            stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
+
+        Raises:
+            ArtifactError: something else is in the place of the artifact, or it cannot be written.
+            ExportError: the kind of file is unknown, or the graph cannot be lowered.
+            PassError: the graph has no such stage.
+            ValueError: the opset cannot be written.
+        """
+        from evla_compile.exporters.artifact import export_artifact  # noqa: PLC0415  (the exporter takes a second to import)
+
+        export_artifact(self, path, opset=opset, stages=tuple(stages))
+
+
+def _checked_input(node: fx.Node, value: object) -> torch.Tensor:
+    expected = node.meta["val"]
+    shape, dtype = tuple(expected.shape), str(expected.dtype).removeprefix("torch.")
+    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
+        found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{node.target} is {found}: expected a numpy array {dtype}{list(shape)}")
+    return torch.from_numpy(value).to(expected.device)

@@ -1,0 +1,157 @@
+"""What to compile: `CompileConfig` and the presets of the paper (EfficientVLA, arXiv 2506.10100, Table 2)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any, Self
+
+DIFFUSION_STEPS = 100
+"""Length of the training noise schedule of every published CogACT (T in the paper)."""
+
+VALID_DDIM_STEPS = tuple(
+    steps
+    for steps in range(1, DIFFUSION_STEPS + 1)
+    if any(-(-DIFFUSION_STEPS // stride) == steps for stride in range(1, DIFFUSION_STEPS + 1))
+)
+"""Step counts that some integer stride over the schedule yields."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompileConfig:
+    """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
+
+    Budgets that depend on the model (layers, patches) are checked against it by `compile`.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names it, its value and the legal range.
+    """
+
+    keep_layers: int | tuple[int, ...] | None = 22
+    """Decoder layers kept (the paper's L): a count, for calibration to place; ascending indices; None for all."""
+    mlp_keep: float = 0.75
+    """Share of every kept layer's MLP neurons that stays, rounded to a multiple of 64 neurons; 1.0 for all."""
+    visual_tokens: int | None = 56
+    """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included; None for all."""
+    key_tokens: int = 4
+    """Visual tokens always kept for their relevance to the instruction (the paper's K_key)."""
+    task_share: float = 0.5
+    """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
+    cache_interval: int = 5
+    """Denoising steps between two recomputations of the DiT's blocks (the paper's N); 1 recomputes always."""
+    ddim_steps: int = 10
+    """Denoising steps of the DDIM sampler (eta 0); only counts that an integer stride over 100 yields."""
+    cfg_scale: float = 1.5
+    """Classifier-free guidance scale; 1.0 turns guidance off."""
+    text_tokens: int = 32
+    """Static text budget in tokens, BOS and the two appended ids included; shorter prompts are right-padded."""
+    batch_size: int = 1
+    """Static batch size of the compiled graph."""
+
+    def __post_init__(self) -> None:
+        _check_layers(self.keep_layers)
+        _check_range("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True)
+        _check_range("task_share", self.task_share, low=0.0, high=1.0)
+        _check_range("cfg_scale", self.cfg_scale, low=1.0, high=100.0)
+        _check_count("key_tokens", self.key_tokens, low=1)
+        if self.visual_tokens is not None:
+            _check_count("visual_tokens", self.visual_tokens, low=1)
+            if self.visual_tokens < self.key_tokens:
+                raise ValueError(
+                    f"visual_tokens={self.visual_tokens} is below key_tokens={self.key_tokens}: the key tokens count"
+                    " towards the budget; raise visual_tokens or lower key_tokens"
+                )
+        _check_count("cache_interval", self.cache_interval, low=1, high=DIFFUSION_STEPS)
+        _check_count("text_tokens", self.text_tokens, low=4, high=2048)
+        _check_count("batch_size", self.batch_size, low=1, high=1024)
+        check_ddim_steps(self.ddim_steps)
+
+    @classmethod
+    def dense(cls, *, ddim_steps: int = 10, cfg_scale: float = 1.5, text_tokens: int = 32, batch_size: int = 1) -> Self:
+        """Return a configuration that keeps everything: only the exact rewrites are applied."""
+        return cls(
+            keep_layers=None,
+            mlp_keep=1.0,
+            visual_tokens=None,
+            cache_interval=1,
+            ddim_steps=ddim_steps,
+            cfg_scale=cfg_scale,
+            text_tokens=text_tokens,
+            batch_size=batch_size,
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> "CompileConfig":
+        """Return a row of the paper's Table 2 by its name, for instance "l22-t56".
+
+        Raises:
+            ValueError: no such preset; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(sorted(PRESETS))}")
+        return PRESETS[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read `to_json`'s form back.
+
+        Raises:
+            ValueError: a setting is missing, unknown or out of range.
+        """
+        settings = dict(data)
+        unknown, missing = settings.keys() - cls.__dataclass_fields__, cls.__dataclass_fields__.keys() - settings
+        if unknown or missing:
+            raise ValueError(f"unknown compile settings {sorted(unknown)}, missing {sorted(missing)}")
+        if isinstance(settings.get("keep_layers"), list):
+            settings["keep_layers"] = tuple(settings["keep_layers"])
+        return cls(**settings)
+
+
+def check_ddim_steps(steps: int) -> None:
+    """Refuse a number of denoising steps that no integer stride over the schedule yields.
+
+    Raises:
+        ValueError: the message lists the valid counts.
+    """
+    if isinstance(steps, bool) or steps not in VALID_DDIM_STEPS:
+        valid = ", ".join(map(str, VALID_DDIM_STEPS))
+        raise ValueError(f"ddim_steps={steps!r} has no integer stride over {DIFFUSION_STEPS} steps; valid: {valid}")
+
+
+def _check_layers(keep: int | tuple[int, ...] | None) -> None:
+    if keep is None:
+        return
+    if isinstance(keep, tuple):
+        if not keep or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in keep):
+            raise ValueError(f"keep_layers={keep!r}: expected layer indices from 0, at least one")
+        if any(a >= b for a, b in pairwise(keep)):
+            raise ValueError(f"keep_layers={keep!r}: indices must ascend without repeats, as in (0, 1, 4)")
+    else:
+        _check_count("keep_layers", keep, low=1)
+
+
+def _check_count(name: str, value: int, *, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f"from {low}" + (f" to {high}" if high is not None else " up")
+        raise ValueError(f"{name}={value!r}: expected a whole number {span}")
+
+
+def _check_range(name: str, value: float, *, low: float, high: float, low_open: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (low_open and value == low):
+        bracket = "(" if low_open else "["
+        raise ValueError(f"{name}={value!r}: expected a number in {bracket}{low}, {high}]")
+
+
+PRESETS: Mapping[str, CompileConfig] = MappingProxyType(
+    {
+        f"l{layers}-t{tokens}": CompileConfig(keep_layers=layers, visual_tokens=tokens)
+        for layers in (28, 22)
+        for tokens in (112, 56)
+    }
+)
+"""EfficientVLA's rows of Table 2 by name: `l28-t112`, `l28-t56`, `l22-t112`, `l22-t56` (all with MLP 0.75 and N=5)."""

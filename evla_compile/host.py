@@ -1,0 +1,148 @@
+"""Between a camera frame and an action chunk: the host work that every backend shares; no torch.
+
+Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from evla_compile.processor import Processor, draw_noise
+
+CameraFrame: TypeAlias = Image.Image | NDArray[np.uint8]
+"""A PIL image of mode RGB, or uint8 [H,W,3] in RGB order."""
+
+Sampler: TypeAlias = Callable[
+    [NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]
+]
+"""A backend: image, input_ids, text_length and noise, as the graph takes them -> raw samples float32 [B,A,F]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostInputs:
+    """What the host prepares for the graph; noise apart."""
+
+    image: NDArray[np.uint8]
+    """Squashed frames, [B,S,S,3]."""
+    input_ids: NDArray[np.int64]
+    """Token ids of the prompts, right-padded, [B,T]."""
+    text_length: NDArray[np.int64]
+    """Real tokens of each prompt, [B]."""
+
+
+def prepare(
+    processor: Processor,
+    image: CameraFrame | Sequence[CameraFrame],
+    instruction: str | Sequence[str],
+    *,
+    text_tokens: int,
+    batch_size: int,
+) -> HostInputs:
+    """Turn frames and instructions into the inputs of a graph with a static batch.
+
+    Args:
+        processor: the policy's host side.
+        image: `batch_size` frames; a single frame will do where that is 1.
+        instruction: `batch_size` instructions; a single one will do where that is 1.
+        text_tokens: T, the text budget.
+        batch_size: B, the batch of the graph.
+
+    Raises:
+        ValueError: the number of frames or of instructions is another, or one of them is refused by the processor.
+    """
+    frames = list(image) if isinstance(image, Sequence) else [image]
+    texts = [instruction] if isinstance(instruction, str) or not isinstance(instruction, Sequence) else [*instruction]
+    for name, found in (("image", len(frames)), ("instruction", len(texts))):
+        if found != batch_size:
+            raise ValueError(f"{name}: {found} given, but the policy works on batches of {batch_size} (batch_size)")
+    prompts = [processor.text(text, text_tokens) for text in texts]
+    return HostInputs(
+        image=np.stack([processor.image(frame) for frame in frames]),
+        input_ids=np.stack([ids for ids, _ in prompts]),
+        text_length=np.array([length for _, length in prompts], dtype=np.int64),
+    )
+
+
+def action_noise(
+    noise: NDArray[np.floating] | None, seed: int | None, *, batch_size: int, chunk: int, width: int
+) -> NDArray[np.float32]:
+    """Return the noise from which the sampler starts, float32 [B,A,F].
+
+    Without `noise` and `seed` it is that of seed 0, so that a call can be repeated. Upstream CogACT draws fresh noise
+    in every call; give another seed in each control step to do the same.
+
+    Args:
+        noise: float array [B,A,F], or [A,F] where the batch is 1; float64 is rounded.
+        seed: whole number from 0 up.
+        batch_size: B.
+        chunk: A.
+        width: F.
+
+    Raises:
+        ValueError: both are given, the seed is negative, or the noise has another shape, is no float array, or is not
+            finite.
+    """
+    shape = (batch_size, chunk, width)
+    if noise is None:
+        seed = 0 if seed is None else seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: expected a whole number from 0 up")
+        return draw_noise(shape, seed)
+    if seed is not None:
+        raise ValueError(f"noise and seed={seed!r} are both given: the seed only draws noise, so give one of them")
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
+        found = noise.dtype if isinstance(noise, np.ndarray) else type(noise).__name__
+        raise ValueError(f"noise is of {found}: expected a float array of the shape {list(shape)}")
+    if noise.shape != shape and (batch_size != 1 or noise.shape != shape[1:]):
+        raise ValueError(f"noise has the shape {list(noise.shape)}: expected {list(shape)}")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is refused next
+        rounded = noise.astype(np.float32).reshape(shape)
+    if not np.isfinite(rounded).all():
+        raise ValueError("noise holds values that are infinite or not a number: expected standard normal float32")
+    return rounded
+
+
+def predict_action(
+    sample: Sampler,
+    processor: Processor,
+    image: CameraFrame | Sequence[CameraFrame],
+    instruction: str | Sequence[str],
+    *,
+    unnorm_key: str | None,
+    noise: NDArray[np.floating] | None,
+    seed: int | None,
+    text_tokens: int,
+    batch_size: int,
+    chunk: int,
+    width: int,
+) -> NDArray[np.float64]:
+    """Run a backend from frames and instructions to actions in the units of a dataset.
+
+    Args:
+        sample: the backend.
+        processor: the policy's host side.
+        image: see `prepare`.
+        instruction: see `prepare`.
+        unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+        noise: see `action_noise`.
+        seed: see `action_noise`.
+        text_tokens: T, the text budget.
+        batch_size: B, the batch of the graph.
+        chunk: A.
+        width: F.
+
+    Returns:
+        Actions [A,F] for a single frame, [B,A,F] for a sequence of frames.
+
+    Raises:
+        ValueError: an argument is refused, or the backend's samples are not finite.
+    """
+    processor.statistics_for(unnorm_key)  # a wrong name should not cost a run of the policy
+    inputs = prepare(processor, image, instruction, text_tokens=text_tokens, batch_size=batch_size)
+    start = action_noise(noise, seed, batch_size=batch_size, chunk=chunk, width=width)
+    actions = processor.actions(sample(inputs.image, inputs.input_ids, inputs.text_length, start), unnorm_key)
+    return actions if isinstance(image, Sequence) else actions[0]

@@ -1,0 +1,1 @@
+"""CogACT in plain torch, with the key names of its checkpoints."""

@@ -1,0 +1,203 @@
+"""CogACT as one torch module: camera frame and instruction in, noise prediction or action chunk out.
+
+Shape legend: B batch, S image side in pixels, P patches, T text budget, D decoder width, A action steps, F action
+dimensions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evla_compile import host
+from evla_compile.host import CameraFrame
+from evla_compile.model.action import ActionModel, ActionSizes
+from evla_compile.model.diffusion import ddim_schedule
+from evla_compile.model.language import LanguageBackbone, LanguageSizes, cognition_token
+from evla_compile.model.vision import PATCH_SIDE, TowerSizes, VisionBackbone
+from evla_compile.processor import Processor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSizes:
+    """Sizes of every part of a CogACT model."""
+
+    dino: TowerSizes
+    """DINOv2 tower."""
+    siglip: TowerSizes
+    """SigLIP tower."""
+    projector: tuple[int, ...]
+    """Widths along the projector, input first."""
+    language: LanguageSizes
+    """Llama decoder."""
+    action: ActionSizes
+    """Diffusion transformer."""
+
+    @property
+    def image_side(self) -> int:
+        """Side in pixels of the square frame that the towers take."""
+        return PATCH_SIDE * math.isqrt(self.dino.patches)
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of a frame."""
+        return self.dino.patches
+
+
+class Projector(nn.Module):
+    """Fused visual features to decoder inputs through a GELU MLP: [B,P,D_vision] -> [B,P,D]."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, following in pairwise(widths):
+            layers += [nn.Linear(width, following), nn.GELU()]
+        self.projector = nn.Sequential(*layers[:-1])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        out: Tensor = self.projector(patches)
+        return out
+
+
+class CogACT(nn.Module):
+    """The dense policy; its submodules carry the key names of CogACT's checkpoints.
+
+    Attributes:
+        sizes: sizes of every part.
+        processor: host-side tokenizer, image preparation and action statistics.
+    """
+
+    def __init__(self, sizes: ModelSizes, processor: Processor) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.processor = processor
+        self.vision_backbone = VisionBackbone(sizes.dino, sizes.siglip)
+        self.projector = Projector(sizes.projector)
+        self.llm_backbone = LanguageBackbone(sizes.language)
+        self.action_model = ActionModel(sizes.action)
+
+    def cognition(self, image: Tensor, input_ids: Tensor, text_length: Tensor) -> Tensor:
+        """Return the cognition feature [B,1,D]: the final hidden state, after the norm, of each row's EOS.
+
+        Args:
+            image: uint8 [B,S,S,3].
+            input_ids: int64 [B,T], right-padded.
+            text_length: int64 [B], real tokens of each row.
+        """
+        patches = self.projector(self.vision_backbone(image))
+        hidden = self.llm_backbone(patches, input_ids)
+        return cognition_token(hidden, text_length, input_ids.shape[1])
+
+    def forward(
+        self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor, timestep: Tensor, cfg_scale: float
+    ) -> Tensor:
+        """Return the noise predicted at one denoising step, [B,A,F]; this is what `capture` records.
+
+        Args:
+            image: uint8 [B,S,S,3].
+            input_ids: int64 [B,T], right-padded.
+            text_length: int64 [B].
+            noise: float32 [B,A,F], the noisy actions.
+            timestep: float32 [1], index on the training schedule.
+            cfg_scale: guidance scale; 1.0 for none.
+        """
+        condition = self.cognition(image, input_ids, text_length)
+        predicted: Tensor = self.action_model(noise, timestep, condition, cfg_scale)
+        return predicted
+
+    @torch.no_grad()
+    def sample(
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        text_length: Tensor,
+        noise: Tensor,
+        *,
+        ddim_steps: int = 10,
+        cfg_scale: float = 1.5,
+    ) -> Tensor:
+        """Return raw samples float32 [B,A,F] of the whole policy, run eagerly: the reference of every lowering.
+
+        Args:
+            image: uint8 [B,S,S,3].
+            input_ids: int64 [B,T], right-padded.
+            text_length: int64 [B].
+            noise: float32 [B,A,F].
+            ddim_steps: denoising steps.
+            cfg_scale: guidance scale; 1.0 for none.
+
+        Raises:
+            ValueError: `ddim_steps` has no integer stride.
+        """
+        condition = self.cognition(image, input_ids, text_length)
+        x = noise
+        for step in ddim_schedule(ddim_steps):
+            timestep = torch.tensor([float(step.timestep)], device=x.device)
+            x = step.sample * x + step.noise * self.action_model(x, timestep, condition, cfg_scale)
+        return x
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+        *,
+        ddim_steps: int = 10,
+        cfg_scale: float = 1.5,
+        text_tokens: int = 32,
+    ) -> NDArray[np.float64]:
+        """Return the dense policy's action chunk, run eagerly; see `CompiledPolicy.predict_action`.
+
+        Args:
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
+            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+            ddim_steps: denoising steps.
+            cfg_scale: guidance scale; 1.0 for none.
+            text_tokens: text budget; any that holds the prompt gives the same actions.
+
+        Returns:
+            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+
+        Raises:
+            ValueError: an argument is refused, or the samples are not finite.
+        """
+        return host.predict_action(
+            partial(self._sample_arrays, ddim_steps=ddim_steps, cfg_scale=cfg_scale),
+            self.processor,
+            image,
+            instruction,
+            unnorm_key=unnorm_key,
+            noise=noise,
+            seed=seed,
+            text_tokens=text_tokens,
+            batch_size=len(image) if isinstance(image, Sequence) else 1,
+            chunk=self.sizes.action.chunk,
+            width=self.sizes.action.action_width,
+        )
+
+    def _sample_arrays(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+        *,
+        ddim_steps: int,
+        cfg_scale: float,
+    ) -> NDArray[np.float32]:
+        device = next(self.parameters()).device
+        image_, ids, length, x = (torch.from_numpy(a).to(device) for a in (image, input_ids, text_length, noise))
+        samples = self.sample(image_, ids, length, x, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+        array: NDArray[np.float32] = samples.cpu().numpy()
+        return array

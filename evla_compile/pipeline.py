@@ -1,0 +1,145 @@
+"""Configuration and plan to the ordered passes, and `compile`, which runs them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+
+from evla_compile.calibration import Frame, calibrate
+from evla_compile.capture import capture
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import CompileConfig
+from evla_compile.errors import CalibrationError
+from evla_compile.graph import GraphPass
+from evla_compile.model.policy import CogACT, ModelSizes
+from evla_compile.passes import (
+    CacheFeatures,
+    FoldConstants,
+    NarrowLastLayer,
+    PruneLayers,
+    PruneMLP,
+    SelectTokens,
+    SpecializeShapes,
+    UnrollDiffusion,
+)
+from evla_compile.plan import Plan, check_layer_budget, kept_neurons, plan_without_calibration
+from evla_compile.report import CompileReport, measure_deviations
+
+COMPARED_FRAMES = 2
+"""Calibration frames on which the compiled policy is compared with the dense one, and its exports with itself."""
+
+
+def compile(
+    policy: CogACT,
+    config: CompileConfig | None = None,
+    *,
+    calibration: Iterable[Frame] | None = None,
+    plan: Plan | None = None,
+    progress: bool = True,
+) -> CompiledPolicy:
+    """Compile a CogACT policy: capture it, rewrite it by `config`, and make all its shapes static.
+
+    `policy` keeps its weights and shares them with the result; it can be compiled again with other settings.
+
+    Args:
+        policy: the dense policy, from `load`.
+        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`.
+        calibration: real observations, (image, instruction) pairs, to measure layers and neurons on. The report then
+            also says how far the compiled policy is from the dense one on the first of them.
+        plan: the result of an earlier `calibrate` for the same budgets, instead of measuring again.
+        progress: whether to draw a progress bar of the calibration on standard error.
+
+    Raises:
+        CalibrationError: a budget needs measuring and neither `calibration` nor `plan` is given, the plan does not fit,
+            or there are no frames.
+        ValueError: a budget does not fit the policy, or a frame is refused.
+        PassError: the captured graph lacks a site that a rewrite needs.
+    """
+    config = config or CompileConfig()
+    check_budgets(config, policy.sizes)
+    frames = None if calibration is None else [Frame(*frame) for frame in calibration]
+    if plan is not None:
+        check_plan(plan, config, policy.sizes)
+    elif frames is not None:
+        plan = calibrate(policy, frames, config, progress=progress)
+    else:
+        plan = plan_without_calibration(policy.sizes.language, config)
+    graph, reports = capture(policy, config), []
+    for rewrite in build_passes(config, plan, policy.sizes):
+        graph, report = rewrite(graph)
+        reports.append(report)
+    compiled = CompiledPolicy(
+        graph=graph,
+        config=config,
+        plan=plan,
+        sizes=policy.sizes,
+        processor=policy.processor,
+        report=CompileReport(config=config, passes=tuple(reports), deviations=()),
+        frames=tuple(frames or ())[:COMPARED_FRAMES],
+    )
+    if compiled.frames:
+        compiled.report = replace(compiled.report, deviations=measure_deviations(policy, compiled, compiled.frames))
+    return compiled
+
+
+def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[GraphPass, ...]:
+    """Return the rewrites of a configuration and its plan, in their order; those without work are left out."""
+    layers, width = sizes.language.layers, sizes.language.mlp_width
+    passes = (
+        UnrollDiffusion(ddim_steps=config.ddim_steps),  # first: from here on, every graph yields samples
+        PruneLayers(keep=plan.keep_layers) if len(plan.keep_layers) < layers else None,
+        PruneMLP(neurons=tuple(zip(plan.keep_layers, plan.mlp_neurons, strict=True)))
+        if kept_neurons(config, width) < width
+        else None,  # after the layers, so that no deleted layer is sliced
+        SelectTokens(visual_tokens=config.visual_tokens, key_tokens=config.key_tokens, task_share=config.task_share)
+        if config.visual_tokens is not None and config.visual_tokens < sizes.patches
+        else None,  # behind the second layer of those that stay
+        CacheFeatures(interval=config.cache_interval) if config.cache_interval > 1 else None,  # needs the unrolled loop
+        NarrowLastLayer(),  # exact, but only the lossy passes decide which layer is last and how long its sequence is
+        SpecializeShapes(text_tokens=config.text_tokens),  # after every change of the sequence length
+        FoldConstants(),  # last: static sizes make rotary tables and masks constants
+    )
+    return tuple(rewrite for rewrite in passes if rewrite is not None)
+
+
+def check_budgets(config: CompileConfig, sizes: ModelSizes) -> None:
+    """Refuse budgets that a model of these sizes does not have.
+
+    Raises:
+        ValueError: the message names the setting, its value and the legal range.
+    """
+    check_layer_budget(config, sizes.language)
+    tokens = config.visual_tokens
+    if tokens is not None and tokens > sizes.patches:
+        raise ValueError(f"visual_tokens={tokens}: the policy sees {sizes.patches} patches; None keeps them all")
+    kept = config.keep_layers
+    layers = sizes.language.layers if kept is None else kept if isinstance(kept, int) else len(kept)
+    if tokens is not None and tokens < sizes.patches and layers < 3:
+        raise ValueError(
+            f"visual_tokens={tokens} with {layers} decoder layers: selecting visual tokens needs two layers below it"
+            " and one above; keep at least 3 layers, or visual_tokens=None"
+        )
+
+
+def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
+    """Refuse a plan that was made for other budgets or another model.
+
+    Raises:
+        CalibrationError: the message says what differs.
+    """
+    kept, language = config.keep_layers, sizes.language
+    wanted = language.layers if kept is None else kept if isinstance(kept, int) else len(kept)
+    ascending = all(a < b for a, b in pairwise(plan.keep_layers))
+    if len(plan.keep_layers) != wanted or (isinstance(kept, tuple) and kept != plan.keep_layers) or not ascending:
+        raise CalibrationError(f"the plan keeps the layers {plan.keep_layers}, the settings ask for keep_layers={kept}")
+    if plan.keep_layers[-1] >= language.layers:
+        raise CalibrationError(f"the plan keeps layer {plan.keep_layers[-1]}, the decoder has {language.layers} layers")
+    count = kept_neurons(config, language.mlp_width)
+    found = sorted({len(neurons) for neurons in plan.mlp_neurons})
+    expected = [] if count == language.mlp_width else [count]
+    if found != expected or (expected and len(plan.mlp_neurons) != len(plan.keep_layers)):
+        raise CalibrationError(
+            f"the plan keeps {found or 'all'} MLP neurons in {len(plan.mlp_neurons)} layers, the settings ask for"
+            f" {expected or 'all'} (mlp_keep={config.mlp_keep}) in {len(plan.keep_layers)}"
+        )
+    if any(neurons[-1] >= language.mlp_width for neurons in plan.mlp_neurons):
+        raise CalibrationError(f"the plan names an MLP neuron beyond the decoder's {language.mlp_width}")

@@ -1,0 +1,148 @@
+"""The frozen plan between calibration and rewrites: which decoder layers and MLP neurons stay."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from evla_compile.config import CompileConfig
+from evla_compile.errors import CalibrationError
+from evla_compile.model.language import LanguageSizes
+
+NEURON_MULTIPLE = 64
+"""MLP widths are cut to multiples of this, which matrix units like."""
+
+
+_MAX_NEURONS = 1_000_000  # a plan may come from anywhere, and "0-999999" repeated would fill the memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a calibration decided; with a configuration it fixes every rewrite."""
+
+    layer_importance: tuple[float, ...]
+    """I(l) = 1 - mean cosine between input and output of every layer of the unpruned decoder; empty if not measured."""
+    keep_layers: tuple[int, ...]
+    """Decoder layers kept, ascending."""
+    mlp_neurons: tuple[tuple[int, ...], ...]
+    """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
+    frames: int
+    """Observations measured; 0 where the configuration left nothing to measure."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values; the neurons of a layer as ranges, "0-3,5,7-20"."""
+        return asdict(self) | {"mlp_neurons": [_to_ranges(neurons) for neurons in self.mlp_neurons]}
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Read `to_json`'s form back.
+
+        Raises:
+            CalibrationError: the data is not a plan.
+        """
+        if not isinstance(data, dict) or set(data) != set(cls.__dataclass_fields__):
+            raise CalibrationError(f"a plan is a JSON object with the keys {sorted(cls.__dataclass_fields__)}")
+        try:
+            return cls(
+                layer_importance=tuple(float(value) for value in data["layer_importance"]),
+                keep_layers=tuple(_index(value) for value in data["keep_layers"]),
+                mlp_neurons=tuple(_from_ranges(neurons) for neurons in data["mlp_neurons"]),
+                frames=_index(data["frames"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"malformed plan: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file that `save` wrote.
+
+        Raises:
+            CalibrationError: the file cannot be read or holds no plan.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CalibrationError(f"plan {path}: {error}") from error
+
+
+def plan_without_calibration(sizes: LanguageSizes, config: CompileConfig) -> Plan:
+    """Return the plan of a configuration that leaves nothing to measure.
+
+    Raises:
+        CalibrationError: a budget needs measuring; nothing is ever calibrated on made-up data.
+        ValueError: a budget does not fit the policy.
+    """
+    check_layer_budget(config, sizes)
+    counted = isinstance(config.keep_layers, int) and config.keep_layers < sizes.layers
+    if counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width:
+        raise CalibrationError(
+            f"keep_layers={config.keep_layers} and mlp_keep={config.mlp_keep} need to know which layers and neurons the"
+            " policy can spare: give calibration= frames of the robot's task, or the plan= of an earlier calibration;"
+            " without either, name the layers in a tuple and keep mlp_keep=1.0, or use CompileConfig.dense()"
+        )
+    keep = config.keep_layers if isinstance(config.keep_layers, tuple) else tuple(range(sizes.layers))
+    return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=(), frames=0)
+
+
+def check_layer_budget(config: CompileConfig, sizes: LanguageSizes) -> None:
+    """Refuse a layer budget that the decoder does not have.
+
+    Raises:
+        ValueError: the message names the setting and the legal range.
+    """
+    keep = config.keep_layers
+    if isinstance(keep, int) and keep > sizes.layers:
+        raise ValueError(f"keep_layers={keep}: the decoder has {sizes.layers} layers")
+    if isinstance(keep, tuple) and keep[-1] >= sizes.layers:
+        raise ValueError(f"keep_layers={keep}: the decoder has the layers 0 to {sizes.layers - 1}")
+
+
+def kept_layers(config: CompileConfig, importance: Sequence[float]) -> tuple[int, ...]:
+    """Return the layers that stay, ascending: the least important go, the lower index first among equals."""
+    if isinstance(config.keep_layers, tuple):
+        return config.keep_layers
+    count = len(importance) if config.keep_layers is None else config.keep_layers
+    ranked = sorted(range(len(importance)), key=lambda layer: (importance[layer], layer))
+    return tuple(sorted(ranked[len(importance) - count :]))
+
+
+def kept_neurons(config: CompileConfig, width: int) -> int:
+    """Return how many of an MLP's `width` neurons stay: the share, rounded to a multiple of 64, at least 64."""
+    if config.mlp_keep == 1.0:
+        return width
+    return min(width, max(1, round(config.mlp_keep * width / NEURON_MULTIPLE)) * NEURON_MULTIPLE)
+
+
+def _to_ranges(ascending: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for index in ascending:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _from_ranges(text: object) -> tuple[int, ...]:
+    if not isinstance(text, str) or not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text, re.ASCII):
+        raise ValueError(f'{text!r:.60}: expected ranges of neurons such as "0-3,5,7-20"')
+    found: list[int] = []
+    for run in text.split(","):
+        first, _, last = run.partition("-")
+        found.extend(range(int(first), int(last or first) + 1))
+        if len(found) > _MAX_NEURONS:
+            raise ValueError(f"{len(found)} neurons in a layer: expected at most {_MAX_NEURONS}")
+    return tuple(found)
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r}: expected a whole number from 0 up")
+    return value

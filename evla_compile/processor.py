@@ -1,0 +1,268 @@
+"""The host's side of the policy: frame to pixels, instruction to token ids, raw samples to robot actions; no torch.
+
+Shape legend: H, W frame size in pixels, S image side, T text budget, A action steps.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+
+from evla_compile.errors import CheckpointError
+
+ACTION_WIDTH = 7
+"""Numbers of an action: dx, dy, dz, droll, dpitch, dyaw, gripper; every CogACT has these."""
+GRIPPER = 6
+"""Place of the gripper in an action."""
+PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
+"""The prompt that CogACT was trained with."""
+BOS_ID = 1
+"""Id that starts every prompt."""
+BLANK_ID = 29871
+"""Id of Llama-2's lone word-boundary piece, appended to every prompt: training saw it before the end token."""
+EOS_ID = 2
+"""Id appended last; the hidden state at its position conditions the action head (the cognition token)."""
+PAD_ID = 32000
+"""Id that fills a prompt up to the text budget: CogACT's extra row behind Llama-2's vocabulary."""
+
+_WHOLE_ACTION = (True,) * ACTION_WIDTH
+_WORD_BOUNDARY = "\u2581"
+_REFUSED_MARKERS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActionStatistics:
+    """The range onto which one dataset's normalised actions are mapped.
+
+    Raises:
+        ValueError: a field has not 7 values of its type, or a low exceeds its high.
+    """
+
+    low: tuple[float, ...]
+    """The 1st percentile of each of the 7 action numbers (`q01`), the image of -1."""
+    high: tuple[float, ...]
+    """The 99th percentile of each of the 7 action numbers (`q99`), the image of +1."""
+    mask: tuple[bool, ...] = _WHOLE_ACTION
+    """Which of the 7 action numbers are mapped at all; the published datasets leave the gripper as it is."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("low (q01)", self.low), ("high (q99)", self.high)):
+            if not _is_vector(values) or not all(_is_finite(value) for value in values):
+                raise ValueError(f"{name}={values!r}: expected {ACTION_WIDTH} finite numbers")
+        if not _is_vector(self.mask) or not all(isinstance(value, bool) for value in self.mask):
+            raise ValueError(f"mask={self.mask!r}: expected {ACTION_WIDTH} booleans")
+        if any(low > high for low, high in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"low (q01)={self.low!r} exceeds high (q99)={self.high!r} somewhere")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the dataset's entry in the form of dataset_statistics.json, as far as it is used."""
+        return {"action": {"q01": list(self.low), "q99": list(self.high), "mask": list(self.mask)}}
+
+
+def read_statistics(data: Mapping[str, Any]) -> dict[str, ActionStatistics]:
+    """Return the action statistics by dataset name (the `unnorm_key`) out of the contents of dataset_statistics.json.
+
+    Raises:
+        CheckpointError: an entry is missing or malformed; the message names the dataset and the key.
+    """
+    if not isinstance(data, Mapping) or not data:
+        raise CheckpointError(f"dataset statistics: expected a JSON object with a key per dataset, found {data!r:.60}")
+    return {dataset: _read_dataset(dataset, entry) for dataset, entry in data.items()}
+
+
+class Processor:
+    """Prepares the inputs of the graph and turns its samples into actions, exactly as CogACT does.
+
+    Attributes:
+        tokenizer_json: contents of Llama-2's tokenizer.json.
+        statistics: action statistics by dataset name.
+        image_side: side in pixels of the square image that the vision towers take.
+        pad_id: token id that fills a prompt up to its budget; any row of the embedding will do.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer_json: str,
+        statistics: Mapping[str, ActionStatistics],
+        image_side: int,
+        pad_id: int = PAD_ID,
+    ) -> None:
+        """Parse the tokenizer; the arguments become the attributes.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be parsed, or numbers its tokens otherwise than Llama-2's.
+            ValueError: `image_side` or `pad_id` is out of range.
+        """
+        if image_side < 1:
+            raise ValueError(f"image_side={image_side!r}: expected a whole number of pixels from 1 up")
+        if pad_id < 0:
+            raise ValueError(f"pad_id={pad_id!r}: expected a token id from 0 up")
+        self.tokenizer_json = tokenizer_json
+        self.statistics = dict(statistics)
+        self.image_side = image_side
+        self.pad_id = pad_id
+        self._tokenizer = _read_tokenizer(tokenizer_json)
+
+    def image(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Squash a frame of any size to uint8 [S,S,3] with PIL's bicubic filter; the aspect ratio is not kept.
+
+        Args:
+            image: PIL image of mode RGB, or uint8 [H,W,3] in RGB order.
+
+        Raises:
+            ValueError: the image is not 8-bit RGB or has no pixels.
+        """
+        side = self.image_side
+        return np.array(_rgb(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+    def prompt_ids(self, instruction: str) -> list[int]:
+        """Return the token ids of the prompt, BOS first, the word-boundary and EOS ids last.
+
+        The instruction is lower-cased and otherwise left alone, spaces around it included, as in training.
+
+        Raises:
+            ValueError: the instruction is empty or contains a special token.
+        """
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"instruction={instruction!r}: expected a text such as 'pick coke can'")
+        text = instruction.lower()
+        for marker in _REFUSED_MARKERS:
+            if marker in text:
+                raise ValueError(
+                    f"instruction={instruction!r} contains {marker!r}, which a prompt reserves for itself; remove it"
+                )
+        return [*self._tokenizer.encode(PROMPT.format(instruction=text)).ids, BLANK_ID, EOS_ID]
+
+    def text(self, instruction: str, budget: int) -> tuple[NDArray[np.int64], int]:
+        """Return the prompt's ids right-padded to int64 [T], and how many of them are real.
+
+        Args:
+            instruction: what the robot shall do, in a few words.
+            budget: T, the `text_tokens` for which the policy is compiled.
+
+        Raises:
+            ValueError: the instruction is empty, contains a special token, or its prompt exceeds the budget.
+        """
+        ids = self.prompt_ids(instruction)
+        if len(ids) > budget:
+            raise ValueError(
+                f"the prompt of instruction={instruction!r} has {len(ids)} tokens, its budget is {budget}:"
+                f" shorten the instruction or compile with text_tokens={len(ids)} or more"
+            )
+        padded = np.full(budget, self.pad_id, dtype=np.int64)
+        padded[: len(ids)] = ids
+        return padded, len(ids)
+
+    def statistics_for(self, unnorm_key: str | None) -> ActionStatistics:
+        """Return the statistics of a dataset; None stands for the only one.
+
+        Raises:
+            ValueError: the dataset is unknown, or None was given and there are several; the message lists the known.
+        """
+        known = ", ".join(sorted(self.statistics))
+        if unnorm_key is None:
+            if len(self.statistics) != 1:
+                raise ValueError(f"unnorm_key is missing: expected one of {known}")
+            (unnorm_key,) = self.statistics
+        if unnorm_key not in self.statistics:
+            raise ValueError(f"unknown unnorm_key {unnorm_key!r}: expected one of {known}")
+        return self.statistics[unnorm_key]
+
+    def actions(self, samples: ArrayLike, unnorm_key: str | None = None) -> NDArray[np.float64]:
+        """Turn raw samples [...,A,7] into actions float64 [...,A,7] in the units of a dataset.
+
+        Samples are clipped to [-1,1] and the gripper is set to 0 (closed) below 0.5, else to 1 (open); then the numbers
+        in the dataset's mask are mapped linearly from [-1,1] onto [low,high].
+
+        Args:
+            samples: what the sampler returned; left unchanged.
+            unnorm_key: name of the dataset; None where only one is known.
+
+        Raises:
+            ValueError: the dataset is unknown, the shape is another, or a sample is not finite.
+        """
+        statistics = self.statistics_for(unnorm_key)
+        raw = np.asarray(samples, dtype=np.float64)
+        if raw.ndim < 2 or raw.shape[-1] != ACTION_WIDTH:
+            raise ValueError(f"samples have the shape {raw.shape}: expected [...,A,{ACTION_WIDTH}]")
+        if not np.isfinite(raw).all():
+            raise ValueError(
+                f"{np.count_nonzero(~np.isfinite(raw))} of {raw.size} samples are not finite, and a robot must not move"
+                " on them: check the weights and their dtype with verify"
+            )
+        normalized = np.clip(raw, -1.0, 1.0)
+        normalized[..., GRIPPER] = normalized[..., GRIPPER] >= 0.5
+        low = np.array(statistics.low, dtype=np.float64)
+        high = np.array(statistics.high, dtype=np.float64)
+        return np.where(statistics.mask, 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
+
+
+def draw_noise(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """Return standard normal float32 noise of a shape; the same seed gives the same noise on every backend."""
+    return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
+
+
+def _is_vector(values: object) -> bool:
+    return isinstance(values, tuple) and len(values) == ACTION_WIDTH
+
+
+def _is_finite(value: object) -> bool:
+    # Compared rather than tested with isfinite: JSON's integers may be too large for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _read_dataset(dataset: str, entry: object) -> ActionStatistics:
+    action = entry.get("action") if isinstance(entry, Mapping) else None
+    if not isinstance(action, Mapping):
+        raise CheckpointError(f"dataset statistics of {dataset!r}: expected an object under the key 'action'")
+    rows: list[Any] = [action.get("q01"), action.get("q99"), action.get("mask", _WHOLE_ACTION)]
+    low, high, mask = (tuple(row) if isinstance(row, list) else row for row in rows)
+    try:
+        return ActionStatistics(low=low, high=high, mask=mask)
+    except ValueError as error:
+        raise CheckpointError(f"dataset statistics of {dataset!r}, key 'action': {error}") from error
+
+
+def _read_tokenizer(text: str) -> Tokenizer:
+    advice = "give Llama-2's tokenizer.json, as in openvla/openvla-7b"
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise CheckpointError(f"the tokenizer cannot be parsed ({error}): {advice}") from error
+    # A file may carry the settings of its last use; the budget is enforced by `Processor.text`.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    start = tokenizer.encode("").ids[:1]
+    if start != [BOS_ID]:
+        raise CheckpointError(f"the tokenizer starts a text with the ids {start}, not with BOS {BOS_ID}: {advice}")
+    for token, expected in (("</s>", EOS_ID), (_WORD_BOUNDARY, BLANK_ID)):
+        found = tokenizer.token_to_id(token)
+        if found not in (None, expected):
+            raise CheckpointError(f"the tokenizer gives {token!r} the id {found}, not {expected}: {advice}")
+    return tokenizer
+
+
+def _rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    if isinstance(image, Image.Image):
+        if image.mode != "RGB":
+            raise ValueError(
+                f"the image has PIL mode {image.mode!r}: expected 'RGB'; use image.convert(\"RGB\"), after scaling it"
+                " to 8 bits where it is deeper"
+            )
+        if 0 in image.size:
+            raise ValueError(f"the image has {image.width}x{image.height} pixels; check the camera")
+        return image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"the image is a {type(image).__name__}: expected a PIL image or a uint8 array [H,W,3]")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"the image is an array of {image.dtype} {list(image.shape)}: expected uint8 [H,W,3] in RGB order with at"
+            ' least one pixel; open other images with PIL and use image.convert("RGB")'
+        )
+    return Image.fromarray(image)

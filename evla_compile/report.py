@@ -1,0 +1,113 @@
+"""What a compilation did: per pass operators, FLOPs and weights, per stage the distance from the dense policy."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from evla_compile import host
+from evla_compile.config import CompileConfig
+from evla_compile.graph import PassReport
+from evla_compile.model.policy import CogACT
+from evla_compile.processor import draw_noise
+from evla_compile.tolerances import relative_error
+
+if TYPE_CHECKING:
+    from evla_compile.calibration import Frame
+    from evla_compile.compiled import CompiledPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageDeviation:
+    """How far one stage of the compiled policy is from the dense one."""
+
+    stage: str
+    """`cognition`, `samples` (raw) or `actions` (samples clipped to [-1,1])."""
+    relative: float
+    """Largest absolute difference over the largest absolute value of the dense policy; the worst frame."""
+    frames: int
+    """Observations compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompileReport:
+    """What a compilation did."""
+
+    config: CompileConfig
+    """The settings."""
+    passes: tuple[PassReport, ...]
+    """One report a pass, in order."""
+    deviations: tuple[StageDeviation, ...]
+    """Distance from the dense policy; empty where no calibration frames were given."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {
+            "config": self.config.to_json(),
+            "passes": [asdict(report) for report in self.passes],
+            "deviations": [asdict(deviation) for deviation in self.deviations],
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        """Return the table of passes as text: name, exact or lossy, changes, operators, GFLOP and weights in MB."""
+        captured = self.passes[0].before
+        rows = [("captured (one denoising step)", "", "", *_size(captured.ops, captured.flops, captured.weight_bytes))]
+        for report in self.passes:
+            size = _size(report.after.ops, report.after.flops, report.after.weight_bytes)
+            rows.append((report.name, "exact" if report.exact else "lossy", str(report.changes), *size))
+        return rows
+
+    def __str__(self) -> str:
+        header = ("pass", "kind", "changes", "ops", "GFLOP", "weights MB")
+        table = [header, *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        lines += [
+            f"{deviation.stage}: {deviation.relative:.2e} of the dense policy's largest value away from it, worst of"
+            f" {deviation.frames} frames"
+            for deviation in self.deviations
+        ] or ["deviation from the dense policy: not measured, no calibration frames were given"]
+        return "\n".join(lines)
+
+
+def measure_deviations(
+    policy: CogACT, compiled: "CompiledPolicy", frames: "Sequence[Frame]"
+) -> tuple[StageDeviation, ...]:
+    """Run both policies on `frames` from the same noise, that of seed 0, and compare them stage by stage."""
+    config = compiled.config
+    device = next(policy.parameters()).device
+    worst = dict.fromkeys(("cognition", "samples", "actions"), 0.0)
+    for frame in frames:
+        inputs = host.prepare(
+            policy.processor,
+            [frame.image] * config.batch_size,
+            [frame.instruction] * config.batch_size,
+            text_tokens=config.text_tokens,
+            batch_size=config.batch_size,
+        )
+        noise = draw_noise(compiled.noise_shape, 0)
+        found = compiled.outputs(
+            inputs.image, inputs.input_ids, inputs.text_length, noise, stages=("cognition", "samples")
+        )
+        arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
+        image, ids, length, start = (torch.from_numpy(array).to(device) for array in arrays)
+        samples = policy.sample(image, ids, length, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)
+        with torch.no_grad():
+            cognition = policy.cognition(image, ids, length).float()
+        dense = {"cognition": cognition.cpu().numpy(), "samples": samples.cpu().numpy()}
+        for stages in (dense, found):
+            stages["actions"] = np.clip(stages["samples"], -1.0, 1.0)
+        worst = {stage: max(error, relative_error(found[stage], dense[stage])) for stage, error in worst.items()}
+    return tuple(StageDeviation(stage=stage, relative=error, frames=len(frames)) for stage, error in worst.items())
+
+
+def _size(ops: int, flops: int, weight_bytes: int) -> tuple[str, str, str]:
+    return str(ops), f"{flops / 1e9:.3f}", f"{weight_bytes / 1e6:.2f}"

@@ -1,0 +1,118 @@
+"""The files of a CogACT run: where they are, on disk or on the Hugging Face hub, and what their text says."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+# The hub's client re-raises what its HTTP library raises, and which library that is changes with its version.
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+from evla_compile.errors import CheckpointError, UnsupportedModelError
+
+TOKENIZER_REPOSITORY = "openvla/openvla-7b"
+"""Hub repository whose ungated tokenizer.json is Llama-2's; CogACT's own repositories carry none."""
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the .pt file of a run directory, of a path to the file itself, or of a Hugging Face id (downloaded).
+
+    Raises:
+        CheckpointError: there is no such file, or more than one.
+    """
+    # Made absolute but not resolved: the hub's cache links a checkpoint to a file elsewhere.
+    local = Path(path).absolute()
+    if local.is_dir():
+        return _only_checkpoint(local)
+    if local.is_file():
+        if local.suffix != ".pt" or local.parent.name != "checkpoints":
+            raise CheckpointError(
+                f"{local}: expected a .pt file in a folder named checkpoints, with config.json and"
+                " dataset_statistics.json in that folder's parent; move the file or give the run directory"
+            )
+        return local
+    repository = Path(path).as_posix()
+    if local.suffix != ".pt" and _HUB_ID.fullmatch(repository):
+        advice = "check the id, or download the repository elsewhere and give its folder"
+        return _only_checkpoint(_download(repository, ["*.json", "checkpoints/*.pt"], advice))
+    raise CheckpointError(
+        f"{local}: no such file or folder; expected a run directory, its checkpoints/*.pt, or a Hugging Face id like"
+        " CogACT/CogACT-Base"
+    )
+
+
+def find_tokenizer(tokenizer: str | Path | None, run: Path) -> Path:
+    """Return the tokenizer.json that was given (itself or its folder), else the run directory's, else the hub's.
+
+    Raises:
+        CheckpointError: the given path holds none, or the hub cannot be reached.
+    """
+    if tokenizer is not None:
+        given = Path(tokenizer)
+        file = given / "tokenizer.json" if given.is_dir() else given
+        if not file.is_file():
+            raise CheckpointError(f"tokenizer={str(tokenizer)!r}: expected a tokenizer.json or its folder, found none")
+        return file
+    if (run / "tokenizer.json").is_file():
+        return run / "tokenizer.json"
+    advice = f"put Llama-2's tokenizer.json into {run}, or name it with the argument `tokenizer`"
+    return _download(TOKENIZER_REPOSITORY, ["tokenizer.json"], advice) / "tokenizer.json"
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        CheckpointError: the file is missing or is no UTF-8 text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: expected this file of a CogACT run directory, found none") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: expected UTF-8 text ({error}); copy or download it again") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
+    """
+    try:
+        contents = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}: expected a JSON object ({error}); copy or download it again") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found a {type(contents).__name__}; download it again")
+    return contents
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Put the name of a file in front of the message of an error that its contents raise."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+def _only_checkpoint(run: Path) -> Path:
+    found = sorted(run.glob("checkpoints/*.pt"))
+    if len(found) != 1:
+        names = f" ({', '.join(file.name for file in found)}); give the path of one" if found else ""
+        raise CheckpointError(f"{run}: expected exactly one checkpoints/*.pt, found {len(found)}{names}")
+    return found[0]
+
+
+def _download(repository: str, patterns: Sequence[str], advice: str) -> Path:
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise CheckpointError(f"{repository}: cannot be had from the Hugging Face hub ({error}); {advice}") from error

@@ -1,0 +1,117 @@
+"""A graph on ONNX Runtime: on the provider that was asked for, or not at all."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from numpy.typing import NDArray
+
+from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.manifest import TensorSpec
+
+Provider: TypeAlias = Literal["cpu", "cuda"]
+"""Where ONNX Runtime computes."""
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+_DTYPES = {
+    "tensor(bool)": "bool",
+    "tensor(uint8)": "uint8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(float16)": "float16",
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+}
+
+
+class OnnxSession:
+    """An ONNX file, loaded and ready to run.
+
+    Attributes:
+        outputs: names of the graph's outputs.
+    """
+
+    def __init__(self, model: Path, *, provider: Provider, threads: int | None) -> None:
+        """Load a file; its external data is found beside it.
+
+        Args:
+            model: the ONNX file.
+            provider: where to compute.
+            threads: threads within an operator; None leaves the number to ONNX Runtime.
+
+        Raises:
+            ValueError: `provider` or `threads` is out of range.
+            EvlaError: ONNX Runtime is not installed, or lacks the provider.
+            ArtifactError: ONNX Runtime refuses the file.
+        """
+        if provider not in _PROVIDERS:
+            raise ValueError(f"provider={provider!r}: expected one of {', '.join(_PROVIDERS)}")
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        self._session = _open(model, provider, threads)
+        self.outputs = tuple(output.name for output in self._session.get_outputs())
+
+    def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        """Compare the graph's inputs and outputs with those expected.
+
+        Raises:
+            ArtifactError: a name, dtype or shape differs.
+        """
+        for kind, nodes, specs in (
+            ("inputs", self._session.get_inputs(), inputs),
+            ("outputs", self._session.get_outputs(), outputs),
+        ):
+            found = sorted(f"{node.name} {_DTYPES.get(node.type, node.type)}{node.shape}" for node in nodes)
+            expected = sorted(map(str, specs))
+            if found != expected:
+                raise ArtifactError(
+                    f"{kind} of the graph are {', '.join(found)}: expected {', '.join(expected)} by the manifest;"
+                    " the files are of two compilations, compile the policy again"
+                )
+
+    def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph once: its inputs by name -> its outputs by name."""
+        return dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
+
+
+def _open(model: Path, provider: Provider, threads: int | None) -> Any:
+    remedy = f'pip install "evla-compile[{_EXTRAS[provider]}]"'
+    try:
+        # An optional dependency, and one without type stubs.
+        onnxruntime = import_module("onnxruntime")
+        ort_errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    except ImportError as error:
+        raise EvlaError(f"ONNX Runtime cannot be imported ({error}): {remedy}") from error
+    wanted, available = _PROVIDERS[provider], onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise EvlaError(
+            f"provider={provider!r}: expected {wanted}, but ONNX Runtime {onnxruntime.__version__} offers"
+            f" {', '.join(available)}: remove every onnxruntime package, then {remedy}"
+        )
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
+        session = onnxruntime.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+    except (
+        ort_errors.Fail,
+        ort_errors.InvalidArgument,
+        ort_errors.InvalidGraph,
+        ort_errors.InvalidProtobuf,
+        ort_errors.NoSuchFile,
+        ort_errors.NotImplemented,
+        ort_errors.RuntimeException,
+    ) as error:
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {error}; install a newer one, or export with"
+            " a lower opset"
+        ) from error
+    taken = session.get_providers()
+    if taken[0] != wanted:
+        raise EvlaError(
+            f"provider={provider!r}: expected {wanted}, but ONNX Runtime {onnxruntime.__version__} took"
+            f" {', '.join(taken)}; its log says why: most often CUDA or cuDNN is missing or of another version"
+        )
+    return session

@@ -1,0 +1,162 @@
+"""An exported policy, ready to run: the graph on ONNX Runtime between the host's two halves.
+
+Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evla_compile import host
+from evla_compile.artifact import check_files, find_manifest
+from evla_compile.config import CompileConfig
+from evla_compile.errors import ArtifactError, CheckpointError
+from evla_compile.host import CameraFrame
+from evla_compile.manifest import Manifest, read_manifest
+from evla_compile.processor import Processor
+from evla_compile.runtime.onnx_session import OnnxSession, Provider
+
+
+class RuntimePolicy:
+    """A compiled policy whose graph has been loaded; made by `load`.
+
+    Attributes:
+        manifest: what the artifact says of itself.
+        processor: host-side tokenizer, image preparation and action statistics.
+    """
+
+    def __init__(self, session: OnnxSession, manifest: Manifest, processor: Processor) -> None:
+        self.manifest = manifest
+        self.processor = processor
+        self._session = session
+
+    @property
+    def config(self) -> CompileConfig:
+        """Settings of the compilation."""
+        return self.manifest.config
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the action chunk for a camera frame and an instruction.
+
+        Args:
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
+            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+
+        Returns:
+            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+
+        Raises:
+            ValueError: an argument is refused, or the samples are not finite.
+        """
+        _, chunk, width = self.manifest.noise_shape
+        return host.predict_action(
+            self.sample,
+            self.processor,
+            image,
+            instruction,
+            unnorm_key=unnorm_key,
+            noise=noise,
+            seed=seed,
+            text_tokens=self.config.text_tokens,
+            batch_size=self.config.batch_size,
+            chunk=chunk,
+            width=width,
+        )
+
+    def sample(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Return the graph's raw samples, float32 [B,A,F]; see `outputs`."""
+        return self.outputs(image, input_ids, text_length, noise)["samples"]
+
+    def outputs(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> dict[str, NDArray[Any]]:
+        """Return every output of the graph by name: `samples`, and whatever else it was exported with.
+
+        Args:
+            image: uint8 [B,S,S,3].
+            input_ids: int64 [B,T], right-padded.
+            text_length: int64 [B], real tokens of each row, from 2 to T.
+            noise: float32 [B,A,F].
+
+        Raises:
+            ValueError: an argument has another dtype or shape, or a text length is out of range.
+        """
+        feeds: dict[str, NDArray[Any]] = {
+            "image": image,
+            "input_ids": input_ids,
+            "text_length": text_length,
+            "noise": noise,
+        }
+        for spec in self.manifest.inputs:
+            given = feeds[spec.name]
+            if not isinstance(given, np.ndarray) or given.dtype != spec.dtype or given.shape != spec.shape:
+                found = f"{given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
+                raise ValueError(f"{spec.name} is {found}: expected a numpy array {spec.dtype}{list(spec.shape)}")
+        # Beyond these bounds the graph would read a wrong position without complaint.
+        if text_length.min() < 2 or text_length.max() > self.config.text_tokens:
+            raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {self.config.text_tokens}")
+        return self._session.run(feeds)
+
+
+def load(
+    path: str | os.PathLike[str],
+    provider: Provider = "cpu",
+    threads: int | None = None,
+    check_hashes: bool = True,
+) -> RuntimePolicy:
+    """Load an exported policy; imports neither torch nor transformers.
+
+    Args:
+        path: an artifact's folder, an `.onnx` file with its manifest beside it, or that manifest.
+        provider: "cpu", or "cuda" with onnxruntime-gpu. Operators that have no CUDA kernel still run on the CPU.
+        threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
+        check_hashes: whether to read every file through for its SHA-256 first.
+
+    Raises:
+        ArtifactError: the artifact is missing, damaged, or not what its manifest says.
+        EvlaError: ONNX Runtime is not installed, or cannot compute where it was asked to.
+        ValueError: `provider` or `threads` is out of range.
+    """
+    place = find_manifest(path)
+    manifest = read_manifest(place)
+    check_files(manifest, place.parent, hashes=check_hashes)
+    processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
+    session = OnnxSession(place.with_name(manifest.model.name), provider=provider, threads=threads)
+    session.check_signature(manifest.inputs, manifest.outputs)
+    return RuntimePolicy(session, manifest, processor)
+
+
+def _read_processor(manifest: Manifest, tokenizer: Path) -> Processor:
+    try:
+        return Processor(
+            tokenizer_json=tokenizer.read_text(encoding="utf-8"),
+            statistics=manifest.statistics,
+            image_side=manifest.image_side,
+            pad_id=manifest.pad_id,
+        )
+    except (UnicodeDecodeError, CheckpointError) as error:
+        raise ArtifactError(f"tokenizer {tokenizer}: {error}; compile the policy again") from error

@@ -1,0 +1,65 @@
+"""The one table of tolerances, and the one measure that they apply to; no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evla_compile.errors import VerificationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerances:
+    """Largest relative errors that are accepted (see `relative_error`), float32 on a CPU."""
+
+    patches: float = 1e-5
+    """Vision features against CogACT's public code."""
+    projected: float = 1e-5
+    """Projected patches against CogACT's public code."""
+    cognition: float = 1e-5
+    """Cognition feature against CogACT's public code."""
+    importance: float = 1e-5
+    """Layer importance against an eager reference."""
+    trajectory: float = 1e-4
+    """Denoising trajectory against CogACT's public code."""
+    samples: float = 1e-4
+    """Raw samples against CogACT's public code or an eager reference."""
+    actions: float = 1e-4
+    """Un-normalised actions against CogACT's public code."""
+    lowered: float = 1e-4
+    """A lowered graph against the graph that it was made from."""
+    second_consumer: float = 1e-3
+    """A runtime that nothing was tuned for against the graph."""
+
+
+TOLERANCES = Tolerances()
+
+
+def relative_error(actual: NDArray[np.generic], reference: NDArray[np.generic]) -> float:
+    """Return the largest absolute difference over the largest absolute value of `reference`.
+
+    A reference of zeros is measured absolutely.
+
+    Raises:
+        ValueError: the shapes differ, or a value is not finite.
+    """
+    if actual.shape != reference.shape:
+        raise ValueError(f"shapes differ: {list(actual.shape)} against a reference of {list(reference.shape)}")
+    found, expected = actual.astype(np.float64), reference.astype(np.float64)
+    if not np.isfinite(found).all() or not np.isfinite(expected).all():
+        raise ValueError("cannot compare: a value is infinite or not a number")
+    largest = float(np.abs(expected).max(initial=0.0))
+    return float(np.abs(found - expected).max(initial=0.0)) / (largest or 1.0)
+
+
+def check(stage: str, actual: NDArray[np.generic], reference: NDArray[np.generic], *, tolerance: float) -> float:
+    """Return the relative error of a stage, or raise where it exceeds the tolerance.
+
+    Raises:
+        VerificationError: the error exceeds `tolerance`; the message names the stage and both figures.
+        ValueError: the arrays cannot be compared.
+    """
+    error = relative_error(actual, reference)
+    if error > tolerance:
+        raise VerificationError(f"{stage}: relative error {error:.2e} exceeds the tolerance {tolerance:.0e}")
+    return error

@@ -1,0 +1,106 @@
+"""A compiled policy to an artifact: graph, tokenizer, report, recorded cases and the manifest that binds them."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from evla_compile import __version__, host
+from evla_compile.artifact import ArtifactFiles, writing
+from evla_compile.calibration import Frame
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.errors import ExportError
+from evla_compile.exporters.to_onnx import to_onnx
+from evla_compile.manifest import FileRecord, Manifest, TensorSpec, write_manifest
+from evla_compile.passes.expose_stages import SAMPLES
+from evla_compile.processor import draw_noise
+from evla_compile.recorded import RecordedCase, write_cases
+
+_OTHER_FORMATS = (".engine", ".plan", ".pt2", ".trt")
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
+
+
+def export_artifact(
+    compiled: CompiledPolicy, target: str | os.PathLike[str], *, opset: int, stages: tuple[str, ...]
+) -> None:
+    """Write `compiled` to `target`, an `X.onnx` or a folder; see `CompiledPolicy.export`."""
+    files = ArtifactFiles.of(target)
+    if Path(target).suffix in _OTHER_FORMATS:
+        raise ExportError(f"cannot write {target}: expected a name that ends in .onnx, or a folder")
+    outputs = (SAMPLES, *stages)
+    graph = compiled.exposing(outputs) if stages else compiled.graph
+    with writing(target) as folder:
+        model = folder / files.model
+        to_onnx(graph, model, outputs=outputs, opset=opset)
+        (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
+        report = json.dumps(compiled.report.to_json(), indent=1)
+        (folder / files.report).write_text(report + "\n", encoding="utf-8")
+        cases = record_cases(compiled, outputs)
+        write_cases(cases, folder / files.cases)
+        data = folder / files.data
+        manifest = Manifest(
+            created_by=__version__,
+            model=FileRecord.measure(model),
+            data=(FileRecord.measure(data),) if data.exists() else (),
+            tokenizer=FileRecord.measure(folder / files.tokenizer),
+            report=FileRecord.measure(folder / files.report),
+            cases=FileRecord.measure(folder / files.cases),
+            inputs=tuple(
+                TensorSpec(
+                    name=str(node.target),
+                    dtype=str(node.meta["val"].dtype).removeprefix("torch."),
+                    shape=tuple(node.meta["val"].shape),
+                )
+                for node in graph.graph.find_nodes(op="placeholder")
+            ),
+            outputs=tuple(
+                TensorSpec(name=name, dtype=str(value.dtype), shape=value.shape)
+                for name, value in cases[0].outputs.items()
+            ),
+            config=compiled.config,
+            plan=compiled.plan.to_json(),
+            statistics=compiled.processor.statistics,
+            pad_id=compiled.processor.pad_id,
+            opset=opset,
+            versions={library: version(library) for library in _LIBRARIES},
+        )
+        write_manifest(manifest, folder / files.manifest)
+
+
+def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[RecordedCase]:
+    """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
+
+    A policy compiled without calibration frames has none; one frame of seeded noise stands in, which is fit for
+    comparing two lowerings of the same graph and for nothing else.
+    """
+    frames = compiled.frames or (_noise_frame(compiled.sizes.image_side),)
+    batch, cases = compiled.config.batch_size, []
+    for number, (image, instruction) in enumerate(frames):
+        inputs = host.prepare(
+            compiled.processor,
+            [image] * batch,
+            [instruction] * batch,
+            text_tokens=compiled.config.text_tokens,
+            batch_size=batch,
+        )
+        noise = draw_noise(compiled.noise_shape, number)
+        found = compiled.outputs(inputs.image, inputs.input_ids, inputs.text_length, noise, stages=outputs)
+        cases.append(
+            RecordedCase(
+                inputs={
+                    "image": inputs.image,
+                    "input_ids": inputs.input_ids,
+                    "text_length": inputs.text_length,
+                    "noise": noise,
+                },
+                outputs=found,
+            )
+        )
+    return cases
+
+
+def _noise_frame(side: int) -> Frame:
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return Frame(pixels, "pick up the object")

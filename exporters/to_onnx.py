@@ -1,0 +1,150 @@
+"""A finished graph to an ONNX file with static shapes."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx import checker
+from onnx_ir.passes import common
+from onnxscript import opset18, optimizer
+from onnxscript.rewriter import onnx_fusions
+from torch import fx
+
+from evla_compile.errors import ExportError
+from evla_compile.exporters.lift import to_exported_program
+from evla_compile.graph import weights
+
+OPSETS = range(18, 24)
+"""ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
+
+EXTERNAL_DATA_BYTES = 1_900_000_000
+"""Weights above this size go to a file of their own: protobuf ends at 2 GiB."""
+
+_MODULE = "module"
+
+
+def to_onnx(
+    gm: fx.GraphModule,
+    path: Path,
+    *,
+    outputs: Sequence[str],
+    opset: int = 23,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> None:
+    """Write `gm`, whose shapes are static, to an ONNX file that `onnx.checker` accepts.
+
+    Every node says in its metadata, under "module", which module of the policy it came from.
+
+    Args:
+        gm: the graph.
+        path: the file; its external data, if it needs any, is `path` with ".data" appended.
+        outputs: names of the outputs, in order.
+        opset: ONNX opset, one of `OPSETS`.
+        external_data_bytes: size of all weights from which they are written to a file of their own.
+
+    Raises:
+        ExportError: an operator cannot be lowered, or the exporter or the checker refused the graph.
+        ValueError: the opset is not one of `OPSETS`.
+    """
+    if opset not in OPSETS:
+        raise ValueError(f"opset={opset!r}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
+    program = to_exported_program(gm)
+    try:
+        with _quiet_exporter():
+            exported = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[str(node.target) for node in gm.graph.find_nodes(op="placeholder")],
+                output_names=list(outputs),
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                optimize=False,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"torch's ONNX exporter failed at opset {opset}: {_first_cause(error)}") from error
+    if exported is None:
+        raise ExportError("torch's ONNX exporter returned no model")
+    _simplify(exported.model)
+    _keep_module_paths(exported.model)
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights(gm))
+    data = path.name + ".data" if size > external_data_bytes else None
+    ir.save(exported.model, path, external_data=data)
+    try:
+        checker.check_model(str(path), full_check=False)
+    except checker.ValidationError as error:
+        raise ExportError(f"{path}: onnx.checker refuses the exported model: {error}") from error
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold shapes and constants, share equal nodes, and fuse norms where the opset has an operator for them.
+
+    The exporter's own optimisation spends ten times as long on pattern rules that never match in these graphs.
+    """
+    optimizer.fold_constants(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+    )(model)
+    onnx_fusions.fuse(model)
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def _stable_sort(x: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """Sort as ONNX's TopK over the whole axis, which gives the lower index first among equals.
+
+    `x` and the result are symbolic tensors of onnxscript, whose type is not public.
+    """
+    count: Any = opset18.Constant(value_ints=[int(x.shape[dim])])
+    return opset18.TopK(x, count, axis=dim, largest=int(descending), sorted=1)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what the exporter says about itself: absent torchvision, and deprecations within torch."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _keep_module_paths(model: ir.Model) -> None:
+    """Reduce the exporter's metadata, stack traces with local paths among it, to each node's module path."""
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]").strip("[]")
+        modules = [scope.strip(" '\"") for scope in scopes.split(",")][:-1]
+        node.metadata_props.clear()
+        if modules and modules[-1]:
+            node.metadata_props[_MODULE] = modules[-1]
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,23 @@
+"""The rewrites, one file each; `evla_compile.graph` has their contract, `evla_compile.pipeline` their order."""
+
+from evla_compile.passes.cache_features import CacheFeatures
+from evla_compile.passes.expose_stages import ExposeStages
+from evla_compile.passes.fold_constants import FoldConstants
+from evla_compile.passes.narrow_last_layer import NarrowLastLayer
+from evla_compile.passes.prune_layers import PruneLayers
+from evla_compile.passes.prune_mlp import PruneMLP
+from evla_compile.passes.select_tokens import SelectTokens
+from evla_compile.passes.specialize_shapes import SpecializeShapes
+from evla_compile.passes.unroll_diffusion import UnrollDiffusion
+
+__all__ = [
+    "CacheFeatures",
+    "ExposeStages",
+    "FoldConstants",
+    "NarrowLastLayer",
+    "PruneLayers",
+    "PruneMLP",
+    "SelectTokens",
+    "SpecializeShapes",
+    "UnrollDiffusion",
+]

@@ -1,0 +1,69 @@
+"""Reuse the DiT's features across denoising steps (EfficientVLA section 3.3)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from evla_compile.errors import PassError
+from evla_compile.graph import GraphPass, inserting
+from evla_compile.sites import ACTION_MODEL, DENOISING, indexed_modules, is_call, residual_ends
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFeatures(GraphPass):
+    """Recompute attention and MLP of every DiT block at step % interval == 0 only, lossy; reuse them otherwise.
+
+    EfficientVLA (arXiv 2506.10100) section 3.3, equations 6 to 8: a reused step adds the cached outputs of all blocks
+    to its own input. Their sum C = stack output - stack input is one tensor, so a reused step is one residual add,
+    tokens + C, and its condition token, which nothing reads any more, is dead. Both guidance halves are cached.
+    Refuses a graph whose sampler is not unrolled.
+    """
+
+    exact: ClassVar[bool] = False
+
+    interval: int
+    """Denoising steps between two recomputations (the paper's N)."""
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval}: expected a whole number from 1 up")
+
+    def rewrite(self, gm: fx.GraphModule) -> int:
+        """Replace the block stack of every reused step by one add."""
+        graph = gm.graph
+        steps = sorted(indexed_modules(graph, DENOISING))
+        if not steps:
+            raise PassError("no unrolled denoising step in the graph: run UnrollDiffusion first")
+        cached, reused = None, 0
+        for step in steps:
+            tokens, hidden = _stack_ends(graph, step)
+            if step % self.interval == 0:
+                with inserting(graph, hidden.next, f"{DENOISING}.{step}") as proxy:
+                    cached = aten.sub.Tensor(proxy(hidden), proxy(tokens)).node
+            elif cached is not None:
+                with inserting(graph, hidden, f"{DENOISING}.{step}") as proxy:
+                    hidden.replace_all_uses_with(aten.add.Tensor(proxy(tokens), proxy(cached)).node)
+                reused += 1
+        return reused
+
+
+def _stack_ends(graph: fx.Graph, step: int) -> tuple[fx.Node, fx.Node]:
+    """Return the action tokens that enter the blocks of `step` and those that leave them, condition token excluded."""
+    path = f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks"
+    blocks = indexed_modules(graph, path)
+    if not blocks:
+        raise PassError(f"no DiT block under {path!r}: its features are cached already")
+    first, last = min(blocks), max(blocks)
+    entry, _ = residual_ends(f"{path}.{first}", blocks[first])
+    _, exit_ = residual_ends(f"{path}.{last}", blocks[last])
+    readers = list(exit_.users)
+    if not is_call(entry, aten.cat.default) or len(readers) != 1 or not is_call(readers[0], aten.slice.Tensor):
+        raise PassError(f"{path}: expected a condition token joined in front of the blocks and dropped behind them")
+    joined = entry.args[0]
+    if not isinstance(joined, list | tuple) or len(joined) != 2 or not isinstance(joined[1], fx.Node):
+        raise PassError(f"{path}: expected the condition token and the action tokens, found {joined}")
+    return joined[1], readers[0]

@@ -1,0 +1,77 @@
+"""One captured denoising step to the whole sampler."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from evla_compile.errors import PassError
+from evla_compile.graph import GraphPass, hold_tensor, inserting
+from evla_compile.model.diffusion import ddim_schedule
+from evla_compile.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnrollDiffusion(GraphPass):
+    """Copy the captured denoising step `ddim_steps` times with constant timesteps, exact: the DDIM sampler, eta 0.
+
+    CogACT samples x <- A x + B eps(x, t), both coefficients folded to constants (see `model.diffusion`); this is the
+    loop that EfficientVLA section 3.3 caches across. What does not depend on the noisy actions or on the timestep is
+    not copied: embedding the cognition feature leaves the loop. Step k becomes the module path `denoising.k.…`.
+    Refuses a graph without the `timestep` input, which is unrolled already.
+    """
+
+    exact: ClassVar[bool] = True
+
+    ddim_steps: int
+    """Denoising steps; a count that an integer stride over the training schedule yields."""
+
+    def rewrite(self, gm: fx.GraphModule) -> int:
+        """Replace the noise prediction, the graph's output, by the samples."""
+        graph = gm.graph
+        noise, timestep, output = input_node(graph, "noise"), input_node(graph, "timestep"), graph.output_node()
+        step_nodes = _loop_body(graph, {noise, timestep})
+        predicted = argument(output, 0)
+        if predicted not in step_nodes:
+            raise PassError("the graph's output is not the action model's noise prediction")
+        x = noise
+        for number, step in enumerate(ddim_schedule(self.ddim_steps)):
+            value = torch.tensor([float(step.timestep)], device=timestep.meta["val"].device)
+            with graph.inserting_before(output):
+                constant = graph.get_attr(hold_tensor(gm, f"timestep_{step.timestep}", value))
+            mapping = {noise: x, timestep: constant}
+            _copy_step(graph, step_nodes, mapping, output, number)
+            with inserting(graph, output, f"{DENOISING}.{number}") as proxy:
+                scaled = aten.mul.Tensor(proxy(x), step.sample)
+                x = aten.add.Tensor(scaled, aten.mul.Tensor(proxy(mapping[predicted]), step.noise)).node
+        output.args = (x,)
+        for node in reversed(step_nodes):
+            graph.erase_node(node)
+        graph.erase_node(timestep)
+        return self.ddim_steps
+
+
+def _loop_body(graph: fx.Graph, varying: set[fx.Node]) -> list[fx.Node]:
+    body = []
+    for node in nodes_under(graph, ACTION_MODEL):
+        if varying.intersection(node.all_input_nodes):
+            varying.add(node)
+            body.append(node)
+    return body
+
+
+def _copy_step(
+    graph: fx.Graph, body: list[fx.Node], mapping: dict[fx.Node, fx.Node], before: fx.Node, number: int
+) -> None:
+    with graph.inserting_before(before):
+        for node in body:
+            copied = graph.node_copy(node, lambda read: mapping.get(read, read))
+            copied.meta["nn_module_stack"] = {
+                f"{DENOISING}.{number}.{key}": (f"{DENOISING}.{number}.{path}", kind)
+                for key, (path, kind) in node.meta["nn_module_stack"].items()
+                if path
+            }
+            mapping[node] = copied

@@ -1,0 +1,166 @@
+"""Layer importance, neuron scores, plans and calibration folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import evla_compile as evla
+from evla_compile.calibration import Frame, calibrate, read_frames
+from evla_compile.config import CompileConfig
+from evla_compile.model.policy import CogACT
+from evla_compile.plan import Plan, kept_layers, kept_neurons, plan_without_calibration
+from evla_compile.tolerances import TOLERANCES, check
+
+
+@pytest.fixture(scope="module")
+def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
+    return [Frame(frame, case["instruction"]) for case in golden["cases"]]
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_policy: CogACT, frames: list[Frame]) -> Plan:
+    return calibrate(tiny_policy, frames, CompileConfig(keep_layers=4), progress=False)
+
+
+def test_importance_equals_the_golden_reference(
+    tiny_policy: CogACT, frames: list[Frame], plan: Plan, golden: dict[str, Any], golden_dir: Path
+) -> None:
+    each = [np.load(golden_dir / case["file"])["layer_importance"] for case in golden["cases"]]
+    found = calibrate(tiny_policy, frames[:1], CompileConfig(keep_layers=4), progress=False)
+    check("importance", np.array(found.layer_importance), each[0], tolerance=TOLERANCES.importance)
+    check("importance", np.array(plan.layer_importance), np.mean(each, axis=0), tolerance=TOLERANCES.importance)
+    assert np.argsort(plan.layer_importance).tolist() == golden["importance_order_ascending"]
+    assert plan.keep_layers == tuple(golden["efficient"][0]["kept_layers"])
+    assert plan.frames == 3
+
+
+def test_neurons_are_those_of_an_eager_count(tiny_policy: CogACT, frames: list[Frame], plan: Plan) -> None:
+    activity: dict[int, list[Tensor]] = {}
+    downs = {
+        index: tiny_policy.get_submodule(f"llm_backbone.llm.model.layers.{index}.mlp.down_proj") for index in range(6)
+    }
+    hooks = [
+        down.register_forward_pre_hook(
+            lambda _, given, index=index: activity.setdefault(index, []).append(given[0][0].abs())
+        )
+        for index, down in downs.items()
+    ]
+    for image, instruction in frames:
+        ids = torch.tensor([tiny_policy.processor.prompt_ids(instruction)])
+        pixels = torch.from_numpy(tiny_policy.processor.image(image))[None]
+        with torch.no_grad():
+            tiny_policy.cognition(pixels, ids, torch.tensor([ids.shape[1]]))
+    for hook in hooks:
+        hook.remove()
+    for layer, kept in zip(plan.keep_layers, plan.mlp_neurons, strict=True):
+        score = torch.cat(activity[layer]).mean(0) * downs[layer].get_parameter("weight").norm(dim=0)
+        assert kept == tuple(score.topk(128).indices.sort().values.tolist())
+
+
+def test_all_budgets_open_keep_everything(tiny_policy: CogACT, frames: list[Frame]) -> None:
+    found = calibrate(tiny_policy, frames[:1], CompileConfig.dense(), progress=False)
+    assert found.keep_layers == (0, 1, 2, 3, 4, 5)
+    assert found.mlp_neurons == ()
+
+
+def test_importance_ranks_and_the_lower_index_goes_first_among_equals() -> None:
+    assert kept_layers(CompileConfig(keep_layers=2), (0.5, 0.1, 0.1, 0.1)) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "kept"),
+    [(0.75, 11008, 8256), (1.0, 172, 172), (0.75, 172, 128), (0.01, 172, 64), (0.5, 40, 40), (0.99, 128, 128)],
+)
+def test_mlp_width_is_rounded_to_a_multiple_of_64(share: float, width: int, kept: int) -> None:
+    assert kept_neurons(CompileConfig(mlp_keep=share), width) == kept
+
+
+def test_plan_survives_json(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert hash(plan) == hash(Plan.load(tmp_path / "plan.json"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_layers": [0, -1]},
+        {"keep_layers": [0.5]},
+        {"mlp_neurons": [3]},
+        {"mlp_neurons": ["3-"]},
+        {"mlp_neurons": [",".join(["0-999999"] * 50)]},
+        {"frames": True},
+        {"extra": 1},
+    ],
+)
+def test_malformed_plan_is_refused(change: dict[str, Any], plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json() | change))
+    with pytest.raises(evla.CalibrationError, match="plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_missing_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(evla.CalibrationError, match="No such file"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_no_frames_are_refused(tiny_policy: CogACT) -> None:
+    with pytest.raises(evla.CalibrationError, match="at least one real"):
+        calibrate(tiny_policy, [], CompileConfig(keep_layers=4), progress=False)
+
+
+@pytest.mark.parametrize("config", [CompileConfig(keep_layers=4, mlp_keep=1.0), CompileConfig(keep_layers=None)])
+def test_a_reduced_budget_is_never_calibrated_on_made_up_data(config: CompileConfig, tiny_policy: CogACT) -> None:
+    with pytest.raises(evla.CalibrationError, match="give calibration= frames"):
+        plan_without_calibration(tiny_policy.sizes.language, config)
+
+
+def test_named_layers_need_no_calibration(tiny_policy: CogACT) -> None:
+    found = plan_without_calibration(tiny_policy.sizes.language, CompileConfig(keep_layers=(0, 2, 5), mlp_keep=1.0))
+    assert found == Plan(layer_importance=(), keep_layers=(0, 2, 5), mlp_neurons=(), frames=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, frame: Image.Image) -> Path:
+    frame.save(tmp_path / "0.png")
+    (tmp_path / "frames.jsonl").write_text('{"image": "0.png", "instruction": "pick coke can"}\n\n')
+    return tmp_path
+
+
+def test_calibration_folder_is_read(folder: Path, frame: Image.Image) -> None:
+    ((image, instruction),) = read_frames(folder)
+    assert instruction == "pick coke can"
+    assert np.array_equal(np.asarray(image), np.asarray(frame))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("not json", r"frames\.jsonl:1: not JSON"),
+        ('{"image": "0.png"}', r"frames\.jsonl:1: expected"),
+        ('["0.png", "pick"]', r"frames\.jsonl:1: expected"),
+        ('{"image": "0.png", "instruction": ""}', r"frames\.jsonl:1: expected"),
+        ('{"image": "1.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*1\.png cannot be read"),
+        ('{"image": "grey.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*grey\.png has PIL mode 'L'"),
+        ('{"image": "cut.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*cut\.png cannot be read"),
+        ("[" * 100_000, r"frames\.jsonl:1: not JSON"),
+    ],
+)
+def test_malformed_calibration_folder_is_refused(text: str, message: str, folder: Path) -> None:
+    Image.new("L", (4, 4)).save(folder / "grey.png")
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:5000])
+    (folder / "frames.jsonl").write_text(text)
+    with pytest.raises(evla.CalibrationError, match=message):
+        read_frames(folder)
+
+
+def test_missing_calibration_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(evla.CalibrationError, match=r"frames\.jsonl cannot be read"):
+        read_frames(tmp_path / "nowhere")

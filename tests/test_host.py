@@ -1,0 +1,170 @@
+"""Between a camera frame and an action chunk, with a function of a few lines for a backend."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from evla_compile.host import action_noise, predict_action, prepare
+from evla_compile.processor import Processor, draw_noise, read_statistics
+
+SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 3
+UNNORM_KEY = "bridge_orig"
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer_json: str, golden_dir: Path) -> Processor:
+    statistics = read_statistics(json.loads((golden_dir / "dataset_statistics.json").read_text(encoding="utf-8")))
+    return Processor(tokenizer_json=tokenizer_json, statistics=statistics, image_side=SIDE, pad_id=PAD)
+
+
+class Backend:
+    """A backend that keeps what it was given and returns the noise, shifted, as its samples."""
+
+    def __init__(self, shift: float = 0.25) -> None:
+        self.shift = np.float32(shift)
+        self.calls: list[tuple[NDArray[Any], ...]] = []
+
+    def __call__(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        self.calls.append((image, input_ids, text_length, noise))
+        return noise + self.shift
+
+
+def frame(value: int) -> NDArray[np.uint8]:
+    return np.full((6, 8, 3), value, dtype=np.uint8)
+
+
+def predict(backend: Backend, processor: Processor, image: Any, instruction: Any, **settings: Any) -> NDArray[Any]:
+    defaults: dict[str, Any] = {"unnorm_key": UNNORM_KEY, "noise": None, "seed": None, "batch_size": 1}
+    shape = {"text_tokens": TEXT, "chunk": CHUNK, "width": WIDTH}
+    return predict_action(backend, processor, image, instruction, **(defaults | shape | settings))
+
+
+def test_one_frame_and_one_instruction_become_a_batch_of_one(processor: Processor) -> None:
+    inputs = prepare(processor, frame(9), "pick coke can", text_tokens=TEXT, batch_size=1)
+    ids = processor.prompt_ids("pick coke can")
+    assert np.array_equal(inputs.image, np.full((1, SIDE, SIDE, 3), 9))
+    assert inputs.input_ids.tolist() == [ids + [PAD] * (TEXT - len(ids))]
+    assert inputs.text_length.tolist() == [len(ids)]
+    assert [array.dtype for array in (inputs.image, inputs.input_ids, inputs.text_length)] == [
+        np.uint8,
+        np.int64,
+        np.int64,
+    ]
+
+
+def test_rows_of_a_batch_keep_their_order(processor: Processor) -> None:
+    inputs = prepare(processor, [frame(1), frame(2)], ["open drawer", "pick it up"], text_tokens=TEXT, batch_size=2)
+    assert inputs.image[:, 0, 0, 0].tolist() == [1, 2]
+    rows = zip(inputs.input_ids, inputs.text_length, strict=True)
+    prompts = [processor.prompt_ids(text) for text in ("open drawer", "pick it up")]
+    assert [row[:length].tolist() for row, length in rows] == prompts
+
+
+@pytest.mark.parametrize(
+    ("image", "instruction", "batch_size", "message"),
+    [
+        (frame(1), ["a", "b"], 2, "image: 1 given.* batches of 2"),
+        ([frame(1), frame(2)], "a", 2, "instruction: 1 given.* batches of 2"),
+        ([frame(1), frame(2)], "a", 1, "image: 2 given.* batches of 1"),
+        (frame(1), ["a", "b", "c"], 1, "instruction: 3 given.* batches of 1"),
+        ([], "a", 1, "image: 0 given"),
+        (frame(1), None, 1, "instruction=None"),
+        (frame(1)[..., 0], "a", 1, r"expected uint8 \[H,W,3\]"),
+        (frame(1), "pick " * 30, 1, "text_tokens"),
+    ],
+)
+def test_other_numbers_or_kinds_of_frames_and_instructions_are_refused(
+    processor: Processor, image: Any, instruction: Any, batch_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(processor, image, instruction, text_tokens=TEXT, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("seed", "drawn"), [(None, 0), (0, 0), (7, 7)])
+def test_noise_is_drawn_from_the_seed_which_is_0_by_default(seed: int | None, drawn: int) -> None:
+    noise = action_noise(None, seed, batch_size=2, chunk=CHUNK, width=WIDTH)
+    assert noise.dtype == np.float32
+    assert np.array_equal(noise, draw_noise((2, CHUNK, WIDTH), drawn))
+
+
+def test_different_seeds_give_different_noise() -> None:
+    first, second = (action_noise(None, seed, batch_size=1, chunk=CHUNK, width=WIDTH) for seed in (1, 2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(CHUNK, WIDTH), (1, CHUNK, WIDTH)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_given_noise_is_used_as_it_is(shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> None:
+    given = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    noise = action_noise(given, None, batch_size=1, chunk=CHUNK, width=WIDTH)
+    assert noise.dtype == np.float32
+    assert np.array_equal(noise, given.astype(np.float32).reshape(1, CHUNK, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("noise", "seed", "batch_size", "message"),
+    [
+        (np.zeros((CHUNK, WIDTH)), 0, 1, "both given"),
+        (np.zeros((CHUNK, WIDTH)), None, 2, r"expected \[2, 16, 7\]"),
+        (np.zeros((2, CHUNK, WIDTH)), None, 1, r"shape \[2, 16, 7\]: expected \[1, 16, 7\]"),
+        (np.zeros((WIDTH, CHUNK)), None, 1, r"shape \[7, 16\]"),
+        (np.zeros((CHUNK, WIDTH), dtype=np.int64), None, 1, "noise is of int64: expected a float array"),
+        ([[0.0] * WIDTH] * CHUNK, None, 1, "noise is of list"),
+        (np.full((CHUNK, WIDTH), np.nan), None, 1, "not a number"),
+        (np.full((CHUNK, WIDTH), np.inf), None, 1, "infinite"),
+        (np.full((CHUNK, WIDTH), 1e300), None, 1, "infinite"),
+        (None, -1, 1, "seed=-1"),
+        (None, True, 1, "seed=True"),
+        (None, 1.5, 1, "seed=1.5"),
+    ],
+)
+def test_unusable_noise_or_seed_is_refused(noise: Any, seed: Any, batch_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        action_noise(noise, seed, batch_size=batch_size, chunk=CHUNK, width=WIDTH)
+
+
+def test_the_backend_gets_what_was_prepared_and_its_samples_become_actions(processor: Processor) -> None:
+    backend = Backend()
+    actions = predict(backend, processor, frame(5), "open drawer", seed=3)
+    inputs = prepare(processor, frame(5), "open drawer", text_tokens=TEXT, batch_size=1)
+    noise = draw_noise((1, CHUNK, WIDTH), 3)
+    expected: list[NDArray[Any]] = [inputs.image, inputs.input_ids, inputs.text_length, noise]
+    (given,) = backend.calls
+    assert all(np.array_equal(*pair) for pair in zip(given, expected, strict=True))
+    assert np.array_equal(actions, processor.actions(noise[0] + backend.shift, UNNORM_KEY))
+
+
+@pytest.mark.parametrize(
+    ("image", "instruction", "batch_size", "shape"),
+    [
+        (frame(1), "a", 1, (CHUNK, WIDTH)),
+        ([frame(1)], ["a"], 1, (1, CHUNK, WIDTH)),
+        ([frame(1), frame(2)], ["a", "b"], 2, (2, CHUNK, WIDTH)),
+    ],
+)
+def test_a_single_frame_gives_a_chunk_and_a_sequence_gives_a_batch(
+    processor: Processor, image: Any, instruction: Any, batch_size: int, shape: tuple[int, ...]
+) -> None:
+    assert predict(Backend(), processor, image, instruction, batch_size=batch_size).shape == shape
+
+
+def test_an_unknown_dataset_is_refused_before_the_backend_runs(processor: Processor) -> None:
+    backend = Backend()
+    with pytest.raises(ValueError, match=r"unknown unnorm_key 'nowhere'.*bridge_orig, fractal20220817_data"):
+        predict(backend, processor, frame(1), "a", unnorm_key="nowhere")
+    assert not backend.calls
+
+
+def test_samples_that_are_not_finite_are_refused(processor: Processor) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        predict(Backend(shift=float("nan")), processor, frame(1), "a")

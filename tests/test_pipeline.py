@@ -1,0 +1,189 @@
+"""From settings to passes, and `compile` as users call it."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evla_compile as evla
+from evla_compile.calibration import Frame, calibrate
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.model.policy import CogACT
+from evla_compile.pipeline import build_passes, check_plan
+from evla_compile.plan import Plan
+from evla_compile.processor import draw_noise
+from evla_compile.tolerances import TOLERANCES, check
+
+BUDGETS = CompileConfig(keep_layers=4)
+
+
+@pytest.fixture(scope="module")
+def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
+    return [Frame(frame, case["instruction"]) for case in golden["cases"]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny_policy: CogACT, frames: list[Frame]) -> CompiledPolicy:
+    return evla.compile(tiny_policy, BUDGETS, calibration=frames, progress=False)
+
+
+def test_paper_row_runs_all_passes_in_their_order(compiled: CompiledPolicy) -> None:
+    assert [report.name.split("(")[0] for report in compiled.report.passes] == [
+        "UnrollDiffusion",
+        "PruneLayers",
+        "PruneMLP",
+        "SelectTokens",
+        "CacheFeatures",
+        "NarrowLastLayer",
+        "SpecializeShapes",
+        "FoldConstants",
+    ]
+    assert all(report.changes for report in compiled.report.passes)
+
+
+def test_dense_runs_only_exact_passes(tiny_policy: CogACT) -> None:
+    config = CompileConfig.dense()
+    plan = Plan(layer_importance=(), keep_layers=tuple(range(6)), mlp_neurons=(), frames=0)
+    assert all(rewrite.exact for rewrite in build_passes(config, plan, tiny_policy.sizes))
+
+
+def test_every_report_continues_the_one_before(compiled: CompiledPolicy) -> None:
+    reports = compiled.report.passes
+    assert all(a.after == b.before for a, b in pairwise(reports))
+    first, last = reports[0].after, reports[-1].after
+    assert last.flops < first.flops
+    assert last.weight_bytes < first.weight_bytes
+
+
+def test_report_prints_every_pass_and_the_deviation(compiled: CompiledPolicy) -> None:
+    text = str(compiled.report)
+    assert "SelectTokens(visual_tokens=56, key_tokens=4, task_share=0.5)" in text
+    assert "samples: " in text
+    assert {deviation.stage for deviation in compiled.report.deviations} == {"cognition", "samples", "actions"}
+    assert all(deviation.relative > 0 for deviation in compiled.report.deviations)
+
+
+def test_dense_policy_does_not_deviate(tiny_policy: CogACT, frames: list[Frame]) -> None:
+    dense = evla.compile(tiny_policy, CompileConfig.dense(), calibration=frames[:1], progress=False)
+    assert all(deviation.relative < TOLERANCES.lowered for deviation in dense.report.deviations)
+
+
+def test_compiling_leaves_the_policy_alone(tiny_policy: CogACT, frame: Image.Image, compiled: CompiledPolicy) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_policy.state_dict().items()}
+    expected = tiny_policy.predict_action(frame, "pick coke can", "bridge_orig", seed=3)
+    evla.compile(tiny_policy, BUDGETS, plan=compiled.plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_policy.state_dict().items())
+    assert np.array_equal(tiny_policy.predict_action(frame, "pick coke can", "bridge_orig", seed=3), expected)
+
+
+def test_kept_weights_are_shared_with_the_policy(tiny_policy: CogACT, compiled: CompiledPolicy) -> None:
+    name = "llm_backbone.llm.model.layers.3.self_attn.q_proj.weight"
+    held = dict(compiled.graph.named_parameters())[name]
+    assert held.data_ptr() == tiny_policy.get_parameter(name).data_ptr()
+
+
+def test_a_plan_gives_the_same_policy_as_its_calibration(
+    tiny_policy: CogACT, compiled: CompiledPolicy, frame: Image.Image
+) -> None:
+    again = evla.compile(tiny_policy, BUDGETS, plan=compiled.plan)
+    first, second = (policy.predict_action(frame, "pick coke can", "bridge_orig") for policy in (compiled, again))
+    assert np.array_equal(first, second)
+    assert again.report.deviations == ()
+    assert "not measured" in str(again.report)
+
+
+def test_predicted_actions_are_a_chunk(compiled: CompiledPolicy, frame: Image.Image) -> None:
+    actions = compiled.predict_action(frame, "pick coke can", "bridge_orig")
+    assert actions.shape == (16, 7)
+    assert actions.dtype == np.float64
+    other = compiled.predict_action(frame, "pick coke can", "bridge_orig", seed=1)
+    assert not np.array_equal(actions, other)
+    noise = draw_noise((16, 7), 1)
+    assert np.array_equal(other, compiled.predict_action(frame, "pick coke can", "bridge_orig", noise=noise))
+
+
+def test_kept_tokens_are_the_graph_s(compiled: CompiledPolicy, tiny_policy: CogACT, frame: Image.Image) -> None:
+    kept = compiled.kept_tokens(frame, "pick coke can")
+    assert kept.shape == (56,)
+    assert (np.diff(kept) > 0).all()
+    assert 0 <= kept[0] <= kept[-1] < 256
+    dense = evla.compile(tiny_policy, CompileConfig.dense(ddim_steps=1))
+    assert dense.kept_tokens(frame, "pick coke can").tolist() == list(range(256))
+
+
+def test_wrong_inputs_are_refused(compiled: CompiledPolicy) -> None:
+    image = np.zeros((1, 224, 224, 3), dtype=np.uint8)
+    ids, noise = np.ones((1, 32), dtype=np.int64), np.zeros((1, 16, 7), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"text_length=\[33\]: expected from 2 to 32"):
+        compiled.sample(image, ids, np.array([33]), noise)
+    with pytest.raises(ValueError, match=r"image is float32\[1, 224, 224, 3\]: expected a numpy array uint8"):
+        compiled.sample(image.astype(np.float32), ids, np.array([20]), noise)
+    with pytest.raises(ValueError, match="expected a numpy array"):
+        compiled.sample(image, ids[:, :20], np.array([20]), noise)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (CompileConfig(keep_layers=7), "keep_layers=7: the decoder has 6 layers"),
+        (CompileConfig(keep_layers=(0, 1, 6)), "the layers 0 to 5"),
+        (CompileConfig(keep_layers=4, visual_tokens=257), "visual_tokens=257: the policy sees 256 patches"),
+        (CompileConfig(keep_layers=2), "selecting visual tokens needs two layers below it"),
+        (CompileConfig(keep_layers=(1, 4), mlp_keep=1.0), "selecting visual tokens needs two layers below it"),
+    ],
+)
+def test_budgets_that_the_policy_lacks_are_refused(
+    config: CompileConfig, message: str, tiny_policy: CogACT, frames: list[Frame]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evla.compile(tiny_policy, config, calibration=frames, progress=False)
+
+
+def test_reduced_budgets_without_frames_or_plan_are_refused(tiny_policy: CogACT) -> None:
+    with pytest.raises(evla.CalibrationError, match="give calibration= frames"):
+        evla.compile(tiny_policy, BUDGETS)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({}, CompileConfig(keep_layers=5), "settings ask for keep_layers=5"),
+        ({}, CompileConfig(keep_layers=(0, 1, 2, 3)), "settings ask for keep_layers"),
+        ({"keep_layers": (1, 2, 3, 9)}, BUDGETS, "keeps layer 9"),
+        ({"keep_layers": (2, 1, 3, 4)}, BUDGETS, "settings ask for keep_layers=4"),
+        ({}, CompileConfig(keep_layers=4, mlp_keep=0.5), "settings ask for"),
+        ({}, CompileConfig(keep_layers=4, mlp_keep=1.0), "settings ask for all"),
+        ({"mlp_neurons": ((*range(127), 999),) * 4}, BUDGETS, "beyond the decoder's 172"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(
+    change: dict[str, Any], config: CompileConfig, message: str, compiled: CompiledPolicy, tiny_policy: CogACT
+) -> None:
+    plan = Plan(**{name: getattr(compiled.plan, name) for name in Plan.__dataclass_fields__} | change)
+    with pytest.raises(evla.CalibrationError, match=message):
+        check_plan(plan, config, tiny_policy.sizes)
+
+
+def test_presets_are_the_rows_of_table_2() -> None:
+    rows = {name: (config.keep_layers, config.visual_tokens) for name, config in PRESETS.items()}
+    assert rows == {"l28-t112": (28, 112), "l28-t56": (28, 56), "l22-t112": (22, 112), "l22-t56": (22, 56)}
+    assert all(config.mlp_keep == 0.75 and config.cache_interval == 5 for config in PRESETS.values())
+    assert CompileConfig.preset("l22-t56") == CompileConfig()
+    with pytest.raises(ValueError, match="unknown preset 'l20'; expected one of l22-t112"):
+        CompileConfig.preset("l20")
+
+
+def test_bfloat16_policy_compiles_and_stays_near_float32(
+    tiny_checkpoint: Path, tiny_policy: CogACT, frame: Image.Image, frames: list[Frame]
+) -> None:
+    half = evla.load(tiny_checkpoint, dtype=torch.bfloat16)
+    plan = calibrate(tiny_policy, frames, CompileConfig(keep_layers=4, visual_tokens=None), progress=False)
+    config = CompileConfig(keep_layers=4, visual_tokens=None)
+    found = evla.compile(half, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
+    full = evla.compile(tiny_policy, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
+    check("actions", found[:, :6], full[:, :6], tolerance=0.2)

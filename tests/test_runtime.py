@@ -1,0 +1,401 @@
+"""The runtime on a toy graph, and the package's lazy names, which keep it free of torch."""
+
+import importlib
+import json
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+import evla_compile
+from evla_compile.artifact import ArtifactFiles, find_manifest, writing
+from evla_compile.config import CompileConfig
+from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
+from evla_compile.processor import ActionStatistics, Processor, draw_noise
+from evla_compile.runtime import RuntimePolicy, load
+
+onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
+
+SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 31999
+STATISTICS = {"toy": ActionStatistics(low=(-0.5,) * 7, high=(1.5,) * 7, mask=(True,) * 6 + (False,))}
+GAIN = np.linspace(0.5, 1.5, CHUNK * WIDTH, dtype=np.float32).reshape(CHUNK, WIDTH)
+
+
+def toy_graph(
+    batch: int | str = 1, *, chunk: int = CHUNK, dtype: int = TensorProto.FLOAT, samples: str = "samples"
+) -> onnx.ModelProto:
+    """samples = noise * gain + (mean(image) + text_length) / 255 + sum(ids) / 1e6, and the text lengths once more."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "of_image"], ["mean"], keepdims=0),
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["ids", "of_text"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["text_length"], ["length"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["mean", "length"], ["bytes"]),
+        helper.make_node("Div", ["bytes", "white"], ["brightness"]),
+        helper.make_node("Div", ["sum", "million"], ["words"]),
+        helper.make_node("Add", ["brightness", "words"], ["shift"]),
+        helper.make_node("Unsqueeze", ["shift", "of_text_and_image"], ["shift_3d"]),
+        helper.make_node("Mul", ["noise", "gain"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "shift_3d"], ["sum_3d"]),
+        helper.make_node("Cast", ["sum_3d"], [samples], to=dtype),
+        helper.make_node("Identity", ["text_length"], ["lengths"]),
+    ]
+    constants = {
+        "of_image": np.array([1, 2, 3]),
+        "of_text": np.array([1]),
+        "of_text_and_image": np.array([1, 2]),
+        "white": np.array(255, dtype=np.float32),
+        "million": np.array(1e6, dtype=np.float32),
+        "gain": GAIN[:chunk],
+    }
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [
+            value("image", TensorProto.UINT8, [batch, SIDE, SIDE, 3]),
+            value("input_ids", TensorProto.INT64, [batch, TEXT]),
+            value("text_length", TensorProto.INT64, [batch]),
+            value("noise", TensorProto.FLOAT, [batch, chunk, WIDTH]),
+        ],
+        [value(samples, dtype, [batch, chunk, WIDTH]), value("lengths", TensorProto.INT64, [batch])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def describe(folder: Path, names: ArtifactFiles, batch: int) -> Manifest:
+    return Manifest(
+        created_by="0.0.0",
+        model=FileRecord.measure(folder / names.model),
+        data=(FileRecord.measure(folder / names.data),),
+        tokenizer=FileRecord.measure(folder / names.tokenizer),
+        report=FileRecord.measure(folder / names.report),
+        cases=FileRecord.measure(folder / names.cases),
+        inputs=(
+            TensorSpec(name="image", dtype="uint8", shape=(batch, SIDE, SIDE, 3)),
+            TensorSpec(name="input_ids", dtype="int64", shape=(batch, TEXT)),
+            TensorSpec(name="text_length", dtype="int64", shape=(batch,)),
+            TensorSpec(name="noise", dtype="float32", shape=(batch, CHUNK, WIDTH)),
+        ),
+        outputs=(
+            TensorSpec(name="samples", dtype="float32", shape=(batch, CHUNK, WIDTH)),
+            TensorSpec(name="lengths", dtype="int64", shape=(batch,)),
+        ),
+        config=CompileConfig.dense(text_tokens=TEXT, batch_size=batch),
+        plan=None,
+        statistics=STATISTICS,
+        pad_id=PAD,
+        opset=20,
+        versions={"onnx": onnx.__version__},
+    )
+
+
+def export(target: Path, tokenizer_json: str, *, batch: int = 1, graph: onnx.ModelProto | None = None) -> Path:
+    """Write the toy policy to a target, its gain as external data; return the target."""
+    names = ArtifactFiles.of(target)
+    with writing(target) as folder:
+        onnx.save_model(
+            graph or toy_graph(batch),
+            folder / names.model,
+            save_as_external_data=True,
+            location=names.data,
+            size_threshold=64,
+        )
+        (folder / names.tokenizer).write_text(tokenizer_json, encoding="utf-8")
+        (folder / names.report).write_text("{}", encoding="utf-8")
+        (folder / names.cases).write_text("", encoding="utf-8")
+        write_manifest(describe(folder, names, batch), folder / names.manifest)
+    return target
+
+
+def remeasure(folder: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> None:
+    """Make the manifest in a folder agree with files that a test has changed."""
+    place = folder / "manifest.json"
+    manifest = read_manifest(place)
+    manifest = replace(
+        manifest,
+        model=FileRecord.measure(folder / manifest.model.name),
+        tokenizer=FileRecord.measure(folder / manifest.tokenizer.name),
+    )
+    write_manifest(change(manifest), place)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
+    """The toy policy; tests leave it as it is."""
+    return export(tmp_path_factory.mktemp("shared") / "policy", tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def policy(artifact: Path) -> RuntimePolicy:
+    return load(artifact, threads=1)
+
+
+@pytest.fixture
+def inputs() -> dict[str, NDArray[Any]]:
+    return {
+        "image": np.full((1, SIDE, SIDE, 3), 51, dtype=np.uint8),
+        "input_ids": np.full((1, TEXT), 50, dtype=np.int64),
+        "text_length": np.array([7], dtype=np.int64),
+        "noise": draw_noise((1, CHUNK, WIDTH), 1),
+    }
+
+
+# Running
+
+
+def test_every_output_of_the_graph_is_returned_by_name(policy: RuntimePolicy, inputs: dict[str, NDArray[Any]]) -> None:
+    outputs = policy.outputs(**inputs)
+    assert sorted(outputs) == ["lengths", "samples"]
+    assert outputs["lengths"].tolist() == [7]
+    np.testing.assert_allclose(outputs["samples"], inputs["noise"] * GAIN + (51 + 7) / 255 + 50 * TEXT / 1e6, rtol=1e-6)
+    assert np.array_equal(policy.sample(**inputs), outputs["samples"])
+
+
+def test_a_frame_and_an_instruction_become_actions(
+    policy: RuntimePolicy, tokenizer_json: str, frame: Image.Image
+) -> None:
+    processor = Processor(tokenizer_json=tokenizer_json, statistics=STATISTICS, image_side=SIDE, pad_id=PAD)
+    ids, length = processor.text("open drawer", TEXT)
+    noise = draw_noise((CHUNK, WIDTH), 4) / 2
+    samples = noise * GAIN + (processor.image(frame).mean(dtype=np.float64) + length) / 255 + ids.sum() / 1e6
+    actions = policy.predict_action(frame, "open drawer", noise=noise)
+    assert actions.shape == (CHUNK, WIDTH)
+    np.testing.assert_allclose(actions, processor.actions(samples), atol=1e-5)
+
+
+def test_a_batch_of_two_keeps_its_rows_apart(tmp_path: Path, tokenizer_json: str, frame: Image.Image) -> None:
+    pair = load(export(tmp_path / "policy", tokenizer_json, batch=2))
+    single = load(export(tmp_path / "single", tokenizer_json))
+    texts = ["open drawer", "pick coke can"]
+    noise = draw_noise((2, CHUNK, WIDTH), 0) / 2
+    actions = pair.predict_action([frame, frame.rotate(180)], texts, noise=noise)
+    assert actions.shape == (2, CHUNK, WIDTH)
+    for row, image, text, start in zip(actions, [frame, frame.rotate(180)], texts, noise, strict=True):
+        np.testing.assert_allclose(row, single.predict_action(image, text, "toy", noise=start), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_actions_and_the_default_is_0(policy: RuntimePolicy, frame: Image.Image) -> None:
+    first = policy.predict_action(frame, "open drawer")
+    assert np.array_equal(first, policy.predict_action(frame, "open drawer", seed=0))
+    assert policy.predict_action(frame, "open drawer", "toy").tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("image", np.zeros((1, SIDE, SIDE, 3), np.float32), r"image is float32.*expected a numpy array uint8"),
+        ("image", np.zeros((1, 3, SIDE, SIDE), np.uint8), r"image is uint8\[1, 3, 28, 28\]"),
+        ("input_ids", np.zeros((1, TEXT), np.int32), r"input_ids is int32"),
+        ("input_ids", np.zeros((1, TEXT + 1), np.int64), r"input_ids is int64\[1, 21\].*\[1, 20\]"),
+        ("text_length", np.array(7), r"text_length is int64\[\]"),
+        ("text_length", [7], "text_length is list"),
+        ("text_length", np.array([1]), r"text_length=\[1\]: expected from 2 to 20"),
+        ("text_length", np.array([TEXT + 1]), r"text_length=\[21\]: expected from 2 to 20"),
+        ("noise", np.zeros((CHUNK, WIDTH), np.float32), r"noise is float32\[16, 7\]"),
+        ("noise", np.zeros((1, CHUNK, WIDTH)), r"noise is float64"),
+    ],
+)
+def test_an_input_of_another_dtype_shape_or_range_is_refused(
+    policy: RuntimePolicy, inputs: dict[str, NDArray[Any]], name: str, given: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy.sample(**(inputs | {name: given}))
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    ("target", "given"),
+    [("policy", "policy/model.onnx"), ("x.onnx", "x.onnx"), ("x.onnx", "x.manifest.json")],
+)
+def test_a_policy_is_loaded_by_any_of_its_names(
+    tmp_path: Path, tokenizer_json: str, inputs: dict[str, NDArray[Any]], target: str, given: str
+) -> None:
+    export(tmp_path / target, tokenizer_json)
+    policy = load(str(tmp_path / given))
+    assert policy.sample(**inputs).shape == (1, CHUNK, WIDTH)
+    assert policy.manifest == read_manifest(find_manifest(tmp_path / given))
+    assert policy.config == CompileConfig.dense(text_tokens=TEXT)
+
+
+def test_a_moved_artifact_still_loads(tmp_path: Path, tokenizer_json: str, inputs: dict[str, NDArray[Any]]) -> None:
+    export(tmp_path / "policy", tokenizer_json).rename(tmp_path / "moved")
+    assert load(tmp_path / "moved").sample(**inputs).shape == (1, CHUNK, WIDTH)
+
+
+def test_an_artifact_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no compiled policy"):
+        load(tmp_path / "policy")
+
+
+def test_a_changed_file_is_refused_unless_hashes_are_left_out(tmp_path: Path, tokenizer_json: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    (folder / "report.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"report\.json has the SHA-256"):
+        load(folder)
+    assert load(folder, check_hashes=False).config.text_tokens == TEXT
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (
+            toy_graph("batch"),
+            r"inputs of the graph are .*image uint8\['batch', 28, 28, 3\].*expected .*\[1, 28, 28, 3\]",
+        ),
+        (toy_graph(chunk=8), r"inputs of the graph are .*noise float32\[1, 8, 7\].*expected .*\[1, 16, 7\]"),
+        (toy_graph(dtype=TensorProto.DOUBLE), r"outputs of the graph are .*samples float64.*expected .*float32"),
+        (toy_graph(dtype=TensorProto.BFLOAT16), r"outputs of the graph are .*samples tensor\(bfloat16\)"),
+        (toy_graph(samples="actions"), r"outputs of the graph are actions .*expected .*samples"),
+    ],
+)
+def test_a_graph_that_is_not_the_manifest_s_is_refused(
+    tmp_path: Path, tokenizer_json: str, graph: onnx.ModelProto, message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load(export(tmp_path / "policy", tokenizer_json, graph=graph))
+
+
+def test_a_file_that_is_no_onnx_graph_is_refused(tmp_path: Path, tokenizer_json: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    (folder / "model.onnx").write_bytes(b"no graph")
+    remeasure(folder)
+    with pytest.raises(ArtifactError, match=r"cannot load .*model\.onnx"):
+        load(folder)
+
+
+def test_a_graph_without_its_external_data_is_refused(tmp_path: Path, tokenizer_json: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    (folder / "model.onnx.data").unlink()
+    remeasure(folder, lambda manifest: replace(manifest, data=()))
+    with pytest.raises(ArtifactError, match=r"cannot load .*model\.onnx"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("text", "message"), [(b"{}", "cannot be parsed"), (b"\xff", "decode")])
+def test_a_broken_tokenizer_is_refused(tmp_path: Path, tokenizer_json: str, text: bytes, message: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    (folder / "tokenizer.json").write_bytes(text)
+    remeasure(folder)
+    with pytest.raises(ArtifactError, match=rf"tokenizer .*tokenizer\.json: .*{message}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"provider": "tpu"}, "provider='tpu': expected one of cpu, cuda"),
+        ({"threads": 0}, "threads=0"),
+        ({"threads": True}, "threads=True"),
+        ({"threads": 1.5}, "threads=1.5"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(artifact: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(artifact, **settings)
+
+
+def test_the_number_of_threads_reaches_onnx_runtime(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    original = onnxruntime.InferenceSession
+
+    def recording(model: Path, options: Any, **settings: Any) -> Any:
+        opened.append(options.intra_op_num_threads)
+        return original(model, options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recording)
+    load(artifact, threads=1)
+    load(artifact)
+    assert opened == [1, onnxruntime.SessionOptions().intra_op_num_threads]
+
+
+@pytest.mark.parametrize(("provider", "extra"), [("cpu", "cpu"), ("cuda", "gpu")])
+def test_without_onnx_runtime_the_extra_to_install_is_named(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, provider: Any, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EvlaError, match=rf'pip install "evla-compile\[{extra}\]"'):
+        load(artifact, provider)
+
+
+def test_a_provider_that_onnx_runtime_lacks_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EvlaError, match=r"expected CUDAExecutionProvider, but .* CPUExecutionProvider: .*\[gpu\]"):
+        load(artifact, "cuda")
+
+
+def test_a_session_that_falls_back_to_the_cpu_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def on_cpu(*_: object, **settings: Any) -> SimpleNamespace:
+        opened.append(settings)
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
+    with pytest.raises(EvlaError, match=r"expected CUDAExecutionProvider, but .* took CPUExecutionProvider"):
+        load(artifact, "cuda")
+    assert opened == [{"providers": ["CUDAExecutionProvider"], "enable_fallback": 0}]
+
+
+# Without torch
+
+RUN = """
+import importlib.util, json, sys
+import numpy as np
+from evla_compile import runtime
+assert importlib.util.find_spec("torch") is None and importlib.util.find_spec("transformers") is None
+policy = runtime.load(sys.argv[1])
+noise = np.full((16, 7), 0.1, dtype=np.float32)
+print(json.dumps(policy.predict_action(np.full((6, 8, 3), 9, dtype=np.uint8), "open drawer", noise=noise).tolist()))
+"""
+
+
+def test_importing_the_runtime_imports_neither_torch_nor_transformers_nor_onnx_runtime() -> None:
+    code = "import sys, evla_compile.runtime; print({name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "'numpy'" in loaded
+    assert not [name for name in ("torch", "transformers", "onnx", "onnxruntime") if f"'{name}'" in loaded]
+
+
+def test_the_runtime_works_in_an_environment_that_has_no_torch(
+    tmp_path: Path, artifact: Path, policy: RuntimePolicy
+) -> None:
+    environment = tmp_path / "environment"
+    venv.EnvBuilder(symlinks=True).create(environment)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    installed = Path(np.__file__).parents[1]
+    for name in ("numpy", "numpy.libs", "PIL", "pillow.libs", "tokenizers", "onnxruntime"):
+        (site_packages / name).symlink_to(installed / name)
+    (site_packages / "evla_compile").symlink_to(Path(evla_compile.__file__).parent)
+    command = [str(environment / "bin" / "python"), "-I", "-c", RUN, str(artifact)]
+    actions = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    noise = np.full((CHUNK, WIDTH), 0.1, dtype=np.float32)
+    assert actions == policy.predict_action(np.full((6, 8, 3), 9, dtype=np.uint8), "open drawer", noise=noise).tolist()
+
+
+@pytest.mark.parametrize("name", evla_compile.__all__)
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(evla_compile, name) is not None
+    assert name in dir(evla_compile)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'evla_compile' has no attribute 'decompile'"):
+        getattr(evla_compile, "decompile")  # noqa: B009  mypy knows that the name is not there
