@@ -23,7 +23,7 @@ demo: $(INSTALLED) ## compile, verify and run a small policy, without network
 	$(BIN)/evla demo
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED) ## lint, check the formatting, check the types
 	$(BIN)/ruff check .

@@ -135,6 +135,11 @@ def refused_early(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mon
     return compile_policy
 
 
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the policy was loaded before the refusal"))
+
+
 def save_groups(run: Path, edit: Callable[[Groups], object]) -> None:
     (file,) = run.glob("checkpoints/*.pt")
     groups: Groups = torch.load(file)["model"]
@@ -292,13 +297,14 @@ def test_compile_refuses_settings(refused_early: Callable[..., str], arguments: 
 
 
 @pytest.mark.parametrize("arguments", [("--keep-layers", "7"), ("--keep-layers", "4"), ("--dense", "--opset", "17")])
+@pytest.mark.usefixtures("no_loading")
 def test_compile_refuses_settings_before_it_casts_weights(
-    refused_early: Callable[..., str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+    refused_early: Callable[..., str], arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("the policy was loaded before the refusal"))
     refused_early(*arguments)
 
 
+@pytest.mark.usefixtures("no_loading")
 def test_compile_refuses_a_plan_for_other_budgets(
     refused_early: Callable[..., str], artifact: Path, tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_a_replaced_tensor_leaves_copies_alone(toy: fx.GraphModule) -> None:
     copied, before = copy_graph(toy), held_tensor(toy, "first.weight")
     replace_tensor(copied, "first.weight", torch.zeros(5, 3))
     assert held_tensor(toy, "first.weight") is before
+    assert before.any()
     assert not held_tensor(copied, "first.weight").any()
 
 

@@ -16,7 +16,7 @@ from evla_compile.graph import copy_graph
 from evla_compile.model.language import LlamaDecoder, rotary_tables
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import NarrowLastLayer, PruneLayers, SelectTokens
-from evla_compile.sites import DECODER_LAYERS, is_call, nodes_under, stage_node
+from evla_compile.sites import DECODER_LAYERS, argument, is_call, nodes_under, stage_node
 from evla_compile.tolerances import TOLERANCES, relative_error
 
 aten = torch.ops.aten
@@ -131,7 +131,11 @@ def test_a_bfloat16_decoder_keeps_its_dtype(
     found, expected = (
         node_values(gm, (*small_inputs, TIME))[stage_node(gm.graph, "cognition")] for gm in (narrowed, selected)
     )
-    assert found.dtype == expected.dtype == torch.bfloat16
+    (attention,) = (
+        n for n in nodes_under(narrowed.graph, LAST) if is_call(n, aten.scaled_dot_product_attention.default)
+    )
+    mask = argument(attention, 3).meta["val"]
+    assert found.dtype == expected.dtype == mask.dtype == torch.bfloat16
     assert torch.allclose(found, expected, rtol=0, atol=4 * 2**-8 * float(expected.abs().max()))  # a few roundings
 
 
