@@ -16,6 +16,7 @@ from typing import Self
 from evla_compile.errors import ArtifactError
 from evla_compile.manifest import FileRecord, Manifest, read_manifest
 
+_OTHER_KINDS = (".engine", ".plan", ".pt2", ".trt")
 _ADVICE = "choose another --out or remove it"
 
 
@@ -130,8 +131,10 @@ def check_target(target: str | os.PathLike[str]) -> None:
     """Refuse at once, before the work for it, a target that `writing` would refuse.
 
     Raises:
-        ArtifactError: as for `writing`.
+        ArtifactError: as for `writing`, or the target has the name of a file of another kind.
     """
+    if Path(target).suffix in _OTHER_KINDS:
+        raise ArtifactError(f"cannot write {target}: expected a name that ends in .onnx, or a folder")
     with _beside(ArtifactFiles.of(target)):
         pass
 

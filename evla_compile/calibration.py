@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, fx
@@ -19,7 +18,7 @@ from torch.nn import functional
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
-from evla_compile.host import CameraFrame
+from evla_compile.host import CameraFrame, read_image
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages
 from evla_compile.plan import Plan, check_layer_budget, kept_layers, kept_neurons
@@ -106,14 +105,12 @@ def _read_frame(listing: Path, number: int, line: str) -> Frame:
     name, instruction = (entry.get("image"), entry.get("instruction")) if isinstance(entry, dict) else (None, None)
     if not isinstance(name, str) or not name or not isinstance(instruction, str) or not instruction:
         raise CalibrationError(f'{place}: expected {{"image": path, "instruction": text}}, found {line[:80]}')
-    path = listing.parent / name
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise CalibrationError(f"{place}: image {path} cannot be read ({error})") from error
+        image = read_image(listing.parent / name)
+    except ValueError as error:
+        raise CalibrationError(f"{place}: {error}") from error
     if image.mode != "RGB":
-        raise CalibrationError(f'{place}: image {path} has PIL mode {image.mode!r}: expected "RGB"; convert the file')
+        raise CalibrationError(f'{place}: image {name} has PIL mode {image.mode!r}: expected "RGB"; convert the file')
     return Frame(image, instruction)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,9 +19,6 @@ from rich.text import Text
 
 import evla_compile as evla
 from evla_compile.errors import EvlaError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,7 +78,7 @@ def compile_policy(
         Path | None, typer.Option(metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl.")
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plan of an earlier calibration, to not measure again.")
+        Path | None, typer.Option(metavar="PLAN", help="Plan file, or DIR of a compiled policy: do not measure again.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
@@ -115,23 +112,23 @@ def compile_policy(
         from evla_compile.checkpoint import read_checkpoint
         from evla_compile.exporters.to_onnx import OPSETS
         from evla_compile.pipeline import check_budgets, check_plan
-        from evla_compile.plan import plan_without_calibration
+        from evla_compile.plan import needs_calibration, plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration)
-    chosen = None if plan is None else evla.Plan.load(plan)
+    chosen = None if plan is None else _read_plan(plan)
     # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
     sizes = read_checkpoint(run_dir).sizes
     check_budgets(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
-    elif frames is None:
+    elif frames is None or not needs_calibration(sizes.language, config):
         chosen = plan_without_calibration(sizes.language, config)
     with _step("load the policy"):
         policy = evla.load(run_dir, tokenizer=tokenizer, dtype=getattr(torch, dtype))
     for frame in frames or ():
         policy.processor.text(frame.instruction, config.text_tokens)
-    if frames is not None and chosen is None:
+    if chosen is None and frames is not None:
         chosen = evla.calibrate(policy, frames, config)
     with _step("capture and rewrite the graph"):
         compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
@@ -180,9 +177,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the action chunk for a camera frame on ONNX Runtime; imports no torch."""
+    from evla_compile.host import read_image
     from evla_compile.tables import ACTION_NAMES, action_table
 
-    frame = _read_image(image)
+    frame = read_image(image)
     actions = evla.runtime.load(artifact, provider=provider).predict_action(frame, instruction, unnorm_key, seed=seed)
     if as_json:
         print(json.dumps({"names": ACTION_NAMES, "actions": actions.tolist()}))
@@ -209,9 +207,11 @@ def _config(ctx: typer.Context, preset: str | None, dense: bool) -> evla.Compile
     """Return the settings asked for; every setting is an option of its name, None where it was not given."""
     if dense and preset is not None:
         raise ValueError(f"--dense and --preset {preset} exclude each other: give the one to start from")
-    base = (
-        evla.CompileConfig.dense() if dense else evla.CompileConfig.preset(preset) if preset else evla.CompileConfig()
-    )
+    base = evla.CompileConfig()
+    if dense:
+        base = evla.CompileConfig.dense()
+    elif preset is not None:
+        base = evla.CompileConfig.preset(preset)
     given = {name: ctx.params[name] for name in base.to_json() if ctx.params[name] is not None}
     if "keep_layers" in given:
         given["keep_layers"] = _layers(given["keep_layers"])
@@ -236,15 +236,14 @@ def _tokens(text: str) -> int | None:
         raise ValueError(f"--visual-tokens {text}: expected a count as in 56, or all") from error
 
 
-def _read_image(path: Path) -> "Image.Image":
-    from PIL import Image
+def _read_plan(path: Path) -> "evla.Plan":
+    """Return the plan of a file that `Plan.save` wrote, or the one of a compiled policy."""
+    from evla_compile.artifact import find_manifest
+    from evla_compile.manifest import read_manifest
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} cannot be read ({error}): expected an image file such as a PNG") from error
-    return image
+    if path.is_dir() or path.suffix == ".onnx":
+        return evla.Plan.from_json(read_manifest(find_manifest(path)).plan)
+    return evla.Plan.load(path)
 
 
 @contextmanager

@@ -189,8 +189,8 @@ class CompiledPolicy:
             stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
 
         Raises:
-            ArtifactError: something else is in the place of the artifact, or it cannot be written.
-            ExportError: the kind of file is unknown, or the graph cannot be lowered.
+            ArtifactError: the kind of file is unknown, something else is in its place, or it cannot be written.
+            ExportError: the graph cannot be lowered.
             PassError: the graph has no such stage.
             ValueError: the opset cannot be written.
         """

@@ -5,6 +5,7 @@ Shape legend: B batch, S image side in pixels, T text budget, A action steps, F 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -32,6 +33,20 @@ class HostInputs:
     """Token ids of the prompts, right-padded, [B,T]."""
     text_length: NDArray[np.int64]
     """Real tokens of each prompt, [B]."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image file whole.
+
+    Raises:
+        ValueError: it is missing, damaged, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's SyntaxError is a damaged chunk
+        raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
+    return image
 
 
 def prepare(

@@ -21,7 +21,7 @@ from evla_compile.passes import (
     SpecializeShapes,
     UnrollDiffusion,
 )
-from evla_compile.plan import Plan, check_layer_budget, kept_neurons, plan_without_calibration
+from evla_compile.plan import Plan, check_layer_budget, kept_neurons, needs_calibration, plan_without_calibration
 from evla_compile.report import CompileReport, measure_deviations
 
 COMPARED_FRAMES = 2
@@ -59,7 +59,7 @@ def compile(
     frames = None if calibration is None else [Frame(*frame) for frame in calibration]
     if plan is not None:
         check_plan(plan, config, policy.sizes)
-    elif frames is not None:
+    elif frames is not None and needs_calibration(policy.sizes.language, config):
         plan = calibrate(policy, frames, config, progress=progress)
     else:
         plan = plan_without_calibration(policy.sizes.language, config)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -80,8 +81,7 @@ def plan_without_calibration(sizes: LanguageSizes, config: CompileConfig) -> Pla
         ValueError: a budget does not fit the policy.
     """
     check_layer_budget(config, sizes)
-    counted = isinstance(config.keep_layers, int) and config.keep_layers < sizes.layers
-    if counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width:
+    if needs_calibration(sizes, config):
         raise CalibrationError(
             f"keep_layers={config.keep_layers} and mlp_keep={config.mlp_keep} need to know which layers and neurons the"
             " policy can spare: give calibration= frames of the robot's task, or the plan= of an earlier calibration;"
@@ -89,6 +89,12 @@ def plan_without_calibration(sizes: LanguageSizes, config: CompileConfig) -> Pla
         )
     keep = config.keep_layers if isinstance(config.keep_layers, tuple) else tuple(range(sizes.layers))
     return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=(), frames=0)
+
+
+def needs_calibration(sizes: LanguageSizes, config: CompileConfig) -> bool:
+    """Tell whether a budget leaves open which layers or neurons stay, so that only measurements can place it."""
+    counted = isinstance(config.keep_layers, int) and config.keep_layers < sizes.layers
+    return counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width
 
 
 def check_layer_budget(config: CompileConfig, sizes: LanguageSizes) -> None:
@@ -139,6 +145,8 @@ def _from_ranges(text: object) -> tuple[int, ...]:
         found.extend(range(int(first), int(last or first) + 1))
         if len(found) > _MAX_NEURONS:
             raise ValueError(f"{len(found)} neurons in a layer: expected at most {_MAX_NEURONS}")
+    if any(first >= second for first, second in pairwise(found)):
+        raise ValueError(f"{text!r:.60}: expected neurons that ascend")
     return tuple(found)
 
 

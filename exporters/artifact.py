@@ -3,22 +3,19 @@
 import json
 import os
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
 from evla_compile import __version__, host
-from evla_compile.artifact import ArtifactFiles, writing
+from evla_compile.artifact import ArtifactFiles, check_target, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
-from evla_compile.errors import ExportError
 from evla_compile.exporters.to_onnx import to_onnx
 from evla_compile.manifest import FileRecord, Manifest, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
 from evla_compile.recorded import RecordedCase, write_cases
 
-_OTHER_FORMATS = (".engine", ".plan", ".pt2", ".trt")
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
 
@@ -27,8 +24,7 @@ def export_artifact(
 ) -> None:
     """Write `compiled` to `target`, an `X.onnx` or a folder; see `CompiledPolicy.export`."""
     files = ArtifactFiles.of(target)
-    if Path(target).suffix in _OTHER_FORMATS:
-        raise ExportError(f"cannot write {target}: expected a name that ends in .onnx, or a folder")
+    check_target(target)
     outputs = (SAMPLES, *stages)
     graph = compiled.exposing(outputs) if stages else compiled.graph
     with writing(target) as folder:

@@ -94,6 +94,7 @@ def test_plan_survives_json(plan: Plan, tmp_path: Path) -> None:
         {"keep_layers": [0.5]},
         {"mlp_neurons": [3]},
         {"mlp_neurons": ["3-"]},
+        {"mlp_neurons": ["3,1"]},
         {"mlp_neurons": [",".join(["0-999999"] * 50)]},
         {"frames": True},
         {"extra": 1},

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evla_compile import calibration, checkpoint, cli, pipeline, runtime
+from evla_compile import calibration, checkpoint, cli, host, pipeline, runtime
 from evla_compile.artifact import find_manifest
 from evla_compile.manifest import read_manifest
 
@@ -388,13 +388,26 @@ def test_run_refuses_an_image_that_is_not_8_bit_rgb(artifact: Path, tmp_path: Pa
     assert f"the image has PIL mode '{mode}': expected 'RGB'" in refused(outcome)
 
 
-@pytest.mark.parametrize("contents", [None, b"", b"P6\n0 0\n255\n", "truncated"])
-def test_run_refuses_an_image_that_cannot_be_read(artifact: Path, photo: Path, contents: bytes | str | None) -> None:
-    file = photo.with_name("frame.png")
-    if contents is not None:
-        file.write_bytes(photo.read_bytes()[:5000] if isinstance(contents, str) else contents)
-    message = refused(evla("run", artifact, "--image", file, "--instruction", "go", "--unnorm-key", KEY))
-    assert f"--image {file} cannot be read" in message
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda png: b"",
+        lambda png: b"P6\n0 0\n255\n",  # a portable pixmap of zero pixels
+        lambda png: png[:5000],
+        lambda png: bytes(4).join(png.rsplit(b"IDAT", 1)),  # a chunk without a name
+    ],
+)
+def test_run_refuses_an_image_that_cannot_be_read(
+    artifact: Path, photo: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    photo.write_bytes(damage(photo.read_bytes()))
+    message = refused(evla("run", artifact, "--image", photo, "--instruction", "go", "--unnorm-key", KEY))
+    assert f"image {photo} cannot be read" in message
+
+
+def test_run_refuses_a_missing_image(artifact: Path, tmp_path: Path) -> None:
+    message = refused(evla("run", artifact, "--image", tmp_path / "none.png", "--instruction", "go"))
+    assert "No such file or directory" in message
 
 
 @pytest.mark.parametrize(
@@ -463,5 +476,12 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_read_image", load)
+    monkeypatch.setattr(host, "read_image", load)
     assert evla("run", "x", "--image", "y", "--instruction", "z").status == 130
+
+
+def test_compile_takes_the_plan_of_a_compiled_policy(artifact: Path, tmp_path: Path) -> None:
+    plan = cli._read_plan(artifact)
+    plan.save(tmp_path / "plan.json")
+    assert cli._read_plan(tmp_path / "plan.json") == plan
+    assert len(plan.keep_layers) < 6

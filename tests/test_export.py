@@ -229,7 +229,7 @@ def test_large_weights_go_to_external_data(
 
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:
     compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
-    with pytest.raises(evla.ExportError, match=r"ends in \.onnx"):
+    with pytest.raises(evla.ArtifactError, match=r"ends in \.onnx"):
         compiled.export(tmp_path / "policy.engine")
     with pytest.raises(ValueError, match="opset=24: expected one from 18 to 23"):
         compiled.export(tmp_path / "policy.onnx", opset=24)
