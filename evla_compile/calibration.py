@@ -78,7 +78,7 @@ def calibrate(
 
 
 def read_frames(folder: str | os.PathLike[str]) -> list[Frame]:
-    """Read the observations of a folder: `frames.jsonl`, lines {"image": path within it, "instruction": text}.
+    """Read the observations of a folder: `frames.jsonl`, lines {"image": path, "instruction": text}.
 
     Raises:
         CalibrationError: the folder or an image is missing or unreadable, or a line is malformed; the message names it.

@@ -71,11 +71,13 @@ def _clean(gm: fx.GraphModule) -> None:
 
 
 def _mark_stages(gm: fx.GraphModule) -> None:
-    """Name the values that verification compares."""
+    """Name the values that verification compares; keep of the metadata what passes use, without local paths."""
+    for node in gm.graph.nodes:
+        node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
     nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
     nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
-    gathers = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
-    gathers[-1].meta["stage"] = "cognition"
+    (readout,) = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
+    readout.meta["stage"] = "cognition"
 
 
 def _is_noop(node: fx.Node) -> bool:

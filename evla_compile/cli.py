@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 import evla_compile as evla
+from evla_compile.config import OPSET
 from evla_compile.errors import EvlaError
 
 app = typer.Typer(
@@ -95,10 +96,8 @@ def compile_policy(
     text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Llama-2's tokenizer.json, or its folder.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Weights, but for the action head's.")] = (
-        "float32"
-    ),
-    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 23,
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = OPSET,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
     """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
     from evla_compile.artifact import check_target
@@ -107,8 +106,6 @@ def compile_policy(
     config = _config(ctx, preset, dense)
     check_target(out)
     with _step("import torch and transformers"):
-        import torch
-
         from evla_compile.checkpoint import read_checkpoint
         from evla_compile.exporters.to_onnx import OPSETS
         from evla_compile.pipeline import check_budgets, check_plan
@@ -125,7 +122,7 @@ def compile_policy(
     elif frames is None or not needs_calibration(sizes.language, config):
         chosen = plan_without_calibration(sizes.language, config)
     with _step("load the policy"):
-        policy = evla.load(run_dir, tokenizer=tokenizer, dtype=getattr(torch, dtype))
+        policy = evla.load(run_dir, tokenizer=tokenizer)
     for frame in frames or ():
         policy.processor.text(frame.instruction, config.text_tokens)
     if chosen is None and frames is not None:
@@ -134,6 +131,9 @@ def compile_policy(
         compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
     with _step(f"export it to {out}"):
         compiled.export(out, opset=opset)
+    if check:
+        with _step("verify it on ONNX Runtime"):
+            evla.verify(out)
     _console().print(compile_summary(compiled.report))
     _print_next(out, policy.processor.statistics)
 
@@ -242,7 +242,7 @@ def _read_plan(path: Path) -> "evla.Plan":
     from evla_compile.manifest import read_manifest
 
     if path.is_dir() or path.suffix == ".onnx":
-        return evla.Plan.from_json(read_manifest(find_manifest(path)).plan)
+        return read_manifest(find_manifest(path)).plan
     return evla.Plan.load(path)
 
 

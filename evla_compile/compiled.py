@@ -11,13 +11,14 @@ from torch import fx
 
 from evla_compile import host
 from evla_compile.calibration import Frame
-from evla_compile.config import CompileConfig
+from evla_compile.config import OPSET, CompileConfig
 from evla_compile.host import CameraFrame
 from evla_compile.model.policy import ModelSizes
 from evla_compile.passes import ExposeStages
 from evla_compile.plan import Plan
 from evla_compile.processor import Processor
 from evla_compile.report import CompileReport
+from evla_compile.sites import INPUT_NAMES
 
 
 class CompiledPolicy:
@@ -131,17 +132,15 @@ class CompiledPolicy:
         names = tuple(stages)
         graph = self.exposing(names)
         given = (image, input_ids, text_length, noise)
-        tensors = [
-            _checked_input(node, value)
-            for node, value in zip(self.graph.graph.find_nodes(op="placeholder"), given, strict=True)
-        ]
-        # Beyond these bounds the graph would read a wrong position without complaint.
-        if text_length.min() < 2 or text_length.max() > self.config.text_tokens:
-            raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {self.config.text_tokens}")
+        expected = [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
+        for name, array, value in zip(INPUT_NAMES, given, expected, strict=True):
+            host.check_input(name, array, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))
+        host.check_text_length(text_length, self.config.text_tokens)
+        tensors = [torch.from_numpy(array).to(value.device) for array, value in zip(given, expected, strict=True)]
         with torch.no_grad():
             results = graph(*tensors)
         values = (results,) if isinstance(results, torch.Tensor) else results
-        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
+        return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
 
     def exposing(self, stages: tuple[str, ...]) -> fx.GraphModule:
         """Return the graph with `stages` as its outputs, made once for each choice.
@@ -180,7 +179,7 @@ class CompiledPolicy:
             kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
         return kept if isinstance(image, Sequence) else kept[0]
 
-    def export(self, path: str | os.PathLike[str], *, opset: int = 23, stages: Sequence[str] = ()) -> None:
+    def export(self, path: str | os.PathLike[str], *, opset: int = OPSET, stages: Sequence[str] = ()) -> None:
         """Write the policy to a file or folder that `evla_compile.runtime.load` reads, whole or not at all.
 
         Args:
@@ -199,10 +198,7 @@ class CompiledPolicy:
         export_artifact(self, path, opset=opset, stages=tuple(stages))
 
 
-def _checked_input(node: fx.Node, value: object) -> torch.Tensor:
-    expected = node.meta["val"]
-    shape, dtype = tuple(expected.shape), str(expected.dtype).removeprefix("torch.")
-    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
-        found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"{node.target} is {found}: expected a numpy array {dtype}{list(shape)}")
-    return torch.from_numpy(value).to(expected.device)
+def _to_numpy(value: torch.Tensor) -> NDArray[Any]:
+    """Return a tensor as an array; bfloat16, which numpy lacks, as float32."""
+    array: NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    return array

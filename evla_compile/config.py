@@ -17,6 +17,19 @@ VALID_DDIM_STEPS = tuple(
 """Step counts that some integer stride over the schedule yields."""
 
 
+DDIM_STEPS = 10
+"""Denoising steps with which CogACT is evaluated."""
+
+CFG_SCALE = 1.5
+"""Guidance scale with which CogACT is evaluated."""
+
+TEXT_TOKENS = 32
+"""Text budget by default; SIMPLER's prompts have 20 to 26 tokens."""
+
+OPSET = 23
+"""ONNX opset written by default: the first with attention and RMS normalisation as single operators."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompileConfig:
     """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
@@ -39,11 +52,11 @@ class CompileConfig:
     """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
     cache_interval: int = 5
     """Denoising steps between two recomputations of the DiT's blocks (the paper's N); 1 recomputes always."""
-    ddim_steps: int = 10
+    ddim_steps: int = DDIM_STEPS
     """Denoising steps of the DDIM sampler (eta 0); only counts that an integer stride over 100 yields."""
-    cfg_scale: float = 1.5
+    cfg_scale: float = CFG_SCALE
     """Classifier-free guidance scale; 1.0 turns guidance off."""
-    text_tokens: int = 32
+    text_tokens: int = TEXT_TOKENS
     """Static text budget in tokens, BOS and the two appended ids included; shorter prompts are right-padded."""
     batch_size: int = 1
     """Static batch size of the compiled graph."""
@@ -67,7 +80,14 @@ class CompileConfig:
         check_ddim_steps(self.ddim_steps)
 
     @classmethod
-    def dense(cls, *, ddim_steps: int = 10, cfg_scale: float = 1.5, text_tokens: int = 32, batch_size: int = 1) -> Self:
+    def dense(
+        cls,
+        *,
+        ddim_steps: int = DDIM_STEPS,
+        cfg_scale: float = CFG_SCALE,
+        text_tokens: int = TEXT_TOKENS,
+        batch_size: int = 1,
+    ) -> Self:
         """Return a configuration that keeps everything: only the exact rewrites are applied."""
         return cls(
             keep_layers=None,
@@ -117,7 +137,7 @@ def check_ddim_steps(steps: int) -> None:
     Raises:
         ValueError: the message lists the valid counts.
     """
-    if isinstance(steps, bool) or steps not in VALID_DDIM_STEPS:
+    if type(steps) is not int or steps not in VALID_DDIM_STEPS:
         valid = ", ".join(map(str, VALID_DDIM_STEPS))
         raise ValueError(f"ddim_steps={steps!r} has no integer stride over {DIFFUSION_STEPS} steps; valid: {valid}")
 

@@ -3,7 +3,7 @@
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -39,13 +39,17 @@ def read_image(path: Path) -> Image.Image:
     """Read an image file whole.
 
     Raises:
-        ValueError: it is missing, damaged, or not an image.
+        ValueError: it is missing, damaged, not an image, or deeper than 8 bits a channel.
     """
     try:
         with Image.open(path) as image:
+            # Pillow opens a 16-bit RGB file as 8-bit RGB, the high bytes alone.
+            deep = any(";16" in str(tile[3]) for tile in image.tile)
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's SyntaxError is a damaged chunk
         raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
+    if deep:
+        raise ValueError(f"image {path} has 16 bits a channel: expected 8; scale and save it as 8-bit RGB")
     return image
 
 
@@ -80,6 +84,33 @@ def prepare(
         input_ids=np.stack([ids for ids, _ in prompts]),
         text_length=np.array([length for _, length in prompts], dtype=np.int64),
     )
+
+
+def observations(frames: Sequence[tuple[CameraFrame, str]], batch_size: int) -> Iterator[list[tuple[CameraFrame, str]]]:
+    """Yield a batch for every frame: the frame itself, then those that follow it, around the end."""
+    for first in range(len(frames)):
+        yield [frames[(first + row) % len(frames)] for row in range(batch_size)]
+
+
+def check_input(name: str, value: object, *, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse what a graph with static shapes does not take.
+
+    Raises:
+        ValueError: `value` is not a numpy array of this dtype and shape.
+    """
+    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
+        found = f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name} is {found}: expected a numpy array {dtype}{list(shape)}")
+
+
+def check_text_length(text_length: NDArray[np.int64], text_tokens: int) -> None:
+    """Refuse lengths beyond which the graph would read a wrong position without complaint.
+
+    Raises:
+        ValueError: a length is not from 2 to `text_tokens`.
+    """
+    if text_length.min() < 2 or text_length.max() > text_tokens:
+        raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {text_tokens}")
 
 
 def action_noise(

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Self, TypeVar
 
 from evla_compile.config import CompileConfig
-from evla_compile.errors import ArtifactError, CheckpointError
+from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
+from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, read_statistics
 
 FORMAT = "evla_compile/1"
@@ -119,8 +120,8 @@ class Manifest:
     """samples [B,A,F], and whatever else the graph yields."""
     config: CompileConfig
     """Settings of the compilation, B (`batch_size`) and T (`text_tokens`) among them."""
-    plan: Mapping[str, Any] | None
-    """The calibrated plan in its JSON form; None where the settings needed none."""
+    plan: Plan
+    """Which layers and neurons stay."""
     statistics: Mapping[str, ActionStatistics]
     """Action statistics by dataset name."""
     pad_id: int
@@ -176,7 +177,7 @@ class Manifest:
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
             "config": self.config.to_json(),
-            "plan": self.plan,
+            "plan": self.plan.to_json(),
             "statistics": {dataset: entry.to_json() for dataset, entry in self.statistics.items()},
             "pad_id": self.pad_id,
             "opset": self.opset,
@@ -189,6 +190,7 @@ class Manifest:
 
         Raises:
             ValueError: something is missing, of another type, or out of range.
+            CalibrationError: the plan is malformed.
             CheckpointError: the statistics are malformed.
         """
         if _get(data, "format", str) != FORMAT:
@@ -204,7 +206,7 @@ class Manifest:
             inputs=tuple(TensorSpec.from_json(entry) for entry in _get_objects(data, "inputs")),
             outputs=tuple(TensorSpec.from_json(entry) for entry in _get_objects(data, "outputs")),
             config=CompileConfig.from_json(_get(data, "config", dict)),
-            plan=None if data.get("plan") is None else _get(data, "plan", dict),
+            plan=Plan.from_json(_get(data, "plan", dict)),
             statistics=read_statistics(_get(data, "statistics", dict)),
             pad_id=_get(data, "pad_id", int),
             opset=_get(data, "opset", int),
@@ -223,7 +225,7 @@ def read_manifest(path: Path) -> Manifest:
         if not isinstance(data, dict):
             raise ValueError(f"expected a JSON object, found {type(data).__name__}")
         return Manifest.from_json(data)
-    except (OSError, ValueError, RecursionError, CheckpointError) as error:
+    except (OSError, ValueError, RecursionError, CalibrationError, CheckpointError) as error:
         raise ArtifactError(f"manifest {path}: {error}; compile the policy again with this version") from error
 
 

@@ -21,7 +21,14 @@ from evla_compile.passes import (
     SpecializeShapes,
     UnrollDiffusion,
 )
-from evla_compile.plan import Plan, check_layer_budget, kept_neurons, needs_calibration, plan_without_calibration
+from evla_compile.plan import (
+    Plan,
+    check_layer_budget,
+    kept_layer_count,
+    kept_neurons,
+    needs_calibration,
+    plan_without_calibration,
+)
 from evla_compile.report import CompileReport, measure_deviations
 
 COMPARED_FRAMES = 2
@@ -57,6 +64,8 @@ def compile(
     config = config or CompileConfig()
     check_budgets(config, policy.sizes)
     frames = None if calibration is None else [Frame(*frame) for frame in calibration]
+    for frame in frames or ():
+        policy.processor.text(frame.instruction, config.text_tokens)  # refused here rather than behind the calibration
     if plan is not None:
         check_plan(plan, config, policy.sizes)
     elif frames is not None and needs_calibration(policy.sizes.language, config):
@@ -111,9 +120,15 @@ def check_budgets(config: CompileConfig, sizes: ModelSizes) -> None:
     tokens = config.visual_tokens
     if tokens is not None and tokens > sizes.patches:
         raise ValueError(f"visual_tokens={tokens}: the policy sees {sizes.patches} patches; None keeps them all")
-    kept = config.keep_layers
-    layers = sizes.language.layers if kept is None else kept if isinstance(kept, int) else len(kept)
-    if tokens is not None and tokens < sizes.patches and layers < 3:
+    if tokens is None or tokens == sizes.patches:
+        return
+    if sizes.language.kv_heads != sizes.language.heads:
+        raise ValueError(
+            f"visual_tokens={tokens}: relevance is defined for as many key as query heads, and this decoder has"
+            f" {sizes.language.kv_heads} and {sizes.language.heads}; use visual_tokens=None"
+        )
+    layers = kept_layer_count(config, sizes.language.layers)
+    if layers < 3:
         raise ValueError(
             f"visual_tokens={tokens} with {layers} decoder layers: selecting visual tokens needs two layers below it"
             " and one above; keep at least 3 layers, or visual_tokens=None"
@@ -127,10 +142,12 @@ def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
         CalibrationError: the message says what differs.
     """
     kept, language = config.keep_layers, sizes.language
-    wanted = language.layers if kept is None else kept if isinstance(kept, int) else len(kept)
-    ascending = all(a < b for a, b in pairwise(plan.keep_layers))
+    wanted = kept_layer_count(config, language.layers)
+    ascending = all(a < b for indices in (plan.keep_layers, *plan.mlp_neurons) for a, b in pairwise(indices))
     if len(plan.keep_layers) != wanted or (isinstance(kept, tuple) and kept != plan.keep_layers) or not ascending:
-        raise CalibrationError(f"the plan keeps the layers {plan.keep_layers}, the settings ask for keep_layers={kept}")
+        raise CalibrationError(
+            f"the plan keeps the layers {plan.keep_layers}, the settings ask for keep_layers={kept} in ascending order"
+        )
     if plan.keep_layers[-1] >= language.layers:
         raise CalibrationError(f"the plan keeps layer {plan.keep_layers[-1]}, the decoder has {language.layers} layers")
     count = kept_neurons(config, language.mlp_width)

@@ -1,23 +1,26 @@
-"""The frozen plan between calibration and rewrites: which decoder layers and MLP neurons stay."""
+"""The frozen plan between calibration and rewrites: which decoder layers and MLP neurons stay; no torch."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
-from evla_compile.model.language import LanguageSizes
+
+if TYPE_CHECKING:
+    from evla_compile.model.language import LanguageSizes
 
 NEURON_MULTIPLE = 64
 """MLP widths are cut to multiples of this, which matrix units like."""
 
 
-_MAX_NEURONS = 1_000_000  # a plan may come from anywhere, and "0-999999" repeated would fill the memory
+_MAX_LAYERS, _MAX_NEURONS = 256, 100_000  # beyond any decoder; see `Plan.from_json`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +50,13 @@ class Plan:
         if not isinstance(data, dict) or set(data) != set(cls.__dataclass_fields__):
             raise CalibrationError(f"a plan is a JSON object with the keys {sorted(cls.__dataclass_fields__)}")
         try:
+            keep_layers = _ascending([_index(value) for value in data["keep_layers"]])
+            # counted before they are expanded: a plan may come from anywhere, and "0-999999" is soon repeated
+            if len(data["mlp_neurons"]) not in (0, len(keep_layers)) or len(keep_layers) > _MAX_LAYERS:
+                raise ValueError(f"neurons of {len(data['mlp_neurons'])} layers for {len(keep_layers)} kept layers")
             return cls(
-                layer_importance=tuple(float(value) for value in data["layer_importance"]),
-                keep_layers=tuple(_index(value) for value in data["keep_layers"]),
+                layer_importance=tuple(_score(value) for value in data["layer_importance"]),
+                keep_layers=keep_layers,
                 mlp_neurons=tuple(_from_ranges(neurons) for neurons in data["mlp_neurons"]),
                 frames=_index(data["frames"]),
             )
@@ -73,7 +80,7 @@ class Plan:
             raise CalibrationError(f"plan {path}: {error}") from error
 
 
-def plan_without_calibration(sizes: LanguageSizes, config: CompileConfig) -> Plan:
+def plan_without_calibration(sizes: "LanguageSizes", config: CompileConfig) -> Plan:
     """Return the plan of a configuration that leaves nothing to measure.
 
     Raises:
@@ -91,13 +98,21 @@ def plan_without_calibration(sizes: LanguageSizes, config: CompileConfig) -> Pla
     return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=(), frames=0)
 
 
-def needs_calibration(sizes: LanguageSizes, config: CompileConfig) -> bool:
+def needs_calibration(sizes: "LanguageSizes", config: CompileConfig) -> bool:
     """Tell whether a budget leaves open which layers or neurons stay, so that only measurements can place it."""
     counted = isinstance(config.keep_layers, int) and config.keep_layers < sizes.layers
     return counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width
 
 
-def check_layer_budget(config: CompileConfig, sizes: LanguageSizes) -> None:
+def kept_layer_count(config: CompileConfig, layers: int) -> int:
+    """Return how many of the decoder's layers stay."""
+    keep = config.keep_layers
+    if isinstance(keep, tuple):
+        return len(keep)
+    return layers if keep is None else keep
+
+
+def check_layer_budget(config: CompileConfig, sizes: "LanguageSizes") -> None:
     """Refuse a layer budget that the decoder does not have.
 
     Raises:
@@ -145,9 +160,19 @@ def _from_ranges(text: object) -> tuple[int, ...]:
         found.extend(range(int(first), int(last or first) + 1))
         if len(found) > _MAX_NEURONS:
             raise ValueError(f"{len(found)} neurons in a layer: expected at most {_MAX_NEURONS}")
-    if any(first >= second for first, second in pairwise(found)):
-        raise ValueError(f"{text!r:.60}: expected neurons that ascend")
-    return tuple(found)
+    return _ascending(found)
+
+
+def _ascending(indices: list[int]) -> tuple[int, ...]:
+    if not indices or any(first >= second for first, second in pairwise(indices)):
+        raise ValueError(f"indices {indices!s:.60}: expected at least one, in ascending order")
+    return tuple(indices)
+
+
+def _score(value: object) -> float:
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise ValueError(f"importance {value!r}: expected a finite number")
+    return value
 
 
 def _index(value: object) -> int:

@@ -85,11 +85,11 @@ def measure_deviations(
     config = compiled.config
     device = next(policy.parameters()).device
     worst = dict.fromkeys(("cognition", "samples", "actions"), 0.0)
-    for frame in frames:
+    for batch in host.observations(frames, config.batch_size):
         inputs = host.prepare(
             policy.processor,
-            [frame.image] * config.batch_size,
-            [frame.instruction] * config.batch_size,
+            [image for image, _ in batch],
+            [instruction for _, instruction in batch],
             text_tokens=config.text_tokens,
             batch_size=config.batch_size,
         )

@@ -87,7 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         contents = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: expected a JSON object ({error}); copy or download it again") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found a {type(contents).__name__}; download it again")

@@ -124,9 +124,8 @@ def manifest_table(manifest: Manifest) -> Table:
         for spec in specs:
             table.add_row(kind, str(spec))
     table.add_row("datasets", ", ".join(sorted(manifest.statistics)))
-    if manifest.plan is not None:
-        table.add_row("layers kept", ", ".join(map(str, manifest.plan["keep_layers"])))
-        table.add_row("calibrated on", f"{manifest.plan['frames']} frames")
+    table.add_row("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
+    table.add_row("calibrated on", f"{manifest.plan.frames} frames")
     for record in manifest.files:
         table.add_row("file", f"{record.name}, {record.size:,} bytes, SHA-256 {record.sha256[:12]}...")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))

@@ -1,6 +1,7 @@
 """Proofs about an exported policy: intact files, static shapes, and the outputs of the graph that it was made from."""
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import onnx
 from onnx import checker, shape_inference
 
 from evla_compile.artifact import check_files, find_manifest
-from evla_compile.errors import VerificationError
-from evla_compile.manifest import read_manifest
+from evla_compile.errors import ArtifactError, VerificationError
+from evla_compile.manifest import TensorSpec, read_manifest
 from evla_compile.recorded import read_cases
 from evla_compile.runtime import load
 from evla_compile.tolerances import TOLERANCES, relative_error
@@ -54,11 +55,14 @@ def verify(path: str | os.PathLike[str], *, threads: int | None = None) -> Verif
     except checker.ValidationError as error:
         raise VerificationError(f"{model}: onnx.checker refuses it: {error}") from error
     nodes = prove_static_shapes(model)
+    _check_external_data(model, {record.name for record in manifest.data})
     policy = load(place, threads=threads, check_hashes=False)
     worst: dict[str, float] = {}
     cases = read_cases(place.with_name(manifest.cases.name))
     for case in cases:
-        found = policy.outputs(**case.inputs)
+        _check_names("inputs", case.inputs, manifest.inputs)
+        _check_names("outputs", case.outputs, manifest.outputs)
+        found = policy.outputs(*(case.inputs[spec.name] for spec in manifest.inputs))
         for name, expected in case.outputs.items():
             worst[name] = max(worst.get(name, 0.0), relative_error(found[name], expected))
     for name, largest in worst.items():
@@ -96,6 +100,20 @@ def prove_static_shapes(path: Path) -> int:
                 f"{path}: {node.op_type} node {node.name!r} has a dynamic shape in {dynamic or list(node.output)}"
             )
     return len(graph.node)
+
+
+def _check_names(kind: str, arrays: Mapping[str, object], specs: Sequence[TensorSpec]) -> None:
+    if set(arrays) != {spec.name for spec in specs}:
+        raise ArtifactError(f"a recorded case has the {kind} {sorted(arrays)}: expected {', '.join(map(str, specs))}")
+
+
+def _check_external_data(path: Path, listed: set[str]) -> None:
+    """Refuse weights that lie in files which the manifest does not list, and so nobody hashes."""
+    model = onnx.load(str(path), load_external_data=False)
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    used = {entry.value for entry in entries if entry.key == "location"}
+    if used != listed:
+        raise VerificationError(f"{path} keeps weights in {sorted(used)}, its manifest lists {sorted(listed)}")
 
 
 def _is_static(value: onnx.ValueInfoProto) -> bool:

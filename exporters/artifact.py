@@ -5,12 +5,15 @@ import os
 from importlib.metadata import version
 
 import numpy as np
+import torch
 
 from evla_compile import __version__, host
 from evla_compile.artifact import ArtifactFiles, check_target, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
+from evla_compile.errors import ExportError
 from evla_compile.exporters.to_onnx import to_onnx
+from evla_compile.graph import weights
 from evla_compile.manifest import FileRecord, Manifest, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
@@ -25,6 +28,11 @@ def export_artifact(
     """Write `compiled` to `target`, an `X.onnx` or a folder; see `CompiledPolicy.export`."""
     files = ArtifactFiles.of(target)
     check_target(target)
+    if any(tensor.dtype == torch.bfloat16 for _, tensor in weights(compiled.graph)):
+        raise ExportError(
+            "this policy has bfloat16 weights, which ONNX Runtime cannot run on a CPU, so that its file could not be"
+            " verified: load the policy with dtype=torch.float32 to export it"
+        )
     outputs = (SAMPLES, *stages)
     graph = compiled.exposing(outputs) if stages else compiled.graph
     with writing(target) as folder:
@@ -56,7 +64,7 @@ def export_artifact(
                 for name, value in cases[0].outputs.items()
             ),
             config=compiled.config,
-            plan=compiled.plan.to_json(),
+            plan=compiled.plan,
             statistics=compiled.processor.statistics,
             pad_id=compiled.processor.pad_id,
             opset=opset,
@@ -68,18 +76,17 @@ def export_artifact(
 def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[RecordedCase]:
     """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
 
-    A policy compiled without calibration frames has none; one frame of seeded noise stands in, which is fit for
+    A policy compiled without calibration frames has none; two frames of seeded noise stand in, which are fit for
     comparing two lowerings of the same graph and for nothing else.
     """
-    frames = compiled.frames or (_noise_frame(compiled.sizes.image_side),)
-    batch, cases = compiled.config.batch_size, []
-    for number, (image, instruction) in enumerate(frames):
+    frames, cases = compiled.frames or _stand_ins(compiled.sizes.image_side), []
+    for number, batch in enumerate(host.observations(frames, compiled.config.batch_size)):
         inputs = host.prepare(
             compiled.processor,
-            [image] * batch,
-            [instruction] * batch,
+            [image for image, _ in batch],
+            [instruction for _, instruction in batch],
             text_tokens=compiled.config.text_tokens,
-            batch_size=batch,
+            batch_size=compiled.config.batch_size,
         )
         noise = draw_noise(compiled.noise_shape, number)
         found = compiled.outputs(inputs.image, inputs.input_ids, inputs.text_length, noise, stages=outputs)
@@ -97,6 +104,7 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[Rec
     return cases
 
 
-def _noise_frame(side: int) -> Frame:
-    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    return Frame(pixels, "pick up the object")
+def _stand_ins(side: int) -> tuple[Frame, ...]:
+    draw = np.random.Generator(np.random.PCG64(0))
+    instructions = ("pick up the object", "open it")
+    return tuple(Frame(draw.integers(0, 256, (side, side, 3), dtype=np.uint8), text) for text in instructions)

@@ -15,6 +15,7 @@ from onnxscript import opset18, optimizer
 from onnxscript.rewriter import onnx_fusions
 from torch import fx
 
+from evla_compile.config import OPSET
 from evla_compile.errors import ExportError
 from evla_compile.exporters.lift import to_exported_program
 from evla_compile.graph import weights
@@ -33,7 +34,7 @@ def to_onnx(
     path: Path,
     *,
     outputs: Sequence[str],
-    opset: int = 23,
+    opset: int = OPSET,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> None:
     """Write `gm`, whose shapes are static, to an ONNX file that `onnx.checker` accepts.

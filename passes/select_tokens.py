@@ -1,6 +1,8 @@
 """Keep a static budget of visual tokens (EfficientVLA section 3.2)."""
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -81,7 +83,8 @@ class SelectTokens(GraphPass):
 
     def _choose(self, relevance: Value, patches: Value, width: int) -> Value:
         """Return the kept patch indices in ascending order, int64 [B,K]."""
-        task_tokens = int(self.task_share * (self.visual_tokens - self.key_tokens))
+        # the share as written in decimals: 0.57 * 100 is 56.99... in binary
+        task_tokens = math.floor(Fraction(str(self.task_share)) * (self.visual_tokens - self.key_tokens))
         diverse_tokens = self.visual_tokens - self.key_tokens - task_tokens
         key = mark_stage(_top(relevance, self.key_tokens), "key_patches")
         chosen = [key]

@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from evla_compile.artifact import ArtifactFiles, check_files, check_target, find
 from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError
 from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
+from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics
 
 CONFIG = CompileConfig(keep_layers=(0, 2), mlp_keep=0.5, text_tokens=20)
@@ -38,7 +39,7 @@ def manifest_of(folder: Path, files: ArtifactFiles) -> Manifest:
         inputs=INPUTS,
         outputs=(SAMPLES, KEPT),
         config=CONFIG,
-        plan={"layers": [0, 2]},
+        plan=Plan(layer_importance=(), keep_layers=(0, 2), mlp_neurons=(), frames=0),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 6 + (False,))},
         pad_id=3,
         opset=23,
@@ -96,12 +97,6 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert manifest.noise_shape == (1, 16, 7)
 
 
-def test_a_manifest_without_a_plan_is_read_back(tmp_path: Path) -> None:
-    manifest = replace(write(tmp_path / "policy"), plan=None)
-    write_manifest(manifest, tmp_path / "manifest.json")
-    assert read_manifest(tmp_path / "manifest.json") == manifest
-
-
 def test_a_record_holds_size_and_hash_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"abc")
     record = FileRecord.measure(tmp_path / "x.bin")
@@ -157,6 +152,8 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
         (lambda data: data["config"].pop("cfg_scale"), r"missing \['cfg_scale'\]"),
         (put("config", "text_tokens", value=24), r"input_ids int64\[1, 20\]"),
         (put("plan", value=[1]), r"'plan' is \[1\]: expected an object"),
+        (put("plan", value={}), "a plan is a JSON object with the keys"),
+        (put("plan", "mlp_neurons", value=["0-99999"] * 1000), "neurons of 1000 layers for 2 kept layers"),
         (put("statistics", value={}), "dataset statistics"),
         (put("statistics", "toy", "action", "q01", value=[0]), "'toy'.*q01"),
         (put("pad_id", value=-1), "pad_id -1"),

@@ -1,6 +1,8 @@
 """Between a camera frame and an action chunk, with a function of a few lines for a backend."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evla_compile.host import action_noise, predict_action, prepare
+from evla_compile.host import action_noise, observations, predict_action, prepare, read_image
 from evla_compile.processor import Processor, draw_noise, read_statistics
 
 SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 3
@@ -168,3 +170,19 @@ def test_an_unknown_dataset_is_refused_before_the_backend_runs(processor: Proces
 def test_samples_that_are_not_finite_are_refused(processor: Processor) -> None:
     with pytest.raises(ValueError, match="not finite"):
         predict(Backend(shift=float("nan")), processor, frame(1), "a")
+
+
+def test_a_16_bit_image_is_refused_even_where_pillow_opens_it_as_rgb(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + bytes(12)) * 2))
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="16 bits a channel: expected 8"):
+        read_image(tmp_path / "deep.png")
+
+
+def test_rows_of_a_batch_hold_different_observations() -> None:
+    frames = [(np.zeros((1, 1, 3), dtype=np.uint8), text) for text in "abc"]
+    assert [[text for _, text in batch] for batch in observations(frames, 2)] == [["a", "b"], ["b", "c"], ["c", "a"]]

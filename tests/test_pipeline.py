@@ -1,5 +1,6 @@
 """From settings to passes, and `compile` as users call it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 
 import evla_compile as evla
+from evla_compile import pipeline
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PRESETS, CompileConfig
 from evla_compile.model.policy import CogACT
-from evla_compile.pipeline import build_passes, check_plan
+from evla_compile.pipeline import build_passes, check_budgets, check_plan
 from evla_compile.plan import Plan
 from evla_compile.processor import draw_noise
 from evla_compile.tolerances import TOLERANCES, check
@@ -187,3 +189,30 @@ def test_bfloat16_policy_compiles_and_stays_near_float32(
     found = evla.compile(half, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
     full = evla.compile(tiny_policy, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
     check("actions", found[:, :6], full[:, :6], tolerance=0.2)
+
+
+def test_bfloat16_policy_reports_its_deviation_and_is_not_exported(
+    tiny_checkpoint: Path, frames: list[Frame], tmp_path: Path
+) -> None:
+    half = evla.load(tiny_checkpoint, dtype=torch.bfloat16)
+    compiled = evla.compile(half, CompileConfig.dense(ddim_steps=1), calibration=frames[:1], progress=False)
+    assert {deviation.stage for deviation in compiled.report.deviations} == {"cognition", "samples", "actions"}
+    with pytest.raises(evla.ExportError, match="bfloat16 weights"):
+        compiled.export(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_instruction_beyond_the_text_budget_is_refused_before_the_work(
+    tiny_policy: CogACT, frame: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "capture", None)
+    frames = [Frame(frame, "open"), Frame(frame, "open"), Frame(frame, "open " * 40)]
+    with pytest.raises(ValueError, match="its budget is 32"):
+        evla.compile(tiny_policy, BUDGETS, calibration=frames, progress=False)
+
+
+def test_selection_needs_as_many_key_as_query_heads(tiny_policy: CogACT) -> None:
+    sizes = replace(tiny_policy.sizes, language=replace(tiny_policy.sizes.language, kv_heads=2))
+    check_budgets(CompileConfig(keep_layers=4, visual_tokens=None), sizes)
+    with pytest.raises(ValueError, match="as many key as query heads"):
+        check_budgets(BUDGETS, sizes)

@@ -23,6 +23,7 @@ from evla_compile.artifact import ArtifactFiles, find_manifest, writing
 from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
+from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
 from evla_compile.runtime import RuntimePolicy, load
 
@@ -96,7 +97,7 @@ def describe(folder: Path, names: ArtifactFiles, batch: int) -> Manifest:
             TensorSpec(name="lengths", dtype="int64", shape=(batch,)),
         ),
         config=CompileConfig.dense(text_tokens=TEXT, batch_size=batch),
-        plan=None,
+        plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
         statistics=STATISTICS,
         pad_id=PAD,
         opset=20,

@@ -92,7 +92,7 @@ def copy(artifact: Path, tmp_path: Path) -> Path:
 
 def test_artifact_verifies(artifact: Path) -> None:
     found = evla.verify(artifact, threads=1)
-    assert found.cases == 1
+    assert found.cases == 2
     ((name, error),) = found.errors
     assert name == "samples"
     assert 0 < error < 1e-5
@@ -125,6 +125,26 @@ def test_changed_weight_with_a_matching_hash_fails_on_the_recorded_cases(copy: P
 def change_a_weight(model: onnx.ModelProto) -> None:
     weight = next(w for w in model.graph.initializer if w.name.endswith("final_layer.linear.bias"))
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + np.float32(1.0), weight.name))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("inputs", "noise"), ("outputs", "samples")])
+def test_a_case_that_lacks_an_array_proves_nothing(kind: str, name: str, copy: Path) -> None:
+    (case, *_) = read_cases(copy / "cases.npz")
+    arrays = {"inputs": dict(case.inputs), "outputs": dict(case.outputs)}
+    del arrays[kind][name]
+    write_cases([RecordedCase(inputs=arrays["inputs"], outputs=arrays["outputs"])], copy / "cases.npz")
+    manifest = replace(read_manifest(copy / "manifest.json"), cases=FileRecord.measure(copy / "cases.npz"))
+    write_manifest(manifest, copy / "manifest.json")
+    with pytest.raises(evla.ArtifactError, match=f"a recorded case has the {kind}"):
+        evla.verify(copy, threads=1)
+
+
+def test_weights_in_a_file_that_the_manifest_does_not_list_are_refused(copy: Path) -> None:
+    model = onnx.load(copy / "model.onnx")
+    onnx.save(model, copy / "model.onnx", save_as_external_data=True, location="hidden.bin", size_threshold=1024)
+    accept_model(copy, "model.onnx")
+    with pytest.raises(evla.VerificationError, match=r"keeps weights in \['hidden.bin'\]"):
+        evla.verify(copy, threads=1)
 
 
 def test_recorded_cases_round_trip(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evla_compile import host
+from evla_compile.config import CFG_SCALE, DDIM_STEPS, TEXT_TOKENS
 from evla_compile.host import CameraFrame
 from evla_compile.model.action import ActionModel, ActionSizes
 from evla_compile.model.diffusion import ddim_schedule
@@ -119,8 +120,8 @@ class CogACT(nn.Module):
         text_length: Tensor,
         noise: Tensor,
         *,
-        ddim_steps: int = 10,
-        cfg_scale: float = 1.5,
+        ddim_steps: int = DDIM_STEPS,
+        cfg_scale: float = CFG_SCALE,
     ) -> Tensor:
         """Return raw samples float32 [B,A,F] of the whole policy, run eagerly: the reference of every lowering.
 
@@ -150,9 +151,9 @@ class CogACT(nn.Module):
         noise: NDArray[np.floating] | None = None,
         seed: int | None = None,
         *,
-        ddim_steps: int = 10,
-        cfg_scale: float = 1.5,
-        text_tokens: int = 32,
+        ddim_steps: int = DDIM_STEPS,
+        cfg_scale: float = CFG_SCALE,
+        text_tokens: int = TEXT_TOKENS,
     ) -> NDArray[np.float64]:
         """Return the dense policy's action chunk, run eagerly; see `CompiledPolicy.predict_action`.
 

@@ -49,6 +49,7 @@ class OnnxSession:
             raise ValueError(f"provider={provider!r}: expected one of {', '.join(_PROVIDERS)}")
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        self._model = model
         self._session = _open(model, provider, threads)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
@@ -71,8 +72,30 @@ class OnnxSession:
                 )
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph once: its inputs by name -> its outputs by name."""
-        return dict(zip(self.outputs, self._session.run(None, feeds), strict=True))
+        """Run the graph once: its inputs by name -> its outputs by name.
+
+        Raises:
+            EvlaError: ONNX Runtime failed, out of memory for instance.
+        """
+        try:
+            values = self._session.run(None, feeds)
+        except _runtime_errors() as error:
+            raise EvlaError(f"ONNX Runtime failed on {self._model}: {error}") from error
+        return dict(zip(self.outputs, values, strict=True))
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Return what ONNX Runtime raises; its errors have no common class of their own."""
+    errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    return (
+        errors.Fail,
+        errors.InvalidArgument,
+        errors.InvalidGraph,
+        errors.InvalidProtobuf,
+        errors.NoSuchFile,
+        errors.NotImplemented,
+        errors.RuntimeException,
+    )
 
 
 def _open(model: Path, provider: Provider, threads: int | None) -> Any:
@@ -80,7 +103,6 @@ def _open(model: Path, provider: Provider, threads: int | None) -> Any:
     try:
         # An optional dependency, and one without type stubs.
         onnxruntime = import_module("onnxruntime")
-        ort_errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     except ImportError as error:
         raise EvlaError(f"ONNX Runtime cannot be imported ({error}): {remedy}") from error
     wanted, available = _PROVIDERS[provider], onnxruntime.get_available_providers()
@@ -95,15 +117,7 @@ def _open(model: Path, provider: Provider, threads: int | None) -> Any:
     try:
         # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
         session = onnxruntime.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
-    except (
-        ort_errors.Fail,
-        ort_errors.InvalidArgument,
-        ort_errors.InvalidGraph,
-        ort_errors.InvalidProtobuf,
-        ort_errors.NoSuchFile,
-        ort_errors.NotImplemented,
-        ort_errors.RuntimeException,
-    ) as error:
+    except _runtime_errors() as error:
         raise ArtifactError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {error}; install a newer one, or export with"
             " a lower opset"

@@ -112,13 +112,8 @@ class RuntimePolicy:
             "noise": noise,
         }
         for spec in self.manifest.inputs:
-            given = feeds[spec.name]
-            if not isinstance(given, np.ndarray) or given.dtype != spec.dtype or given.shape != spec.shape:
-                found = f"{given.dtype}{list(given.shape)}" if isinstance(given, np.ndarray) else type(given).__name__
-                raise ValueError(f"{spec.name} is {found}: expected a numpy array {spec.dtype}{list(spec.shape)}")
-        # Beyond these bounds the graph would read a wrong position without complaint.
-        if text_length.min() < 2 or text_length.max() > self.config.text_tokens:
-            raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {self.config.text_tokens}")
+            host.check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
+        host.check_text_length(text_length, self.config.text_tokens)
         return self._session.run(feeds)
 
 
