@@ -12,7 +12,7 @@ from torch import fx
 from evla_compile import host
 from evla_compile.calibration import Frame
 from evla_compile.config import OPSET, CompileConfig
-from evla_compile.host import CameraFrame
+from evla_compile.host import CameraFrame, Predictor
 from evla_compile.model.policy import ModelSizes
 from evla_compile.passes import ExposeStages
 from evla_compile.plan import Plan
@@ -21,7 +21,7 @@ from evla_compile.report import CompileReport
 from evla_compile.sites import INPUT_NAMES
 
 
-class CompiledPolicy:
+class CompiledPolicy(Predictor):
     """A compiled policy, run by torch; made by `compile`.
 
     Attributes:
@@ -58,44 +58,6 @@ class CompiledPolicy:
     def noise_shape(self) -> tuple[int, int, int]:
         """Shape of the noise that the graph takes, (B, A, F)."""
         return self.config.batch_size, self.sizes.action.chunk, self.sizes.action.action_width
-
-    def predict_action(
-        self,
-        image: CameraFrame | Sequence[CameraFrame],
-        instruction: str | Sequence[str],
-        unnorm_key: str | None = None,
-        noise: NDArray[np.floating] | None = None,
-        seed: int | None = None,
-    ) -> NDArray[np.float64]:
-        """Return the action chunk for a camera frame and an instruction.
-
-        Args:
-            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
-            instruction: what the robot shall do; for a batch, a sequence of B of them.
-            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
-            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
-            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
-
-        Returns:
-            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
-
-        Raises:
-            ValueError: an argument is refused, or the samples are not finite.
-        """
-        _, chunk, width = self.noise_shape
-        return host.predict_action(
-            self.sample,
-            self.processor,
-            image,
-            instruction,
-            unnorm_key=unnorm_key,
-            noise=noise,
-            seed=seed,
-            text_tokens=self.config.text_tokens,
-            batch_size=self.config.batch_size,
-            chunk=chunk,
-            width=width,
-        )
 
     def sample(
         self,

@@ -3,6 +3,7 @@
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from evla_compile.config import CompileConfig
 from evla_compile.processor import Processor, draw_noise
 
 CameraFrame: TypeAlias = Image.Image | NDArray[np.uint8]
@@ -192,3 +194,65 @@ def predict_action(
     start = action_noise(noise, seed, batch_size=batch_size, chunk=chunk, width=width)
     actions = processor.actions(sample(inputs.image, inputs.input_ids, inputs.text_length, start), unnorm_key)
     return actions if isinstance(image, Sequence) else actions[0]
+
+
+class Predictor(ABC):
+    """A policy with a static batch, whatever runs its graph: frames and instructions in, action chunks out."""
+
+    processor: Processor
+    """Host-side tokenizer, image preparation and action statistics."""
+    config: CompileConfig
+    """Settings of the compilation."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that the graph takes, (B, A, F)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Return raw samples float32 [B,A,F]."""
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the action chunk for a camera frame and an instruction.
+
+        Args:
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
+            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+
+        Returns:
+            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+
+        Raises:
+            ValueError: an argument is refused, or the samples are not finite.
+        """
+        _, chunk, width = self.noise_shape
+        return predict_action(
+            self.sample,
+            self.processor,
+            image,
+            instruction,
+            unnorm_key=unnorm_key,
+            noise=noise,
+            seed=seed,
+            text_tokens=self.config.text_tokens,
+            batch_size=self.config.batch_size,
+            chunk=chunk,
+            width=width,
+        )

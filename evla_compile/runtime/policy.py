@@ -4,7 +4,6 @@ Shape legend: B batch, S image side in pixels, T text budget, A action steps, F 
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +12,32 @@ from numpy.typing import NDArray
 
 from evla_compile import host
 from evla_compile.artifact import check_files, find_manifest
-from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError, CheckpointError
-from evla_compile.host import CameraFrame
+from evla_compile.host import Predictor
 from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.processor import Processor
 from evla_compile.runtime.onnx_session import OnnxSession, Provider
 
 
-class RuntimePolicy:
+class RuntimePolicy(Predictor):
     """A compiled policy whose graph has been loaded; made by `load`.
 
     Attributes:
         manifest: what the artifact says of itself.
+        config: settings of the compilation.
         processor: host-side tokenizer, image preparation and action statistics.
     """
 
     def __init__(self, session: OnnxSession, manifest: Manifest, processor: Processor) -> None:
         self.manifest = manifest
+        self.config = manifest.config
         self.processor = processor
         self._session = session
 
     @property
-    def config(self) -> CompileConfig:
-        """Settings of the compilation."""
-        return self.manifest.config
-
-    def predict_action(
-        self,
-        image: CameraFrame | Sequence[CameraFrame],
-        instruction: str | Sequence[str],
-        unnorm_key: str | None = None,
-        noise: NDArray[np.floating] | None = None,
-        seed: int | None = None,
-    ) -> NDArray[np.float64]:
-        """Return the action chunk for a camera frame and an instruction.
-
-        Args:
-            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
-            instruction: what the robot shall do; for a batch, a sequence of B of them.
-            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
-            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
-            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
-
-        Returns:
-            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
-
-        Raises:
-            ValueError: an argument is refused, or the samples are not finite.
-        """
-        _, chunk, width = self.manifest.noise_shape
-        return host.predict_action(
-            self.sample,
-            self.processor,
-            image,
-            instruction,
-            unnorm_key=unnorm_key,
-            noise=noise,
-            seed=seed,
-            text_tokens=self.config.text_tokens,
-            batch_size=self.config.batch_size,
-            chunk=chunk,
-            width=width,
-        )
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that the graph takes, (B, A, F)."""
+        return self.manifest.noise_shape
 
     def sample(
         self,
