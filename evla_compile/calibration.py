@@ -39,7 +39,7 @@ def calibrate(
 ) -> Plan:
     """Measure `policy` on `frames` and return the plan for the budgets of `config`.
 
-    Layer importance is EfficientVLA's equation 2: I(l) = 1 - mean over frames of the mean over positions of
+    Layer importance is EfficientVLA's equation 1: I(l) = 1 - mean over frames of the mean over positions of
     cos(layer input, layer output), residual included, the last layer before the final norm; the lowest go, the lower
     index among equals. A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of
     the down projection.

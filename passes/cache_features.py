@@ -1,4 +1,4 @@
-"""Reuse the DiT's features across denoising steps (EfficientVLA section 3.3)."""
+"""Reuse the DiT's features across denoising steps (EfficientVLA section 3.4)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 class CacheFeatures(GraphPass):
     """Recompute attention and MLP of every DiT block at step % interval == 0 only, lossy; reuse them otherwise.
 
-    EfficientVLA (arXiv 2506.10100) section 3.3, equations 6 to 8: a reused step adds the cached outputs of all blocks
+    EfficientVLA (arXiv 2506.10100) section 3.4, equations 6 to 11: a reused step adds the cached outputs of all blocks
     to its own input. Their sum C = stack output - stack input is one tensor, so a reused step is one residual add,
     tokens + C, and its condition token, which nothing reads any more, is dead. Both guidance halves are cached.
     Refuses a graph whose sampler is not unrolled.

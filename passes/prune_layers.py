@@ -1,4 +1,4 @@
-"""Delete redundant decoder layers (EfficientVLA section 3.1)."""
+"""Delete redundant decoder layers (EfficientVLA section 3.2)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +14,7 @@ from evla_compile.sites import decoder_layers
 class PruneLayers(GraphPass):
     """Delete every decoder layer that is not in `keep`, lossy: x^(l+1) = x^(l) for a deleted layer l.
 
-    EfficientVLA (arXiv 2506.10100) section 3.1, equations 1 and 2; which layers go is measured by
+    EfficientVLA (arXiv 2506.10100) section 3.2.2, equation 1; which layers go is measured by
     `evla_compile.calibration`. Layers need not be contiguous, and those that stay keep their indices in module paths.
     Refuses indices that the graph does not have.
     """

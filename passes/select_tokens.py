@@ -1,4 +1,4 @@
-"""Keep a static budget of visual tokens (EfficientVLA section 3.2)."""
+"""Keep a static budget of visual tokens (EfficientVLA section 3.3)."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SCORING_LAYER = 1
 class SelectTokens(GraphPass):
     """Keep `visual_tokens` patches from the third kept decoder layer on, lossy.
 
-    EfficientVLA (arXiv 2506.10100) section 3.2. Relevance of patch i, equation 3: r_i = sum over text rows j of the
+    EfficientVLA (arXiv 2506.10100) section 3.3. Relevance of patch i, equation 2: r_i = sum over text rows j of the
     head mean of softmax(q_j k^T)_i in the second kept layer, padding rows excluded. Kept are the `key_tokens` most
     relevant patches; the next floor(task_share (visual_tokens - key_tokens)) by relevance; the rest by diversity,
     equation 4: 1 - max over key k of cos(v_j, v_k) on the hidden states that enter the selection. Kept patches stay in

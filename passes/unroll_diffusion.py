@@ -19,7 +19,7 @@ class UnrollDiffusion(GraphPass):
     """Copy the captured denoising step `ddim_steps` times with constant timesteps, exact: the DDIM sampler, eta 0.
 
     CogACT samples x <- A x + B eps(x, t), both coefficients folded to constants (see `model.diffusion`); this is the
-    loop that EfficientVLA section 3.3 caches across. What does not depend on the noisy actions or on the timestep is
+    loop that EfficientVLA section 3.4 caches across. What does not depend on the noisy actions or on the timestep is
     not copied: embedding the cognition feature leaves the loop. Step k becomes the module path `denoising.k.…`.
     Refuses a graph without the `timestep` input, which is unrolled already.
     """
