@@ -68,12 +68,12 @@ def _clean(gm: fx.GraphModule) -> None:
     output.args = (output.all_input_nodes[0],)
     gm.graph.set_codegen(fx.graph.CodeGen())  # plain positional arguments and result instead of pytrees
     remove_dead_nodes(gm.graph)
+    for node in gm.graph.nodes:  # what passes use stays; the rest holds stack traces with local paths
+        node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
 
 
 def _mark_stages(gm: fx.GraphModule) -> None:
-    """Name the values that verification compares; keep of the metadata what passes use, without local paths."""
-    for node in gm.graph.nodes:
-        node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+    """Name the values that verification compares."""
     nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
     nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
     (readout,) = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
