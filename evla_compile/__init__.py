@@ -23,19 +23,25 @@ if TYPE_CHECKING:
     from evla_compile.calibration import Frame, calibrate, read_frames
     from evla_compile.checkpoint import load
     from evla_compile.compiled import CompiledPolicy
+    from evla_compile.devices import DEVICES, Device, find_device
+    from evla_compile.estimate import Estimate, estimate_upstream, estimates, quick_estimates
     from evla_compile.pipeline import compile
     from evla_compile.plan import Plan
+    from evla_compile.sizes import published_sizes
     from evla_compile.verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEVICES",
     "PRESETS",
     "ArtifactError",
     "CalibrationError",
     "CheckpointError",
     "CompileConfig",
     "CompiledPolicy",
+    "Device",
+    "Estimate",
     "EvlaError",
     "ExportError",
     "Frame",
@@ -46,19 +52,32 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile",
+    "estimate_upstream",
+    "estimates",
+    "find_device",
     "load",
+    "published_sizes",
+    "quick_estimates",
     "read_frames",
     "runtime",
     "verify",
 ]
 
 _HOMES = {
+    "DEVICES": "devices",
     "CompiledPolicy": "compiled",
+    "Device": "devices",
+    "Estimate": "estimate",
     "Frame": "calibration",
     "Plan": "plan",
     "calibrate": "calibration",
     "compile": "pipeline",
+    "estimate_upstream": "estimate",
+    "estimates": "estimate",
+    "find_device": "devices",
     "load": "checkpoint",
+    "published_sizes": "sizes",
+    "quick_estimates": "estimate",
     "read_frames": "calibration",
     "verify": "verification",
 }

@@ -139,6 +139,21 @@ def check_target(target: str | os.PathLike[str]) -> None:
         pass
 
 
+def check_space(target: str | os.PathLike[str], needed: int) -> None:
+    """Refuse a target on a disk that has not `needed` bytes free; what is replaced stays until the new is whole.
+
+    Raises:
+        ArtifactError: the message says what is needed and what is free.
+    """
+    folder = ArtifactFiles.of(target).target.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(
+            f"{target} needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free: make room, or choose"
+            " another --out"
+        )
+
+
 @contextmanager
 def _beside(files: ArtifactFiles) -> Iterator[Path]:
     """Yield an empty folder beside a target that may be written; it is gone afterwards, unless it has been moved."""

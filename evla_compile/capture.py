@@ -2,19 +2,28 @@
 
 The captured graph predicts the noise of one step from `image`, `input_ids`, `text_length`, `noise` and `timestep`;
 `UnrollDiffusion` makes the sampler of it. The text length stays one symbolic size, so a rewrite that shortens the
-sequence changes one node instead of five literals in every layer.
+sequence changes one node instead of five literals in every layer. `capture_upstream` records what the public code runs
+instead, the baseline of every figure.
 """
 
+from copy import deepcopy
+
 import torch
-from torch import fx
-from torch.export import Dim
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from evla_compile.config import CompileConfig
-from evla_compile.graph import copy_graph, remove_dead_nodes
+from evla_compile.graph import copy_graph, fake_mode, propagate, remove_dead_nodes, replace_tensor
 from evla_compile.model.policy import CogACT
-from evla_compile.sites import argument, is_call, module_path, nodes_under
+from evla_compile.model.upstream import UpstreamCogACT
+from evla_compile.sites import ACTION_MODEL, DENOISING, argument, input_node, is_call, module_path, nodes_under
 
 aten = torch.ops.aten
+
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""What torch.export calls the module of a node that belongs to none."""
 
 TIMESTEP = "timestep"
 """Name of the captured graph's input that `UnrollDiffusion` replaces by constants."""
@@ -30,17 +39,42 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     example = example_inputs(policy, config)
     text = Dim("text", min=4, max=2048)
     dynamic: tuple[dict[int, Dim] | None, ...] = ({}, {1: text}, {}, {}, {}, None)
+    twin = _without_weights(policy)
     with torch.no_grad():  # otherwise the rotary tables come out wrapped in a set_grad_enabled operator
-        exported = torch.export.export(policy, (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False)
-    gm = exported.module(check_guards=False)
-    if not isinstance(gm, fx.GraphModule):
-        raise TypeError(f"torch.export returned a {type(gm).__name__}, expected a GraphModule")
-    _clean(gm)
+        exported = torch.export.export(twin, (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False)
+    gm = _flat_graph(exported)
     _mark_stages(gm)
+    state = policy.state_dict()
+    for name in {str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & state.keys():
+        replace_tensor(gm, name, state[name])
+    propagate(gm)
     return copy_graph(gm)
 
 
-def example_inputs(policy: CogACT, config: CompileConfig) -> tuple[torch.Tensor, ...]:
+def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphModule:
+    """Return the graph of everything that upstream runs for one action chunk, its weights shared with `policy`.
+
+    Inputs: those of a finished graph, `image` uint8 [B,S,S,3], `input_ids` int64 [B,T] with T symbolic and without
+    padding, `text_length` int64 [B], which upstream does not know and only a selection of visual tokens reads, and
+    `noise` float32 [B,A,F]. Outputs: those of `UpstreamCogACT`. The sampler is unrolled, as `UnrollDiffusion` leaves
+    it, so the rewrites of the decoder and of the denoising steps apply. Operators keep the weights' own dtypes, without
+    autocast. Of `config` only batch size, text budget, denoising steps and guidance scale are used.
+    """
+    image, input_ids, text_length, noise, _ = example_inputs(policy, config)
+    settings = {"ddim_steps": config.ddim_steps, "cfg_scale": config.cfg_scale}
+    dynamic = {"image": {}, "input_ids": {1: Dim("text", min=4, max=2048)}, "noise": {}, **dict.fromkeys(settings)}
+    with torch.no_grad():
+        exported = torch.export.export(
+            policy, (image, input_ids, noise), settings, dynamic_shapes=dynamic, strict=False
+        )
+    gm = _flat_graph(exported)
+    with gm.graph.inserting_after(input_node(gm.graph, "input_ids")), fake_mode(gm):
+        gm.graph.placeholder("text_length").meta["val"] = torch.empty_like(text_length)
+    _name_steps(gm.graph)
+    return copy_graph(gm)
+
+
+def example_inputs(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tuple[torch.Tensor, ...]:
     """Return zero-filled inputs of the shapes that `capture` records, on the policy's device."""
     batch, sizes = config.batch_size, policy.sizes
     device = next(policy.parameters()).device
@@ -54,6 +88,40 @@ def example_inputs(policy: CogACT, config: CompileConfig) -> tuple[torch.Tensor,
     )
 
 
+def _without_weights(policy: CogACT) -> CogACT:
+    """Return a copy of `policy` with fake tensors for weights, so that export neither reads nor copies any."""
+    instead: dict[int, object] = {id(policy.processor): policy.processor}
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for tensor in policy.parameters():
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            instead[id(tensor)] = nn.Parameter(fake, requires_grad=False)
+    return deepcopy(policy, instead)
+
+
+def _flat_graph(exported: ExportedProgram) -> fx.GraphModule:
+    gm = exported.module(check_guards=False)
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(f"torch.export returned a {type(gm).__name__}, expected a GraphModule")
+    _clean(gm)
+    return gm
+
+
+def _name_steps(graph: fx.Graph) -> None:
+    """Move the action model's calls, and the sampler's arithmetic behind each, under the paths of denoising steps."""
+    step = None
+    for node in graph.nodes:
+        path = module_path(node)
+        if path == ACTION_MODEL or path.startswith(f"{ACTION_MODEL}."):
+            call = next(reversed(node.meta["nn_module_stack"]))  # export numbers repeated calls: "…action_model.net@3"
+            step = f"{DENOISING}.{call.partition('@')[2] or 0}"
+            path = f"{step}.{path}"
+        elif node.op == "call_function" and step is not None:
+            path = step
+        else:
+            continue
+        node.meta["nn_module_stack"] = {path: (path, path)}
+
+
 def _clean(gm: fx.GraphModule) -> None:
     """Drop what export adds around the arithmetic: metadata assertions, no-op casts, copies of constants."""
     for node in list(gm.graph.nodes):
@@ -65,11 +133,14 @@ def _clean(gm: fx.GraphModule) -> None:
         elif node.op == "placeholder" and not isinstance(node.meta["val"], torch.Tensor):
             gm.graph.erase_node(node)  # the guidance scale, already a literal where it is used
     output = gm.graph.output_node()
-    output.args = (output.all_input_nodes[0],)
+    results = output.all_input_nodes
+    output.args = (results[0] if len(results) == 1 else tuple(results),)
     gm.graph.set_codegen(fx.graph.CodeGen())  # plain positional arguments and result instead of pytrees
     remove_dead_nodes(gm.graph)
     for node in gm.graph.nodes:  # what passes use stays; the rest holds stack traces with local paths
         node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
+        if module_path(node) == _NO_MODULE:
+            del node.meta["nn_module_stack"]
 
 
 def _mark_stages(gm: fx.GraphModule) -> None:

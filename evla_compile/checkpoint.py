@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evla_compile.errors import CheckpointError, UnsupportedModelError
+from evla_compile.deferred import DeferredWeight
+from evla_compile.errors import CheckpointError, EvlaError, UnsupportedModelError
+from evla_compile.memory import available_memory
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.processor import BLANK_ID, PAD_ID, ActionStatistics, Processor, read_statistics
 from evla_compile.run_directory import find_checkpoint, find_tokenizer, naming, read_json, read_text
@@ -60,6 +62,8 @@ def load(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    *,
+    deferred: bool = False,
 ) -> CogACT:
     """Load a CogACT policy from its official, unchanged files, ready for inference, with gradients off.
 
@@ -73,11 +77,14 @@ def load(
             openvla/openvla-7b on the hub.
         dtype: torch.float32 or torch.bfloat16, for the vision towers, the projector and the decoder.
         device: where the policy runs.
+        deferred: cast each tensor where it is read and let go of the result, instead of casting all of them now: for
+            compiling and exporting a policy that does not fit into memory in `dtype`. On a CPU only.
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or the hub cannot be reached.
         UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
         ValueError: `dtype` or `device` cannot be used.
+        EvlaError: the cast tensors would not fit into the memory that is free.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16; float16 overflows in the decoder")
@@ -97,11 +104,17 @@ def load(
     with naming(checkpoint.file):
         _check_keys(model, checkpoint.tensors)
         check_joints(checkpoint.sizes)
+    if deferred and target.type != "cpu":
+        raise ValueError(f"deferred=True with device={str(device)!r}: deferred weights stay in the file, on the CPU")
+    dtypes = {name: torch.float32 if name.startswith("action_model.") else dtype for name in model.state_dict()}
+    stored = {name: checkpoint.tensors[name] for name in dtypes}
+    if target.type == "cpu" and not deferred:
+        _check_memory(stored, dtypes)
     weights = {
-        name: checkpoint.tensors[name].to(
-            device=target, dtype=torch.float32 if name.startswith("action_model.") else dtype
-        )
-        for name in model.state_dict()
+        name: DeferredWeight(tensor, dtype=dtypes[name])
+        if deferred and tensor.dtype != dtypes[name]
+        else tensor.to(device=target, dtype=dtypes[name])
+        for name, tensor in stored.items()
     }
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
@@ -128,6 +141,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         sizes = infer_sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings.get("heads", {}))
         pad_id = _pad_id(settings.get("pad_id"), sizes.language.vocabulary)
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
+
+
+def _check_memory(stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse casts whose results the machine cannot hold, before they take it down."""
+    needed = sum(
+        tensor.numel() * dtypes[name].itemsize for name, tensor in stored.items() if tensor.dtype != dtypes[name]
+    )
+    free = available_memory()
+    if free is not None and needed > free:
+        raise EvlaError(
+            f"casting this checkpoint needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: load it in"
+            " the dtype that it is stored in, which needs none, or with deferred=True for compiling and exporting alone"
+        )
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

@@ -6,8 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -18,8 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 import evla_compile as evla
+from evla_compile.cli_settings import read_config, read_plan
 from evla_compile.config import OPSET
 from evla_compile.errors import EvlaError
+from evla_compile.memory import PeakMemory, watching_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile CogACT robot policies by EfficientVLA's rewrites, and run them without torch.",
 )
+
+PAPER_TEXT_TOKENS = 26
+"""Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
 
 RunDirectory = Annotated[
     str, typer.Argument(metavar="RUN_DIR", help="CogACT run directory, its .pt file, or a Hugging Face id.")
@@ -103,7 +107,7 @@ def compile_policy(
     from evla_compile.artifact import check_target
     from evla_compile.tables import compile_summary
 
-    config = _config(ctx, preset, dense)
+    config = read_config(ctx.params, preset=preset, dense=dense)
     check_target(out)
     with _step("import torch and transformers"):
         from evla_compile.checkpoint import read_checkpoint
@@ -113,7 +117,7 @@ def compile_policy(
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration)
-    chosen = None if plan is None else _read_plan(plan)
+    chosen = None if plan is None else read_plan(plan)
     # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
     sizes = read_checkpoint(run_dir).sizes
     check_budgets(config, sizes)
@@ -121,16 +125,18 @@ def compile_policy(
         check_plan(chosen, config, sizes)
     elif frames is None or not needs_calibration(sizes.language, config):
         chosen = plan_without_calibration(sizes.language, config)
-    with _step("load the policy"):
-        policy = evla.load(run_dir, tokenizer=tokenizer)
-    for frame in frames or ():
-        policy.processor.text(frame.instruction, config.text_tokens)
-    if chosen is None and frames is not None:
-        chosen = evla.calibrate(policy, frames, config)
-    with _step("capture and rewrite the graph"):
-        compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
-    with _step(f"export it to {out}"):
-        compiled.export(out, opset=opset)
+    with watching_memory() as peak:
+        with _step("load the policy"):
+            policy = evla.load(run_dir, tokenizer=tokenizer, deferred=True)
+        for frame in frames or ():
+            policy.processor.text(frame.instruction, config.text_tokens)
+        if chosen is None and frames is not None:
+            chosen = evla.calibrate(policy, frames, config)
+        with _step("capture and rewrite the graph"):
+            compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
+        with _step(f"export it to {out}", spinner=False):  # it draws a bar of its own
+            compiled.export(out, opset=opset)
+    _print_memory(peak)
     if check:
         with _step("verify it on ONNX Runtime"):
             evla.verify(out)
@@ -152,18 +158,48 @@ def inspect(
 
         console.print(manifest_table(read_manifest(find_manifest(place))))
         return
-    from evla_compile.checkpoint import read_checkpoint
-    from evla_compile.tables import checkpoint_table
+    from evla_compile.tables import checkpoint_summary, estimate_summary
 
-    checkpoint = read_checkpoint(path)
-    console.print(checkpoint_table(checkpoint))
-    found = (checkpoint.run / "tokenizer.json").is_file()
-    for line in (
-        f"frame: {checkpoint.sizes.image_side} x {checkpoint.sizes.image_side} pixels",
-        f"datasets: {', '.join(sorted(checkpoint.statistics))}",
-        f"tokenizer: {'tokenizer.json in the run directory' if found else 'none here; give --tokenizer'}",
-    ):
-        console.print(line)
+    with _step("import torch and transformers"):
+        import torch
+
+        from evla_compile.comparison import compare, configurations, read_sound_checkpoint
+    checkpoint = read_sound_checkpoint(path)
+    configs = configurations([], dense=True, text_tokens=PAPER_TEXT_TOKENS)
+    found = compare(checkpoint.sizes, configs, dtype=torch.bfloat16, step=_step)
+    console.print(checkpoint_summary(checkpoint))
+    console.print(estimate_summary(found, text_tokens=PAPER_TEXT_TOKENS))
+
+
+@app.command()
+def estimate(
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="small, base or large (or S, B, L), or a RUN_DIR.")],
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(sorted(evla.PRESETS))}, or all; may be repeated.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The policy with exact rewrites alone.")] = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of vision and language; the action head is float32.")
+    ] = "bfloat16",
+    text_tokens: Annotated[int, typer.Option(help="Text budget in tokens.")] = PAPER_TEXT_TOKENS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Weigh budgets before downloading any weight: size, operations and roofline of a policy and of its presets.
+
+    Without --preset and --dense it shows all of them. Upstream's way of running the policy is always the first row.
+    """
+    from evla_compile.tables import estimate_summary
+
+    with _step("import torch and transformers"):
+        import torch
+
+        from evla_compile.comparison import compare, configurations, sizes_of
+    configs = configurations(preset or [], dense=dense, text_tokens=text_tokens)
+    found = compare(sizes_of(size), configs, dtype=getattr(torch, dtype), step=_step)
+    if as_json:
+        print(json.dumps({name: estimated.to_json() for name, estimated in found.items()}))
+    else:
+        _console().print(estimate_summary(found, text_tokens=text_tokens))
 
 
 @app.command()
@@ -174,6 +210,9 @@ def run(
     unnorm_key: Annotated[str | None, typer.Option(help="Dataset whose statistics scale the actions.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise.")] = None,
     provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
+    mapped: Annotated[bool, typer.Option("--mapped", help="Leave the weights in their file: slower, less memory.")] = (
+        False
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the action chunk for a camera frame on ONNX Runtime; imports no torch."""
@@ -181,7 +220,8 @@ def run(
     from evla_compile.tables import ACTION_NAMES, action_table
 
     frame = read_image(image)
-    actions = evla.runtime.load(artifact, provider=provider).predict_action(frame, instruction, unnorm_key, seed=seed)
+    policy = evla.runtime.load(artifact, provider=provider, mapped=mapped)
+    actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed)
     if as_json:
         print(json.dumps({"names": ACTION_NAMES, "actions": actions.tolist()}))
     else:
@@ -203,56 +243,22 @@ def verify(
     )
 
 
-def _config(ctx: typer.Context, preset: str | None, dense: bool) -> evla.CompileConfig:
-    """Return the settings asked for; every setting is an option of its name, None where it was not given."""
-    if dense and preset is not None:
-        raise ValueError(f"--dense and --preset {preset} exclude each other: give the one to start from")
-    base = evla.CompileConfig()
-    if dense:
-        base = evla.CompileConfig.dense()
-    elif preset is not None:
-        base = evla.CompileConfig.preset(preset)
-    given = {name: ctx.params[name] for name in base.to_json() if ctx.params[name] is not None}
-    if "keep_layers" in given:
-        given["keep_layers"] = _layers(given["keep_layers"])
-    if "visual_tokens" in given:
-        given["visual_tokens"] = _tokens(given["visual_tokens"])
-    return replace(base, **given)
-
-
-def _layers(text: str) -> int | tuple[int, ...] | None:
-    try:
-        if text == "all":
-            return None
-        return tuple(int(index) for index in text.split(",")) if "," in text else int(text)
-    except ValueError as error:
-        raise ValueError(f"--keep-layers {text}: expected a count as in 22, indices as in 0,1,4, or all") from error
-
-
-def _tokens(text: str) -> int | None:
-    try:
-        return None if text == "all" else int(text)
-    except ValueError as error:
-        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, or all") from error
-
-
-def _read_plan(path: Path) -> "evla.Plan":
-    """Return the plan of a file that `Plan.save` wrote, or the one of a compiled policy."""
-    from evla_compile.artifact import find_manifest
-    from evla_compile.manifest import read_manifest
-
-    if path.is_dir() or path.suffix == ".onnx":
-        return read_manifest(find_manifest(path)).plan
-    return evla.Plan.load(path)
-
-
 @contextmanager
-def _step(what: str) -> Iterator[None]:
+def _step(what: str, *, spinner: bool = True) -> Iterator[None]:
     """Show on standard error what is being done, and after it how long it took."""
     console, start = _console(stderr=True), perf_counter()
-    with console.status(Text(what)):
+    with console.status(Text(what)) if spinner else nullcontext():
         yield
     console.print(f"{perf_counter() - start:6.1f} s  {what}", style="dim", soft_wrap=True)
+
+
+def _print_memory(peak: PeakMemory) -> None:
+    if peak.private:
+        _console(stderr=True).print(
+            f"peak memory {peak.private / 1e9:.2f} GB, and {peak.resident / 1e9:.2f} GB together with the files mapped",
+            style="dim",
+            soft_wrap=True,
+        )
 
 
 def _print_next(artifact: Path, datasets: Collection[str]) -> None:

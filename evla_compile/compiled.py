@@ -12,6 +12,7 @@ from torch import fx
 from evla_compile import host
 from evla_compile.calibration import Frame
 from evla_compile.config import OPSET, CompileConfig
+from evla_compile.graph import materialize
 from evla_compile.host import CameraFrame, Predictor
 from evla_compile.model.policy import ModelSizes
 from evla_compile.passes import ExposeStages
@@ -52,6 +53,7 @@ class CompiledPolicy(Predictor):
         self.processor = processor
         self.report = report
         self.frames = frames
+        self._deferred = True
         self._exposed: dict[tuple[str, ...], fx.GraphModule] = {("samples",): graph}
 
     @property
@@ -66,7 +68,13 @@ class CompiledPolicy(Predictor):
         text_length: NDArray[np.int64],
         noise: NDArray[np.float32],
     ) -> NDArray[np.float32]:
-        """Return raw samples float32 [B,A,F]; see `outputs`."""
+        """Return raw samples float32 [B,A,F]; see `outputs`.
+
+        The first call computes the deferred weights (cut MLPs, casts) once for all, which takes their bytes of memory.
+        """
+        if self._deferred:
+            materialize(self.graph)
+            self._deferred = False
         return self.outputs(image, input_ids, text_length, noise)["samples"]
 
     def outputs(
@@ -79,6 +87,8 @@ class CompiledPolicy(Predictor):
         stages: Sequence[str] = ("samples",),
     ) -> dict[str, NDArray[Any]]:
         """Return named values of the graph; what none of them needs is not computed.
+
+        Weights that are deferred stay so: each is computed where it is read, and let go of.
 
         Args:
             image: uint8 [B,S,S,3].
@@ -141,23 +151,34 @@ class CompiledPolicy(Predictor):
             kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
         return kept if isinstance(image, Sequence) else kept[0]
 
-    def export(self, path: str | os.PathLike[str], *, opset: int = OPSET, stages: Sequence[str] = ()) -> None:
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        opset: int = OPSET,
+        stages: Sequence[str] = (),
+        progress: bool = True,
+    ) -> None:
         """Write the policy to a file or folder that `evla_compile.runtime.load` reads, whole or not at all.
+
+        Weights are read, cut and cast one at a time, as they are written.
 
         Args:
             path: an `X.onnx`, with `X.manifest.json` and so on beside it, or a folder for all of them.
             opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default.
             stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
+            progress: whether to draw a progress bar on standard error where the weights are gigabytes.
 
         Raises:
-            ArtifactError: the kind of file is unknown, something else is in its place, or it cannot be written.
+            ArtifactError: the kind of file is unknown, something else is in its place, or it cannot be written, for
+                lack of space for instance.
             ExportError: the graph cannot be lowered.
             PassError: the graph has no such stage.
             ValueError: the opset cannot be written.
         """
         from evla_compile.exporters.artifact import export_artifact  # noqa: PLC0415  (the exporter takes a second to import)
 
-        export_artifact(self, path, opset=opset, stages=tuple(stages))
+        export_artifact(self, path, opset=opset, stages=tuple(stages), progress=progress)
 
 
 def _to_numpy(value: torch.Tensor) -> NDArray[Any]:

@@ -1,26 +1,105 @@
-"""Floating-point operations of a graph: two per multiply-accumulate of linear layers, convolutions and attention.
+"""Floating-point operations of a graph, in two conventions.
 
-Attention products are counted on the full square, causal or not, as `torch.utils.flop_counter` does; element-wise
-arithmetic, norms and gathers are left out. A symbolic size counts with the value that it had at capture.
+`paper` counts as EfficientVLA (arXiv 2506.10100) printed its figures, which a profiler of modules took: what fused
+attention does is invisible to it. `all` counts everything that is executed:
+
+=====================================================  ===================  ===================
+per                                                    `paper`              `all`
+=====================================================  ===================  ===================
+multiply-accumulate of a linear layer or convolution   2, biases free       2, biases free
+element of a layer norm                                5, 4 without affine  5, 4 without affine
+element of a GELU                                      1                    1
+multiply-accumulate of attention or another product    -                    2
+score of a softmax, in fused attention too             -                    5
+output element of any other pointwise operator         -                    1
+input element of a reduction                           -                    1
+=====================================================  ===================  ===================
+
+Attention counts on the full square, causal or not, as `torch.utils.flop_counter` does. Which operators are pointwise or
+reductions say torch's own tags; of these only floating-point arithmetic counts. Copies, casts, gathers, sorts and
+embeddings are free. A symbolic size counts with the value that it had at capture.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
+Convention: TypeAlias = Literal["paper", "all"]
+"""What counts; see the table above."""
 
-def graph_flops(nodes: Iterable[fx.Node]) -> int:
-    """Return the floating-point operations of `nodes`, which must carry their values in `meta["val"]`."""
-    return sum(node_flops(node) for node in nodes)
+Part: TypeAlias = Literal["vision", "language", "action"]
+"""Towers and projector; decoder, language head and the selection of tokens; the denoising loop with its sampler."""
+
+_PARTS: Mapping[str, Part] = MappingProxyType(
+    {
+        "vision_backbone": "vision",
+        "projector": "vision",
+        "llm_backbone": "language",
+        "select_tokens": "language",
+        "": "language",  # the policy itself: picking the cognition token
+        "action_model": "action",
+        "denoising": "action",
+    }
+)
 
 
-def node_flops(node: fx.Node) -> int:
-    """Return the floating-point operations of one node; 0 for what is not a matrix product."""
-    formula = _FORMULAS.get(node.target) if node.op == "call_function" else None
+def flops_by_part(gm: fx.GraphModule, convention: Convention = "all") -> dict[Part, int]:
+    """Return the floating-point operations of a policy's graph by part; together they are those of the graph.
+
+    Raises:
+        ValueError: an operator that counts stands in no part, or the convention is unknown.
+    """
+    counts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
+    for node in gm.graph.nodes:
+        if flops := node_flops(node, convention):
+            stack = node.meta.get("nn_module_stack")
+            counts[part_of(next(reversed(stack.values()))[0] if stack else "")] += flops
+    return counts
+
+
+def part_of(path: str) -> Part:
+    """Return the part of a policy that the module or the weight at a dotted path belongs to.
+
+    Raises:
+        ValueError: it stands in no part.
+    """
+    root = path.partition(".")[0]
+    if root not in _PARTS:
+        raise ValueError(f"path {path!r}: expected one under {', '.join(_PARTS)}; is this the graph of a policy?")
+    return _PARTS[root]
+
+
+def graph_flops(nodes: Iterable[fx.Node], convention: Convention = "all") -> int:
+    """Return the floating-point operations of `nodes`, which must carry their values in `meta["val"]`.
+
+    Raises:
+        ValueError: the convention is unknown.
+    """
+    return sum(node_flops(node, convention) for node in nodes)
+
+
+def node_flops(node: fx.Node, convention: Convention = "all") -> int:
+    """Return the floating-point operations of one node; 0 for what is free.
+
+    Raises:
+        ValueError: the convention is unknown.
+    """
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention={convention!r}: expected one of {', '.join(get_args(Convention))}")
+    if node.op != "call_function" or (convention == "paper" and node.target not in _PAPER):
+        return 0
+    return product_flops(node) + _ELEMENTWISE.get(node.target, _tagged)(node)
+
+
+def product_flops(node: fx.Node) -> int:
+    """Return the operations of one node if it is a matrix product, fused attention's two included, else 0."""
+    formula = _PRODUCTS.get(node.target) if node.op == "call_function" else None
     return formula(node) if formula else 0
 
 
@@ -47,13 +126,54 @@ def _matmul(node: fx.Node) -> int:
 
 def _attention(node: fx.Node) -> int:
     queries, keys, values = (shape_of(argument) for argument in node.args[:3])
-    pairs = math.prod(queries[:-1]) * keys[-2]
-    return 2 * pairs * (queries[-1] + values[-1])
+    return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
-_FORMULAS: dict[object, Callable[[fx.Node], int]] = {
-    aten.linear.default: _linear,
-    aten.conv2d.default: _convolution,
-    aten.matmul.default: _matmul,
-    aten.scaled_dot_product_attention.default: _attention,
-}
+def _attention_softmax(node: fx.Node) -> int:
+    queries, keys = (shape_of(argument) for argument in node.args[:2])
+    return 5 * math.prod(queries[:-1]) * keys[-2]
+
+
+def _softmax(node: fx.Node) -> int:
+    return 5 * math.prod(shape_of(node))  # maximum, difference, exponential, sum, quotient
+
+
+def _layer_norm(node: fx.Node) -> int:
+    affine = len(node.args) > 2 and node.args[2] is not None
+    return (5 if affine else 4) * math.prod(shape_of(node))
+
+
+def _tagged(node: fx.Node) -> int:
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else []
+    if torch.Tag.reduction in tags:
+        return math.prod(shape_of(node.args[0])) if _is_floating(node.args[0]) else 0
+    if torch.Tag.pointwise in tags and node.target is not aten.clone.default:  # torch tags the copy as well
+        return math.prod(shape_of(node)) if _is_floating(node) else 0
+    return 0
+
+
+def _is_floating(argument: object) -> bool:
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else None
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+_Formulas: TypeAlias = Mapping[object, Callable[[fx.Node], int]]
+
+_PRODUCTS: _Formulas = MappingProxyType(
+    {
+        aten.linear.default: _linear,
+        aten.conv2d.default: _convolution,
+        aten.matmul.default: _matmul,
+        aten.scaled_dot_product_attention.default: _attention,
+    }
+)
+_ELEMENTWISE: _Formulas = MappingProxyType(
+    {
+        aten.layer_norm.default: _layer_norm,
+        aten.softmax.int: _softmax,
+        aten.scaled_dot_product_attention.default: _attention_softmax,
+    }
+)
+"""Beside the products, where torch's tags say nothing."""
+_PAPER = frozenset({aten.linear.default, aten.conv2d.default, aten.layer_norm.default, aten.gelu.default})
+"""What the paper's profiler saw."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import PassError
 from evla_compile.flops import graph_flops
 
@@ -38,7 +39,9 @@ class GraphStats:
     ops: int
     """Operator nodes."""
     flops: int
-    """Floating-point operations of its matrix products for one call (see `flops`)."""
+    """Floating-point operations of one call, everything executed (see `flops`)."""
+    paper_flops: int
+    """The same, counted as EfficientVLA did."""
     weight_bytes: int
     """Bytes of all distinct tensors that the graph holds."""
 
@@ -112,6 +115,7 @@ def measure(gm: fx.GraphModule) -> GraphStats:
     return GraphStats(
         ops=sum(node.op == "call_function" for node in gm.graph.nodes),
         flops=graph_flops(gm.graph.nodes),
+        paper_flops=graph_flops(gm.graph.nodes, "paper"),
         weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
 
@@ -139,6 +143,14 @@ def replace_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
     module.register_buffer(leaf, tensor)
     for node in gm.graph.find_nodes(op="get_attr", target=name):
         node.meta.pop("val", None)
+
+
+def materialize(gm: fx.GraphModule) -> None:
+    """Let `gm` hold the values of its deferred weights instead of their recipes; copies of `gm` keep the recipes."""
+    for name, tensor in list(weights(gm)):
+        if isinstance(tensor, DeferredWeight):
+            holder, _, leaf = name.rpartition(".")
+            gm.get_submodule(holder).register_buffer(leaf, tensor.compute())
 
 
 def hold_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
@@ -196,7 +208,10 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
 
 def _fake_value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
-        return mode.from_tensor(held_tensor(gm, str(node.target)), static_shapes=True)
+        held = held_tensor(gm, str(node.target))
+        if isinstance(held, DeferredWeight):  # its form alone: nothing needs the value
+            return torch.empty(held.shape, dtype=held.dtype, device=held.device)
+        return mode.from_tensor(held, static_shapes=True)
     if node.op != "call_function" or not callable(node.target):
         raise PassError(f"node {node.name}: {node.op} has no value and none can be computed")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])

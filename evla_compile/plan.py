@@ -15,6 +15,7 @@ from evla_compile.errors import CalibrationError
 
 if TYPE_CHECKING:
     from evla_compile.model.language import LanguageSizes
+    from evla_compile.model.policy import ModelSizes
 
 NEURON_MULTIPLE = 64
 """MLP widths are cut to multiples of this, which matrix units like."""
@@ -96,6 +97,23 @@ def plan_without_calibration(sizes: "LanguageSizes", config: CompileConfig) -> P
         )
     keep = config.keep_layers if isinstance(config.keep_layers, tuple) else tuple(range(sizes.layers))
     return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=(), frames=0)
+
+
+def stand_in_plan(sizes: "ModelSizes", config: CompileConfig) -> Plan:
+    """Return a plan with the right counts and nothing measured, for counting only: the first layers and neurons stay.
+
+    Which ones stay changes neither operations nor sizes nor times. The actions of a policy compiled with it mean
+    nothing, so `compile` never uses it.
+
+    Raises:
+        ValueError: a budget does not fit the policy.
+    """
+    language = sizes.language
+    check_layer_budget(config, language)
+    named, neurons = config.keep_layers, kept_neurons(config, language.mlp_width)
+    keep = named if isinstance(named, tuple) else tuple(range(kept_layer_count(config, language.layers)))
+    mlp_neurons = (tuple(range(neurons)),) * len(keep) if neurons < language.mlp_width else ()
+    return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=mlp_neurons, frames=0)
 
 
 def needs_calibration(sizes: "LanguageSizes", config: CompileConfig) -> bool:

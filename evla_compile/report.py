@@ -99,10 +99,10 @@ def measure_deviations(
         )
         arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
         image, ids, length, start = (torch.from_numpy(array).to(device) for array in arrays)
-        samples = policy.sample(image, ids, length, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)
         with torch.no_grad():
-            cognition = policy.cognition(image, ids, length).float()
-        dense = {"cognition": cognition.cpu().numpy(), "samples": samples.cpu().numpy()}
+            cognition = policy.cognition(image, ids, length)
+        samples = policy.denoise(cognition, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)
+        dense = {"cognition": cognition.float().cpu().numpy(), "samples": samples.cpu().numpy()}
         for stages in (dense, found):
             stages["actions"] = np.clip(stages["samples"], -1.0, 1.0)
         worst = {stage: max(error, relative_error(found[stage], dense[stage])) for stage, error in worst.items()}

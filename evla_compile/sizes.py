@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import count
 from math import isqrt
 from types import MappingProxyType
+from typing import Literal, TypeAlias
 
 from evla_compile.errors import CheckpointError, UnsupportedModelError
 from evla_compile.model.action import ActionSizes
@@ -18,6 +19,9 @@ from evla_compile.processor import ACTION_WIDTH
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+PublishedName: TypeAlias = Literal["small", "base", "large"]
+"""CogACT-Small, -Base and -Large: one vision-language model, three action heads."""
+
 _PARTS = ("dino", "siglip", "llm", "dit")
 _TOWERS = MappingProxyType({("dino", 1024): (24, 16), ("siglip", 1152): (27, 16)})
 """Depth and heads of the published vision towers, by name and width."""
@@ -25,6 +29,44 @@ _LLM_HEADS = MappingProxyType({4096: 32})
 """Heads of the published decoder, by width: pruning its layers does not change them."""
 _DIT_HEADS = MappingProxyType({(6, 384): 4, (12, 768): 12, (24, 1024): 16})
 """Heads of the published action heads (CogACT-Small, -Base, -Large), by depth and width."""
+_PUBLISHED_DITS = MappingProxyType({"small": (6, 384), "base": (12, 768), "large": (24, 1024)})
+"""Depth and width of the published action heads."""
+
+
+def published_sizes(name: PublishedName) -> ModelSizes:
+    """Return the sizes of a published CogACT, for what needs no checkpoint: counting and random weights.
+
+    Raises:
+        ValueError: `name` is none of "small", "base" and "large".
+    """
+    if name not in _PUBLISHED_DITS:
+        raise ValueError(f"published size {name!r}: expected one of {', '.join(_PUBLISHED_DITS)}")
+    depth, width = _PUBLISHED_DITS[name]
+    return ModelSizes(
+        dino=TowerSizes(
+            width=1024,
+            depth=24,
+            heads=16,
+            mlp_width=4096,
+            patches=256,
+            class_tokens=1,
+            register_tokens=4,
+            layer_scale=True,
+        ),
+        siglip=TowerSizes(width=1152, depth=27, heads=16, mlp_width=4304, patches=256),
+        projector=(2176, 8704, 4096, 4096),
+        language=LanguageSizes(width=4096, layers=32, heads=32, kv_heads=32, mlp_width=11008, vocabulary=32064),
+        action=ActionSizes(
+            width=width,
+            depth=depth,
+            heads=_DIT_HEADS[depth, width],
+            mlp_width=4 * width,
+            condition_width=4096,
+            frequencies=256,
+            chunk=16,
+            action_width=ACTION_WIDTH,
+        ),
+    )
 
 
 def infer_sizes(shapes: Shapes, heads: Mapping[str, object]) -> ModelSizes:

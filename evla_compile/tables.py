@@ -1,6 +1,6 @@
 """What the command line shows, as rich renderables; prints nothing and imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,11 +9,16 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from evla_compile.config import DDIM_STEPS
+from evla_compile.devices import DEVICES
 from evla_compile.manifest import Manifest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from evla_compile.checkpoint import Checkpoint
     from evla_compile.demo import DemoResult, Latency
+    from evla_compile.estimate import Estimate
     from evla_compile.report import CompileReport
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -83,6 +88,17 @@ def action_table(actions: NDArray[np.float64], title: str) -> Table:
     return table
 
 
+def checkpoint_summary(checkpoint: "Checkpoint") -> RenderableType:
+    """Return what a run directory holds."""
+    side, found = checkpoint.sizes.image_side, (checkpoint.run / "tokenizer.json").is_file()
+    return Group(
+        checkpoint_table(checkpoint),
+        f"frame: {side} x {side} pixels",
+        f"datasets: {', '.join(sorted(checkpoint.statistics))}",
+        f"tokenizer: {'tokenizer.json in the run directory' if found else 'none here; give --tokenizer'}\n",
+    )
+
+
 def checkpoint_table(checkpoint: "Checkpoint") -> Table:
     """Return the modules of a checkpoint with their sizes, parameters and stored dtypes."""
     sizes = checkpoint.sizes
@@ -100,15 +116,78 @@ def checkpoint_table(checkpoint: "Checkpoint") -> Table:
         "action_model": f"{action.depth} blocks of {action.width}, {action.heads} heads, MLP {action.mlp_width}, chunk"
         f" {action.chunk} x {action.action_width}",
     }
-    table = _table(None, "module", "sizes", right=("parameters", "dtype"))
+    table = _table(None, "module", "sizes", right=("parameters", "dtype", "GB"))
     table.columns[0].no_wrap = True
     for module, description in modules.items():
         tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(f"{module}.")]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        table.add_row(module, description, f"{sum(t.numel() for t in tensors):,}", ", ".join(dtypes))
+        table.add_row(module, description, *_stored(tensors, ", ".join(dtypes)))
     table.add_section()
-    everything = checkpoint.tensors.values()
-    table.add_row("total", "", f"{sum(t.numel() for t in everything):,}", "")
+    table.add_row("total", "", *_stored(checkpoint.tensors.values(), ""))
+    return table
+
+
+def estimate_summary(estimates: "Mapping[str, Estimate]", *, text_tokens: int) -> RenderableType:
+    """Return what policies hold and compute, as a whole and by part, and how fast devices could run them at best.
+
+    Args:
+        estimates: estimates by name, in one dtype; the one that the others are compared with is named `upstream`.
+        text_tokens: text budget that they were counted with.
+    """
+    dtype = estimates["upstream"].dtype
+    return Group(
+        estimate_table(estimates),
+        part_table(estimates),
+        roofline_table(estimates),
+        f"One action chunk at batch 1, {text_tokens} text tokens, {DDIM_STEPS} denoising steps; vision and language in"
+        f" {dtype}, the action head in float32.\n"
+        "GFLOP counts all that is executed; GFLOP (paper) as EfficientVLA printed it: linear layers, convolutions and"
+        " layer norms, no attention products. The last column is its share of upstream's.\n"
+        "The roofline is a lower bound of a call's time: every weight read once, activations free, all at the"
+        " datasheet's peak. A dash: the weights alone exceed the memory.",
+    )
+
+
+def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return what each policy holds and computes, and its share of the operations of the one named `upstream`."""
+    table = _table(
+        "Size and operations",
+        "policy",
+        right=("parameters", "weights GB", "GFLOP", "GFLOP (paper)", "% of upstream"),
+    )
+    upstream = estimates["upstream"].total.paper_flops
+    for name, estimate in estimates.items():
+        total = estimate.total
+        numbers = (
+            f"{total.flops / 1e9:,.1f}",
+            f"{total.paper_flops / 1e9:,.1f}",
+            f"{total.paper_flops / upstream:.1%}",
+        )
+        table.add_row(name, f"{total.parameters:,}", f"{total.weight_bytes / 1e9:.2f}", *numbers)
+    return table
+
+
+def part_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return what each part of each policy holds and computes."""
+    columns = (f"{part}\n{unit}" for unit in ("GFLOP", "GB") for part in ("vision", "language", "action"))
+    table = _table("By module", "policy", right=tuple(columns))
+    for name, estimate in estimates.items():
+        held = estimate.parts.values()
+        flops, weights = (
+            (f"{part.flops / 1e9:,.1f}" for part in held),
+            (f"{part.weight_bytes / 1e9:.2f}" for part in held),
+        )
+        table.add_row(name, *flops, *weights)
+    return table
+
+
+def roofline_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return a lower bound of a call's time on every named device; a dash where the weights exceed its memory."""
+    table = _table("Roofline, ms", "device", right=("GB", *estimates))
+    table.columns[0].no_wrap = True
+    for device in DEVICES.values():
+        bounds = (f"{e.roofline_seconds(device) * 1e3:.1f}" if e.fits(device) else "-" for e in estimates.values())
+        table.add_row(device.name, f"{device.memory_bytes / 1e9:.0f}", *bounds)
     return table
 
 
@@ -134,6 +213,11 @@ def manifest_table(manifest: Manifest) -> Table:
 
 def _deviations(report: "CompileReport") -> dict[str, float]:
     return {deviation.stage: deviation.relative for deviation in report.deviations}
+
+
+def _stored(tensors: "Iterable[Tensor]", dtypes: str) -> tuple[str, str, str]:
+    tensors = list(tensors)
+    return f"{sum(t.numel() for t in tensors):,}", dtypes, f"{sum(t.nbytes for t in tensors) / 1e9:.2f}"
 
 
 def _table(title: str | None, *left: str, right: Sequence[str] = ()) -> Table:

@@ -56,7 +56,7 @@ def verify(path: str | os.PathLike[str], *, threads: int | None = None) -> Verif
         raise VerificationError(f"{model}: onnx.checker refuses it: {error}") from error
     nodes = prove_static_shapes(model)
     _check_external_data(model, {record.name for record in manifest.data})
-    policy = load(place, threads=threads, check_hashes=False)
+    policy = load(place, threads=threads, check_hashes=False, mapped=True)  # a few calls, of any size of policy
     worst: dict[str, float] = {}
     cases = read_cases(place.with_name(manifest.cases.name))
     for case in cases:
@@ -82,7 +82,15 @@ def prove_static_shapes(path: Path) -> int:
     Raises:
         VerificationError: a value has no such shape, or an operator's output shape depends on data.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    return prove_static_shapes_of(onnx.load(str(path), load_external_data=False), str(path))
+
+
+def prove_static_shapes_of(model: onnx.ModelProto, path: str) -> int:
+    """Prove the same of a model in memory, which errors call `path`; its weights may be absent.
+
+    Raises:
+        VerificationError: as for `prove_static_shapes`.
+    """
     del model.graph.value_info[:]
     try:
         inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evla_compile import __version__, host
-from evla_compile.artifact import ArtifactFiles, check_target, writing
+from evla_compile.artifact import ArtifactFiles, check_space, check_target, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.errors import ExportError
@@ -19,11 +19,19 @@ from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
 from evla_compile.recorded import RecordedCase, write_cases
 
+ROOM_BYTES = 100_000_000
+"""Room that an artifact needs beside its weights: graph, tokenizer, recorded cases."""
+
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
 
 def export_artifact(
-    compiled: CompiledPolicy, target: str | os.PathLike[str], *, opset: int, stages: tuple[str, ...]
+    compiled: CompiledPolicy,
+    target: str | os.PathLike[str],
+    *,
+    opset: int,
+    stages: tuple[str, ...],
+    progress: bool,
 ) -> None:
     """Write `compiled` to `target`, an `X.onnx` or a folder; see `CompiledPolicy.export`."""
     files = ArtifactFiles.of(target)
@@ -35,9 +43,11 @@ def export_artifact(
         )
     outputs = (SAMPLES, *stages)
     graph = compiled.exposing(outputs) if stages else compiled.graph
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights(graph))
+    check_space(target, size + ROOM_BYTES)
     with writing(target) as folder:
         model = folder / files.model
-        to_onnx(graph, model, outputs=outputs, opset=opset)
+        to_onnx(graph, model, outputs=outputs, opset=opset, progress=progress)
         (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
         report = json.dumps(compiled.report.to_json(), indent=1)
         (folder / files.report).write_text(report + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ from onnx import checker
 from onnx_ir.passes import common
 from onnxscript import opset18, optimizer
 from onnxscript.rewriter import onnx_fusions
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import fx
 
 from evla_compile.config import OPSET
 from evla_compile.errors import ExportError
 from evla_compile.exporters.lift import to_exported_program
-from evla_compile.graph import weights
+from evla_compile.exporters.onnx_weights import (
+    empty_initializers,
+    leave_out_weights,
+    put_weights_back,
+    save,
+    weight_bytes,
+)
 
 OPSETS = range(18, 24)
 """ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
@@ -27,6 +35,7 @@ EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this size go to a file of their own: protobuf ends at 2 GiB."""
 
 _MODULE = "module"
+_TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
 def to_onnx(
@@ -36,10 +45,12 @@ def to_onnx(
     outputs: Sequence[str],
     opset: int = OPSET,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
+    progress: bool = False,
 ) -> None:
     """Write `gm`, whose shapes are static, to an ONNX file that `onnx.checker` accepts.
 
-    Every node says in its metadata, under "module", which module of the policy it came from.
+    Every node says in its metadata, under "module", which module of the policy it came from. The weights are read, one
+    at a time, only when they are written.
 
     Args:
         gm: the graph.
@@ -47,14 +58,39 @@ def to_onnx(
         outputs: names of the outputs, in order.
         opset: ONNX opset, one of `OPSETS`.
         external_data_bytes: size of all weights from which they are written to a file of their own.
+        progress: whether to draw a progress bar on standard error while a file of weights is written.
 
     Raises:
         ExportError: an operator cannot be lowered, or the exporter or the checker refused the graph.
         ValueError: the opset is not one of `OPSETS`.
     """
+    model = to_model(gm, outputs=outputs, opset=opset)
+    size = weight_bytes(model)
+    external = size > external_data_bytes
+    with _bar(f"Writing {path.name}", size, shown=progress and external) as wrote:
+        save(model, path, external=external, wrote=wrote)
+    try:
+        checker.check_model(str(path), full_check=False)
+    except checker.ValidationError as error:
+        raise ExportError(f"{path}: onnx.checker refuses the exported model: {error}") from error
+
+
+def to_model(gm: fx.GraphModule, *, outputs: Sequence[str], opset: int = OPSET) -> ir.Model:
+    """Return `gm` as an ONNX model in memory, whose weights stay where they are until the model is written.
+
+    Args:
+        gm: the graph.
+        outputs: names of the outputs, in order.
+        opset: ONNX opset, one of `OPSETS`.
+
+    Raises:
+        ExportError: an operator cannot be lowered, or the exporter refused the graph.
+        ValueError: the opset is not one of `OPSETS`.
+    """
     if opset not in OPSETS:
         raise ValueError(f"opset={opset!r}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     program = to_exported_program(gm)
+    weights = leave_out_weights(program)
     try:
         with _quiet_exporter():
             exported = torch.onnx.export(
@@ -72,15 +108,27 @@ def to_onnx(
         raise ExportError(f"torch's ONNX exporter failed at opset {opset}: {_first_cause(error)}") from error
     if exported is None:
         raise ExportError("torch's ONNX exporter returned no model")
-    _simplify(exported.model)
+    empty_initializers(exported.model, weights)
+    with _quiet_exporter():
+        _simplify(exported.model)
+    put_weights_back(exported.model, weights)
     _keep_module_paths(exported.model)
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights(gm))
-    data = path.name + ".data" if size > external_data_bytes else None
-    ir.save(exported.model, path, external_data=data)
-    try:
-        checker.check_model(str(path), full_check=False)
-    except checker.ValidationError as error:
-        raise ExportError(f"{path}: onnx.checker refuses the exported model: {error}") from error
+    return exported.model
+
+
+@contextmanager
+def _bar(what: str, size: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Draw a bar of bytes written; yield what moves it on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=size)
+        yield lambda count: bar.advance(task, count)
 
 
 def _simplify(model: ir.Model) -> None:
@@ -115,17 +163,19 @@ def _stable_sort(x: Any, *, stable: bool = True, dim: int = -1, descending: bool
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what the exporter says about itself: absent torchvision, and deprecations within torch."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Silence what the libraries say of themselves: absent torchvision, absent weights, deprecations within torch."""
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _keep_module_paths(model: ir.Model) -> None:

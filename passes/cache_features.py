@@ -19,8 +19,9 @@ class CacheFeatures(GraphPass):
 
     EfficientVLA (arXiv 2506.10100) section 3.4, equations 6 to 11: a reused step adds the cached outputs of all blocks
     to its own input. Their sum C = stack output - stack input is one tensor, so a reused step is one residual add,
-    tokens + C, and its condition token, which nothing reads any more, is dead. Both guidance halves are cached.
-    Refuses a graph whose sampler is not unrolled.
+    tokens + C. Where only action tokens leave the blocks, C is that of the action tokens, and the condition token of a
+    reused step, which nothing reads any more, is dead. Both guidance halves are cached. Refuses a graph whose sampler
+    is not unrolled, and one that is cached already.
     """
 
     exact: ClassVar[bool] = False
@@ -52,7 +53,7 @@ class CacheFeatures(GraphPass):
 
 
 def _stack_ends(graph: fx.Graph, step: int) -> tuple[fx.Node, fx.Node]:
-    """Return the action tokens that enter the blocks of `step` and those that leave them, condition token excluded."""
+    """Return the tokens that enter the blocks of `step` and those that leave them and are read."""
     path = f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks"
     blocks = indexed_modules(graph, path)
     if not blocks:
@@ -60,10 +61,11 @@ def _stack_ends(graph: fx.Graph, step: int) -> tuple[fx.Node, fx.Node]:
     first, last = min(blocks), max(blocks)
     entry, _ = residual_ends(f"{path}.{first}", blocks[first])
     _, exit_ = residual_ends(f"{path}.{last}", blocks[last])
-    readers = list(exit_.users)
-    if not is_call(entry, aten.cat.default) or len(readers) != 1 or not is_call(readers[0], aten.slice.Tensor):
-        raise PassError(f"{path}: expected a condition token joined in front of the blocks and dropped behind them")
-    joined = entry.args[0]
-    if not isinstance(joined, list | tuple) or len(joined) != 2 or not isinstance(joined[1], fx.Node):
-        raise PassError(f"{path}: expected the condition token and the action tokens, found {joined}")
-    return joined[1], readers[0]
+    joined, readers = entry.all_input_nodes, list(exit_.users)
+    if is_call(entry, aten.cat.default) and len(joined) == 2 and len(readers) == 1 and _drops_first_token(readers[0]):
+        return joined[1], readers[0]  # in front of them stands the condition token
+    return entry, exit_
+
+
+def _drops_first_token(node: fx.Node) -> bool:
+    return is_call(node, aten.slice.Tensor) and node.args[1:3] == (1, 1)

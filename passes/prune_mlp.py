@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from evla_compile.deferred import cut
 from evla_compile.errors import PassError
 from evla_compile.graph import GraphPass, held_tensor, replace_tensor
 from evla_compile.sites import DecoderLayer, decoder_layers
@@ -18,7 +19,8 @@ class PruneMLP(GraphPass):
 
     EfficientVLA's fourth component (implementation details of section 4.1, the "MLP" column of Table 5) takes its
     neurons from PruneNet's learned policy; here the plan names them, measured without training by
-    `evla_compile.calibration`. Refuses layers that the graph does not have, and indices that do not ascend or fit.
+    `evla_compile.calibration`. The cut weights are deferred: nothing is copied before something reads them. Refuses
+    layers that the graph does not have, and indices that do not ascend or fit.
     """
 
     exact: ClassVar[bool] = False
@@ -48,9 +50,9 @@ def _slice(gm: fx.GraphModule, layer: DecoderLayer, kept: tuple[int, ...]) -> in
         raise PassError(f"decoder layer {layer.index}: neurons must ascend within 0..{width - 1}, at least one")
     if len(kept) == width:
         return 0
-    index = torch.tensor(kept, device=gate.device)
-    for name, tensor in zip(names, (gate[index], up[index], down[:, index]), strict=True):
-        replace_tensor(gm, name, tensor)
+    index = torch.tensor(kept)
+    for name, tensor, axis in zip(names, (gate, up, down), (0, 0, 1), strict=True):
+        replace_tensor(gm, name, cut(tensor, axis, index))
     return 1
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import copy_graph
+from evla_compile.flops import product_flops
+from evla_compile.graph import copy_graph, inserting, propagate
 from evla_compile.model.diffusion import ddim_schedule
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import CacheFeatures, UnrollDiffusion
-from evla_compile.sites import ACTION_MODEL, DENOISING, is_call, module_path, nodes_under
+from evla_compile.sites import ACTION_MODEL, DENOISING, argument, is_call, module_path, nodes_under
 from evla_compile.tolerances import TOLERANCES, relative_error
 
 aten = torch.ops.aten
@@ -107,7 +108,10 @@ def test_attention_and_weights_of_reused_steps_are_gone(small_sampler: fx.GraphM
     rows, tokens, width, mlp = 4, 6, 20, 44
     block = 2 * rows * tokens * (4 * width**2 + 2 * width * mlp) + 4 * rows * tokens**2 * width
     time = 2 * (18 * width + width * width)
-    assert report.before.flops - report.after.flops == 2 * (2 * block + time)
+    before, after = (sum(map(product_flops, gm.graph.nodes)) for gm in (small_sampler, cached))
+    assert before - after == 2 * (2 * block + time)
+    linears, norms, gelus = block - 4 * rows * tokens**2 * width, 2 * 4 * rows * tokens * width, rows * tokens * mlp
+    assert report.before.paper_flops - report.after.paper_flops == 2 * (2 * (linears + norms + gelus) + time)
 
 
 def test_the_input_graph_is_untouched(
@@ -134,16 +138,39 @@ def test_a_cached_sampler_is_refused(small_sampler: fx.GraphModule) -> None:
         CacheFeatures(interval=3)(cached)
 
 
-def test_blocks_without_a_condition_token_are_refused(small_sampler: fx.GraphModule) -> None:
-    other = copy_graph(small_sampler)
-    (joined,) = (n for n in nodes_under(other.graph, f"{DENOISING}.0.{ACTION_MODEL}.net") if _joins_condition(n))
-    joined.target, joined.args = aten.clone.default, (joined.args[0][0],)  # type: ignore[index]  # a list of nodes
-    with pytest.raises(PassError, match="expected a condition token joined in front of the blocks and dropped behind"):
-        CacheFeatures(interval=2)(other)
+def test_where_the_final_layer_reads_the_condition_token_all_tokens_are_cached(
+    small_policy: CogACT, late_sampler: fx.GraphModule, small_inputs: Inputs
+) -> None:
+    cached, report = CacheFeatures(interval=3)(late_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.5)
+    assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
+    assert report.changes == 3
+    net = f"{DENOISING}.1.{ACTION_MODEL}.net"
+    (norm,) = nodes_under(cached.graph, f"{net}.final_layer.norm_final")
+    assert norm.meta["val"].shape == (4, 6, 20)
+    assert nodes_under(cached.graph, f"{net}.t_embedder")  # the condition token is alive
+    assert not nodes_under(cached.graph, f"{net}.blocks")
 
 
-def _joins_condition(node: fx.Node) -> bool:
-    return is_call(node, aten.cat.default) and any(is_call(user, aten.layer_norm.default) for user in node.users)
+@pytest.fixture
+def late_sampler(small_sampler: fx.GraphModule) -> fx.GraphModule:
+    """The small sampler with its condition token dropped behind the final layer, as upstream does."""
+    late = copy_graph(small_sampler)
+    for step in range(5):
+        net = f"{DENOISING}.{step}.{ACTION_MODEL}.net"
+        (norm,) = nodes_under(late.graph, f"{net}.final_layer.norm_final")
+        (linear,) = nodes_under(late.graph, f"{net}.final_layer.linear")
+        dropping = argument(norm, 0)
+        with inserting(late.graph, linear.next, net) as proxy:
+            dropped = aten.slice.Tensor(proxy(linear), 1, 1).node
+        for user in set(linear.users) - {dropped}:
+            user.replace_input_with(linear, dropped)
+        dropping.replace_all_uses_with(argument(dropping, 0))
+        late.graph.erase_node(dropping)
+        for node in (norm, linear):
+            del node.meta["val"]
+    propagate(late)
+    return late
 
 
 @pytest.mark.parametrize("interval", [0, -1])

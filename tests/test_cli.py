@@ -17,8 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evla_compile import calibration, checkpoint, cli, host, pipeline, runtime
+from evla_compile import calibration, checkpoint, cli, comparison, host, pipeline, runtime
 from evla_compile.artifact import find_manifest
+from evla_compile.cli_settings import read_plan
+from evla_compile.estimate import Estimate
+from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest
 
 Groups = dict[str, dict[str, Tensor]]
@@ -150,7 +153,7 @@ def save_groups(run: Path, edit: Callable[[Groups], object]) -> None:
 def test_help_lists_every_command() -> None:
     outcome = evla("--help")
     assert not outcome.status
-    assert all(command in outcome.words for command in ("demo", "compile", "inspect", "run", "verify"))
+    assert all(command in outcome.words for command in ("demo", "compile", "inspect", "estimate", "run", "verify"))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,11 @@ def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
         "vision_backbone.dino_featurizer",
         "6 layers of 64, 4 heads",
         f"{sum(tensor.numel() for tensor in groups['llm_backbone'].values()):,} float32",
-        f"total {sum(tensor.numel() for keys in groups.values() for tensor in keys.values()):,}",
+        f"total {(parameters := sum(tensor.numel() for keys in groups.values() for tensor in keys.values())):,}",
+        f"upstream {parameters:,}",
+        "100.0% dense",
+        "GeForce RTX 4090 24 0.0 0.0",
+        "at batch 1, 26 text tokens, 10 denoising steps; vision and language in bfloat16",
         "frame: 224 x 224 pixels",
         "datasets: bridge_orig, fractal20220817_data",
         "tokenizer: tokenizer.json in the run directory",
@@ -242,9 +249,68 @@ def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
         assert expected in outcome.words
 
 
-def test_inspect_says_that_a_tokenizer_is_missing(run_directory: Path) -> None:
+def test_inspect_says_that_a_tokenizer_is_missing(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_directory / "tokenizer.json").unlink()
+    counted = Footprint(ops=1, flops=1, paper_flops=1, parameters=1, weight_bytes=1, read_bytes=1)
+    found = Estimate(dtype="bfloat16", vision=counted, language=counted, action=counted)
+    monkeypatch.setattr(comparison, "compare", lambda *_, **__: {"upstream": found})
     assert "tokenizer: none here; give --tokenizer" in evla("inspect", run_directory).words
+
+
+def test_inspect_refuses_parts_of_different_models(run_directory: Path) -> None:
+    (file,) = run_directory.glob("checkpoints/*.pt")
+    contents = torch.load(file)
+    contents["model"]["projector"]["projector.0.weight"] = torch.zeros(96, 7)
+    torch.save(contents, file)
+    message = refused(evla("inspect", run_directory))
+    assert str(file) in message
+    assert "input width of the projector" in message
+
+
+def test_estimate_shows_a_run_directory_and_the_configurations_asked_for(tiny_checkpoint: Path) -> None:
+    outcome = evla("estimate", tiny_checkpoint, "--dense", "--text-tokens", "20")
+    assert not outcome.status
+    for expected in (
+        "Size and operations",
+        "By module",
+        "Roofline, ms",
+        "% of upstream",
+        "lower bound",
+        "20 text tokens",
+    ):
+        assert expected in outcome.words
+    assert "l22-t56" not in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert "\u2026" not in outcome.out
+    assert "count the graphs of dense" in outcome.message
+
+
+def test_estimate_prints_json(tiny_checkpoint: Path) -> None:
+    outcome = evla("estimate", tiny_checkpoint, "--dense", "--dtype", "float32", "--json")
+    assert not outcome.status
+    found = json.loads(outcome.out)
+    assert list(found) == ["upstream", "dense"]
+    assert found["dense"]["dtype"] == "float32"
+    assert 0 < found["dense"]["total"]["flops"] < found["upstream"]["total"]["flops"]
+    assert 0 < found["dense"]["roofline_seconds"]["agx-orin"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "l28-t112: keep_layers=28: the decoder has 6 layers; ask for --dense, or for a --preset that fits"),
+        (("--preset", "l9"), "unknown preset 'l9'; expected one of l22-t112"),
+        (("--dense", "--text-tokens", "3"), "text_tokens=3"),
+    ],
+)
+def test_estimate_refuses_what_cannot_be_compared(
+    tiny_checkpoint: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    assert expected in refused(evla("estimate", tiny_checkpoint, *arguments))
+
+
+def test_estimate_names_what_is_neither_a_size_nor_a_run_directory(tmp_path: Path) -> None:
+    assert str(tmp_path) in refused(evla("estimate", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["", "model.onnx", "manifest.json"])
@@ -488,7 +554,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compile_takes_the_plan_of_a_compiled_policy(artifact: Path, tmp_path: Path) -> None:
-    plan = cli._read_plan(artifact)
+    plan = read_plan(artifact)
     plan.save(tmp_path / "plan.json")
-    assert cli._read_plan(tmp_path / "plan.json") == plan
+    assert read_plan(tmp_path / "plan.json") == plan
     assert len(plan.keep_layers) < 6

@@ -1,8 +1,10 @@
 """Exported policies on ONNX Runtime against CogACT's golden data, the dense policy and the compiled graph."""
 
+import shutil
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import count, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,11 +16,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
+from torch import Tensor
 
 import evla_compile as evla
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
-from evla_compile.exporters import to_onnx
+from evla_compile.exporters import onnx_weights, to_onnx
+from evla_compile.exporters.onnx_weights import save
+from evla_compile.exporters.to_onnx import to_model
 from evla_compile.host import prepare
 from evla_compile.model.policy import CogACT
 from evla_compile.processor import draw_noise
@@ -225,6 +230,58 @@ def test_large_weights_go_to_external_data(
     inputs = next(observations(tiny_policy, (frame, frame), 1))
     (found,) = session.run(["samples"], dict(zip(INPUT_NAMES, inputs, strict=True)))
     check("samples", found, compiled.sample(*inputs), tolerance=TOLERANCES.lowered)
+
+
+def test_weights_are_read_only_when_they_are_written(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
+    read: list[str] = []
+    original = onnx_weights._read
+
+    def recording(tensor: Tensor, name: str, permutation: tuple[int, ...]) -> Any:
+        read.append(name)
+        return original(tensor, name, permutation)
+
+    monkeypatch.setattr(onnx_weights, "_read", recording)
+    model = to_model(compiled.graph, outputs=["samples"])
+    assert read == []
+    sizes: list[int] = []
+    save(model, tmp_path / "model.onnx", external=True, wrote=sizes.append)
+    assert len(read) == len(set(read)) > 100
+    assert sum(sizes) == pytest.approx(compiled.report.passes[-1].after.weight_bytes, rel=0.01)
+
+
+def test_an_interrupted_export_leaves_what_was_there(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
+    compiled.export(tmp_path / "policy")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()}
+    original, calls = onnx_weights._read, count()
+
+    def interrupted(tensor: Tensor, name: str, permutation: tuple[int, ...]) -> Any:
+        if next(calls) == 50:
+            raise KeyboardInterrupt
+        return original(tensor, name, permutation)
+
+    monkeypatch.setattr(onnx_weights, "_read", interrupted)
+    for target in ("policy", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            compiled.export(tmp_path / target)
+        calls = count()
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "policy").iterdir()} == before
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_500_000))
+    with pytest.raises(evla.ArtifactError, match=r"policy needs 0\.1 GB, and .* has 0\.1 GB free: make room"):
+        compiled.export(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:

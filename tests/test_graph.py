@@ -109,8 +109,14 @@ def test_a_pass_reports_sizes_and_changes_and_logs_one_line(
     with caplog.at_level(logging.INFO, logger="evla_compile"):
         rewritten, report = Vandalize(scale=2.0)(toy)
     assert (report.name, report.exact, report.changes) == ("Vandalize(scale=2.0)", False, 5)
-    assert report.before == GraphStats(ops=3, flops=2 * 4 * (3 * 5 + 5 * 2), weight_bytes=4 * (3 * 5 + 5 * 2))
-    assert report.after == GraphStats(ops=4, flops=2 * 4 * (3 * 5 + 5), weight_bytes=4 * (3 * 5 + 5 + 1))
+    products, relu, scale = 2 * 4 * (3 * 5 + 5 * 2), 4 * 5, 4 * 5
+    assert report.before == GraphStats(
+        ops=3, flops=products + relu, paper_flops=products, weight_bytes=4 * (3 * 5 + 5 * 2)
+    )
+    products = 2 * 4 * (3 * 5 + 5)
+    assert report.after == GraphStats(
+        ops=4, flops=products + relu + scale, paper_flops=products, weight_bytes=4 * (3 * 5 + 5 + 1)
+    )
     assert report.after == measure(rewritten)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("evla_compile")]
     assert lines == ["Vandalize(scale=2.0): 5 changes, 3 -> 4 ops"]
@@ -118,7 +124,7 @@ def test_a_pass_reports_sizes_and_changes_and_logs_one_line(
 
 def test_what_no_output_needs_goes_with_its_weights_and_inputs_stay(toy: fx.GraphModule) -> None:
     rewritten, report = Bypass()(toy)
-    assert report.after == GraphStats(ops=0, flops=0, weight_bytes=0)
+    assert report.after == GraphStats(ops=0, flops=0, paper_flops=0, weight_bytes=0)
     assert not rewritten.state_dict()
     assert [n.target for n in rewritten.graph.nodes if n.op == "placeholder"] == ["x", "unused"]
 

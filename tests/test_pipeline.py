@@ -15,6 +15,7 @@ from evla_compile import pipeline
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.graph import held_tensor
 from evla_compile.model.policy import CogACT
 from evla_compile.pipeline import build_passes, check_budgets, check_plan
 from evla_compile.plan import Plan
@@ -85,8 +86,7 @@ def test_compiling_leaves_the_policy_alone(tiny_policy: CogACT, frame: Image.Ima
 
 def test_kept_weights_are_shared_with_the_policy(tiny_policy: CogACT, compiled: CompiledPolicy) -> None:
     name = "llm_backbone.llm.model.layers.3.self_attn.q_proj.weight"
-    held = dict(compiled.graph.named_parameters())[name]
-    assert held.data_ptr() == tiny_policy.get_parameter(name).data_ptr()
+    assert held_tensor(compiled.graph, name).data_ptr() == tiny_policy.get_parameter(name).data_ptr()
 
 
 def test_a_plan_gives_the_same_policy_as_its_calibration(

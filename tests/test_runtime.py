@@ -25,7 +25,7 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
-from evla_compile.runtime import RuntimePolicy, load
+from evla_compile.runtime import RuntimePolicy, load, onnx_session
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
 
@@ -305,6 +305,7 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path, tokenizer_json: str, text
         ({"threads": 0}, "threads=0"),
         ({"threads": True}, "threads=True"),
         ({"threads": 1.5}, "threads=1.5"),
+        ({"mapped": True, "provider": "cuda"}, "mapped=True with provider='cuda'"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(artifact: Path, settings: dict[str, Any], message: str) -> None:
@@ -324,6 +325,17 @@ def test_the_number_of_threads_reaches_onnx_runtime(artifact: Path, monkeypatch:
     load(artifact, threads=1)
     load(artifact)
     assert opened == [1, onnxruntime.SessionOptions().intra_op_num_threads]
+
+
+def test_a_policy_larger_than_memory_runs_mapped_alone(
+    artifact: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_session, "available_memory", lambda: 100)
+    with pytest.raises(EvlaError, match=r" 0\.0 GB of memory are free: load it with mapped=True"):
+        load(artifact)
+    mapped = load(artifact, mapped=True)
+    monkeypatch.undo()
+    assert np.array_equal(mapped.sample(**inputs), load(artifact).sample(**inputs))
 
 
 @pytest.mark.parametrize(("provider", "extra"), [("cpu", "cpu"), ("cuda", "gpu")])
@@ -352,7 +364,7 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(artifact: Path, monkeyp
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
     with pytest.raises(EvlaError, match=r"expected CUDAExecutionProvider, but .* took CPUExecutionProvider"):
         load(artifact, "cuda")
-    assert opened == [{"providers": ["CUDAExecutionProvider"], "enable_fallback": 0}]
+    assert opened == [{"providers": [("CUDAExecutionProvider", {"use_tf32": "0"})], "enable_fallback": 0}]
 
 
 # Without torch

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import PassError
+from evla_compile.flops import product_flops
 from evla_compile.graph import PassReport, copy_graph, propagate, replace_tensor
 from evla_compile.model.language import rotary_tables
 from evla_compile.model.policy import CogACT
@@ -158,7 +159,9 @@ def test_attention_stays_fused_and_the_layers_keep_their_operators(
     assert report.after.weight_bytes == report.before.weight_bytes
 
 
-def test_the_layers_behind_it_compute_the_shorter_sequence_alone(half: tuple[fx.GraphModule, PassReport]) -> None:
+def test_the_layers_behind_it_compute_the_shorter_sequence_alone(
+    small_graph: fx.GraphModule, half: tuple[fx.GraphModule, PassReport]
+) -> None:
     batch, heads, width, mlp, text, patches = 2, 4, 32, 48, 9, 16
 
     def layer(length: int) -> int:
@@ -166,9 +169,12 @@ def test_the_layers_behind_it_compute_the_shorter_sequence_alone(half: tuple[fx.
 
     scores = 2 * batch * heads * (text - 1) * (text + patches) * (width // heads)
     diversity = 2 * batch * patches * HALF.key_tokens * width
-    _, report = half
+    selected, report = half
     saved = 2 * (layer(text + patches) - layer(text + HALF.visual_tokens))
-    assert report.before.flops - report.after.flops == saved - scores - diversity
+    before, after = (sum(map(product_flops, gm.graph.nodes)) for gm in (small_graph, selected))
+    assert before - after == saved - scores - diversity
+    linears = 2 * 2 * batch * (patches - HALF.visual_tokens) * (4 * width**2 + 3 * width * mlp)
+    assert report.before.paper_flops - report.after.paper_flops == linears
 
 
 def test_the_content_of_padding_does_not_matter(

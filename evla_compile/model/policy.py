@@ -137,6 +137,17 @@ class CogACT(nn.Module):
             ValueError: `ddim_steps` has no integer stride.
         """
         condition = self.cognition(image, input_ids, text_length)
+        return self.denoise(condition, noise, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+
+    @torch.no_grad()
+    def denoise(
+        self, condition: Tensor, noise: Tensor, *, ddim_steps: int = DDIM_STEPS, cfg_scale: float = CFG_SCALE
+    ) -> Tensor:
+        """Return raw samples float32 [B,A,F] for a cognition feature [B,1,D]: the sampler's half of `sample`.
+
+        Raises:
+            ValueError: `ddim_steps` has no integer stride.
+        """
         x = noise
         for step in ddim_schedule(ddim_steps):
             timestep = torch.tensor([float(step.timestep)], device=x.device)

@@ -133,13 +133,16 @@ class VisionTower(nn.Module):
         self.patch_embed = PatchEmbed(sizes.width)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth - 1))
 
+    def embed(self, pixels_BCSS: Tensor) -> Tensor:
+        """Return the tokens that enter the first block, prefix and patches: [B,3,S,S] -> [B,N,D]."""
+        patches_BPD: Tensor = self.patch_embed(pixels_BCSS) + self.pos_embed
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not prefix:
+            return patches_BPD
+        return torch.cat([*(token.expand(patches_BPD.shape[0], -1, -1) for token in prefix), patches_BPD], dim=1)
+
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
-        x_BND = self.patch_embed(pixels_BCSS) + self.pos_embed
-        prefix = [
-            token.expand(x_BND.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
-        ]
-        if prefix:
-            x_BND = torch.cat([*prefix, x_BND], dim=1)
+        x_BND = self.embed(pixels_BCSS)
         for block in self.blocks:
             x_BND = block(x_BND)
         patches: Tensor = x_BND[:, self.prefix_tokens :]

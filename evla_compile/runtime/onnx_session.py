@@ -8,11 +8,14 @@ from numpy.typing import NDArray
 
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import TensorSpec
+from evla_compile.memory import available_memory
 
 Provider: TypeAlias = Literal["cpu", "cuda"]
 """Where ONNX Runtime computes."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+"""By default the CUDA provider rounds the factors of float32 products to 11 bits (TF32)."""
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 _DTYPES = {
     "tensor(bool)": "bool",
@@ -32,25 +35,33 @@ class OnnxSession:
         outputs: names of the graph's outputs.
     """
 
-    def __init__(self, model: Path, *, provider: Provider, threads: int | None) -> None:
+    def __init__(
+        self, model: Path, *, provider: Provider, threads: int | None, mapped: bool, weight_bytes: int
+    ) -> None:
         """Load a file; its external data is found beside it.
 
         Args:
             model: the ONNX file.
             provider: where to compute.
             threads: threads within an operator; None leaves the number to ONNX Runtime.
+            mapped: whether weights stay in their file; see `evla_compile.runtime.load`.
+            weight_bytes: size of the file and its external data.
 
         Raises:
-            ValueError: `provider` or `threads` is out of range.
-            EvlaError: ONNX Runtime is not installed, or lacks the provider.
+            ValueError: `provider`, `threads` or `mapped` is out of range.
+            EvlaError: ONNX Runtime is not installed, lacks the provider, or needs more memory than is free.
             ArtifactError: ONNX Runtime refuses the file.
         """
         if provider not in _PROVIDERS:
             raise ValueError(f"provider={provider!r}: expected one of {', '.join(_PROVIDERS)}")
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        if mapped and provider != "cpu":
+            raise ValueError(f"mapped=True with provider={provider!r}: expected provider='cpu', which maps files")
+        if not mapped and provider == "cpu":
+            _check_memory(model, weight_bytes)
         self._model = model
-        self._session = _open(model, provider, threads)
+        self._session = _open(model, provider, threads, mapped=mapped)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -98,7 +109,16 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _open(model: Path, provider: Provider, threads: int | None) -> Any:
+def _check_memory(model: Path, weight_bytes: int) -> None:
+    free = available_memory()
+    if free is not None and weight_bytes > free:
+        raise EvlaError(
+            f"{model} has {weight_bytes / 1e9:.1f} GB of weights, which ONNX Runtime copies, and {free / 1e9:.1f} GB of"
+            " memory are free: load it with mapped=True (evla run --mapped), or on a machine with more"
+        )
+
+
+def _open(model: Path, provider: Provider, threads: int | None, *, mapped: bool) -> Any:
     remedy = f'pip install "evla-compile[{_EXTRAS[provider]}]"'
     try:
         # An optional dependency, and one without type stubs.
@@ -114,9 +134,13 @@ def _open(model: Path, provider: Provider, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
-        session = onnxruntime.InferenceSession(model, options, providers=[wanted], enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            model, options, providers=[(wanted, _PROVIDER_OPTIONS[provider])], enable_fallback=0
+        )
     except _runtime_errors() as error:
         raise ArtifactError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {error}; install a newer one, or export with"

@@ -84,6 +84,8 @@ def load(
     provider: Provider = "cpu",
     threads: int | None = None,
     check_hashes: bool = True,
+    *,
+    mapped: bool = False,
 ) -> RuntimePolicy:
     """Load an exported policy; imports neither torch nor transformers.
 
@@ -92,17 +94,22 @@ def load(
         provider: "cpu", or "cuda" with onnxruntime-gpu. Operators that have no CUDA kernel still run on the CPU.
         threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
         check_hashes: whether to read every file through for its SHA-256 first.
+        mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes
+            best: runs a policy larger than memory, loads at once, and makes every call slower. On the CPU only.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or not what its manifest says.
-        EvlaError: ONNX Runtime is not installed, or cannot compute where it was asked to.
-        ValueError: `provider` or `threads` is out of range.
+        EvlaError: ONNX Runtime is not installed, cannot compute where it was asked to, or needs more memory than is
+            free.
+        ValueError: `provider`, `threads` or `mapped` is out of range.
     """
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files(manifest, place.parent, hashes=check_hashes)
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
-    session = OnnxSession(place.with_name(manifest.model.name), provider=provider, threads=threads)
+    weight_bytes = sum(record.size for record in (manifest.model, *manifest.data))
+    model = place.with_name(manifest.model.name)
+    session = OnnxSession(model, provider=provider, threads=threads, mapped=mapped, weight_bytes=weight_bytes)
     session.check_signature(manifest.inputs, manifest.outputs)
     return RuntimePolicy(session, manifest, processor)
 

@@ -1,0 +1,189 @@
+"""Takes a checkpoint of any size through the compiler on this machine, a stage a process: time and peak memory of each.
+
+Budgets are the paper's headline row. No layer or neuron is measured: the first ones stay, which changes neither time
+nor memory, and makes the actions meaningless.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+import evla_compile as evla
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.demo import describe_machine
+from evla_compile.demo_policy import demo_frames
+from evla_compile.estimate import skeleton
+from evla_compile.exporters.onnx_weights import without_data
+from evla_compile.exporters.to_onnx import to_model
+from evla_compile.memory import watching_memory
+from evla_compile.pipeline import compile
+from evla_compile.plan import stand_in_plan
+from evla_compile.recorded import read_cases
+from evla_compile.sizes import published_sizes
+from evla_compile.tolerances import TOLERANCES, check
+from evla_compile.verification import prove_static_shapes_of
+
+CONFIG = evla.CompileConfig(text_tokens=26)
+"""L=22, T=56, N=5, and the longest of SIMPLER's prompts."""
+
+Result: TypeAlias = dict[str, Any]
+"""What a stage found, by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What to run, on what."""
+
+    run: Path
+    """The run directory."""
+    tokenizer: Path | None
+    """Llama-2's tokenizer.json where the run directory lacks it."""
+    out: Path
+    """Folder for artifacts."""
+    threads: int
+    """Threads of torch and of ONNX Runtime."""
+
+
+def compile_without_weights(job: Job) -> Result:
+    """Capture, plan given, rewrites, ONNX graph and the proof of static shapes, of CogACT-Base on the meta device."""
+    del job
+    times: Result = {}
+    policy = skeleton(published_sizes("base"), dtype=torch.float32)
+    start = perf_counter()
+    compiled = _compile(policy)
+    times["capture and passes, s"] = perf_counter() - start
+    start = perf_counter()
+    model = to_model(compiled.graph, outputs=["samples"])
+    times["ONNX graph, s"] = perf_counter() - start
+    start = perf_counter()
+    times["operators"] = prove_static_shapes_of(without_data(model), "the ONNX graph")
+    times["proof of static shapes, s"] = perf_counter() - start
+    return times
+
+
+def one_action_bfloat16(job: Job) -> Result:
+    """Predict one action chunk with the compiled graph, VLM in bfloat16, action head in float32, by torch."""
+    times: Result = {}
+    start = perf_counter()
+    policy = evla.load(job.run, tokenizer=job.tokenizer, dtype=torch.bfloat16)
+    times["load, s"] = perf_counter() - start
+    compiled = _timed(times, "compile, s", lambda: _compile(policy))
+    weights = compiled.report.passes[-1].after.weight_bytes
+    dataset = min(policy.processor.statistics)
+    actions = _timed(times, "one action, s", lambda: compiled.predict_action(*demo_frames()[0], dataset))
+    if actions.shape != (16, 7) or not np.isfinite(actions).all():
+        raise RuntimeError(f"actions of shape {actions.shape}, expected [16, 7] of finite numbers")
+    return {**times, "weights, GB": weights / 1e9}
+
+
+def export(job: Job, *, dense: bool) -> Result:
+    """Export in float32, cut and cast as it is written; the time of the graph, which no weight I/O is in, apart."""
+    times: Result = {}
+    policy = evla.load(job.run, tokenizer=job.tokenizer, deferred=True)
+    config = evla.CompileConfig.dense(text_tokens=26) if dense else CONFIG
+    compiled = _timed(times, "compile, s", lambda: _compile(policy, config))
+    _timed(times, "ONNX graph, s", lambda: to_model(compiled.graph, outputs=["samples"]))
+    _timed(times, "export in all, s", lambda: compiled.export(_artifact(job, dense=dense)))
+    data = _artifact(job, dense=dense) / "model.onnx.data"
+    return {**times, "data file, GB": data.stat().st_size / 1e9}
+
+
+def run_onnx(job: Job, *, dense: bool) -> Result:
+    """Load the exported policy into ONNX Runtime with its weights mapped, and run it twice against the torch graph."""
+    times: Result = {}
+    folder = _artifact(job, dense=dense)
+    policy = _timed(
+        times, "load, s", lambda: evla.runtime.load(folder, threads=job.threads, check_hashes=False, mapped=True)
+    )
+    case = read_cases(folder / "cases.npz")[0]
+    for call in ("first", "second"):
+        samples = _timed(times, f"{call} call, s", lambda: policy.sample(**case.inputs))
+    error = check("samples", samples, case.outputs["samples"], tolerance=TOLERANCES.lowered)
+    return {**times, "relative error to the torch graph": error}
+
+
+STAGES: Mapping[str, Callable[[Job], Result]] = {
+    "compile without weights": compile_without_weights,
+    "one action, bfloat16, torch": one_action_bfloat16,
+    "export compiled, float32": partial(export, dense=False),
+    "run compiled in ONNX Runtime, mapped": partial(run_onnx, dense=False),
+    "export dense, float32": partial(export, dense=True),
+    "run dense in ONNX Runtime, mapped": partial(run_onnx, dense=True),
+}
+"""The stages in order; a run needs the export before it."""
+
+
+def main() -> None:
+    """Run the stages asked for, print a table, and write it as JSON and Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory of the checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="Llama-2's tokenizer.json, or its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder for artifacts; they are deleted at the end")
+    parser.add_argument("--results", type=Path, help="folder to write full-size.json and full-size.md to")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of torch and of ONNX Runtime"
+    )
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="stages to run")
+    arguments = parser.parse_args()
+    job = Job(run=arguments.run, tokenizer=arguments.tokenizer, out=arguments.out, threads=arguments.threads)
+    job.out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for name in arguments.stages:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # so that each peak is its own
+            results[name] = process.submit(_measured, name, job).result()
+        print(name, *(f"  {key}: {value:.4g}" for key, value in results[name].items()), sep="\n", flush=True)
+        if name.startswith("run "):
+            shutil.rmtree(_artifact(job, dense="dense" in name))
+    if arguments.results is not None:
+        _write(arguments.results, results, describe_machine(job.threads))
+
+
+def _measured(name: str, job: Job) -> Result:
+    torch.set_num_threads(job.threads)
+    with watching_memory() as peak:
+        found = STAGES[name](job)
+    return {**found, "peak memory, GB": peak.private / 1e9, "with mapped files, GB": peak.resident / 1e9}
+
+
+def _compile(policy: Any, config: evla.CompileConfig = CONFIG) -> CompiledPolicy:
+    return compile(policy, config, plan=stand_in_plan(policy.sizes, config))
+
+
+def _timed(times: Result, name: str, work: Callable[[], Any]) -> Any:
+    start = perf_counter()
+    result = work()
+    times[name] = perf_counter() - start
+    return result
+
+
+def _artifact(job: Job, *, dense: bool) -> Path:
+    return job.out / ("dense" if dense else "compiled")
+
+
+def _write(folder: Path, results: Mapping[str, Result], machine: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    date = datetime.now(UTC).date().isoformat()
+    contents = {"date": date, "machine": machine, "config": CONFIG.to_json(), "stages": results}
+    (folder / "full-size.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    rows = [
+        f"| {name} | {'; '.join(f'{key}: {value:.4g}' for key, value in found.items())} |"
+        for name, found in results.items()
+    ]
+    text = f"{date}; {machine}.\n\n| stage | measured |\n|---|---|\n" + "\n".join(rows) + "\n"
+    (folder / "full-size.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

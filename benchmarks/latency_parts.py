@@ -1,0 +1,124 @@
+"""A policy's graph cut into its three modules, and what each of them costs: FLOPs and the weights that it reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from latency_rows import TEXT_TOKENS, DtypeName
+from torch import fx
+
+from evla_compile.capture import capture_upstream
+from evla_compile.config import CompileConfig
+from evla_compile.devices import Device
+from evla_compile.flops import Part, flops_by_part, graph_flops
+from evla_compile.graph import copy_graph, held_tensor, remove_dead_nodes
+from evla_compile.model.policy import ModelSizes
+from evla_compile.model.upstream import UpstreamCogACT
+from evla_compile.sites import is_call, stage_node
+
+aten = torch.ops.aten
+
+PARTS: tuple[Part, ...] = ("vision", "language", "action")
+"""The modules, in the order in which they run: towers and projector, decoder, denoising loop."""
+CUTS = ("projected", "cognition")
+"""The stages at which one module hands over to the next."""
+
+_GROUPS: Mapping[str, Part] = MappingProxyType(
+    {"vision_backbone": "vision", "projector": "vision", "llm_backbone": "language", "action_model": "action"}
+)
+
+Parts: TypeAlias = tuple[fx.GraphModule, ...]
+"""A graph's modules; each takes the inputs of the whole graph, and then what the module before it returned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one call of a graph takes, whatever runs it."""
+
+    flops: int
+    """Floating-point operations, everything executed."""
+    read_bytes: int
+    """Bytes of the weights that are read whole: an embedding table, of which a few rows are, is left out."""
+
+
+def cut(gm: fx.GraphModule) -> Parts:
+    """Return the modules of a graph, which share its weights; run one after the other they are the graph.
+
+    Raises:
+        PassError: the graph lacks a stage at which it is cut.
+    """
+    return tuple(_between(gm, entry, exit_) for entry, exit_ in zip((None, *CUTS), (*CUTS, None), strict=True))
+
+
+def costs_of(parts: Parts) -> dict[Part, Cost]:
+    """Return what each module costs, by name."""
+    return {
+        name: Cost(flops=graph_flops(part.graph.nodes), read_bytes=sum(_read_weights(part).values()))
+        for name, part in zip(PARTS, parts, strict=True)
+    }
+
+
+def upstream_costs(sizes: ModelSizes, dtype: DtypeName) -> dict[Part, Cost]:
+    """Return what each module of the policy as upstream runs it costs, by name, counted without a real weight.
+
+    Args:
+        sizes: sizes of the policy.
+        dtype: dtype of the weights, the action head's excepted.
+    """
+    gm = _upstream_graph(sizes)
+    read = dict.fromkeys(PARTS, 0)
+    for name, stored in _read_weights(gm).items():
+        part = _GROUPS[name.partition(".")[0]]
+        read[part] += stored if part == "action" else stored * getattr(torch, dtype).itemsize // 4
+    flops = flops_by_part(gm)
+    return {name: Cost(flops=flops[name], read_bytes=read[name]) for name in PARTS}
+
+
+def bound_seconds(costs: Mapping[Part, Cost], device: Device, dtype: DtypeName) -> float:
+    """Return the least time that a call can take on a device: its modules run one after the other, so bounds add up.
+
+    Args:
+        costs: by module.
+        device: what computes.
+        dtype: what the modules compute in, but for the action head, which is float32.
+    """
+    return sum(
+        device.roofline_seconds(
+            flops=cost.flops, weight_bytes=cost.read_bytes, dtype="float32" if name == "action" else dtype
+        )
+        for name, cost in costs.items()
+    )
+
+
+@cache
+def _upstream_graph(sizes: ModelSizes) -> fx.GraphModule:
+    with torch.device("meta"):
+        return capture_upstream(UpstreamCogACT(sizes), CompileConfig.dense(text_tokens=TEXT_TOKENS))
+
+
+def _between(gm: fx.GraphModule, entry: str | None, exit_: str | None) -> fx.GraphModule:
+    part = copy_graph(gm)
+    if exit_ is not None:
+        part.graph.output_node().args = (stage_node(part.graph, exit_),)
+    if entry is not None:
+        handed = stage_node(part.graph, entry)
+        with part.graph.inserting_after(part.graph.find_nodes(op="placeholder")[-1]):
+            placeholder = part.graph.placeholder(entry)
+        placeholder.meta["val"] = handed.meta["val"]
+        handed.replace_all_uses_with(placeholder)
+    remove_dead_nodes(part.graph)
+    return copy_graph(part)  # holds only the weights that this part reads
+
+
+def _read_weights(gm: fx.GraphModule) -> dict[str, int]:
+    """Return the bytes of each tensor that the graph reads whole, by name."""
+    names = {
+        str(node.target)
+        for node in gm.graph.find_nodes(op="get_attr")
+        if not all(is_call(user, aten.embedding.default) for user in node.users)
+    }
+    tensors = {name: held_tensor(gm, name) for name in sorted(names)}
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}

@@ -1,0 +1,110 @@
+"""Rows on backends, ready to be timed: each made, and held against the eager run of its row."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from latency_backends import Backend, Inputs, Sampler, make_sampler
+from latency_policies import MadeRow, PolicyMaker
+from latency_rows import DtypeName, Row
+from latency_timing import Stopwatch
+
+from evla_compile.tolerances import TOLERANCES, check
+
+BFLOAT16_TOLERANCE = 5e-2
+"""Largest relative error accepted between two ways of computing one bfloat16 graph.
+
+A residual stream of 32 layers is rounded 64 times, by up to 2^-8 each and independently: 3 %, and somewhat more where
+relevance is so close that another visual token is kept. A wrong input, weight or order of operations is far beyond it.
+"""
+TF32_TOLERANCE = 5e-3
+"""The same for ONNX Runtime on CUDA, which by default rounds the factors of float32 products to TF32, by 2^-11."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One row on one backend."""
+
+    made: MadeRow
+    """The row."""
+    backend: Backend
+    """The backend."""
+    sampler: Sampler
+    """One call of it."""
+    error: float | None
+    """Relative error against the row's eager run, the worst of the inputs compared; None for that run itself."""
+    peak_bytes: int | None
+    """Weights, and what else it allocates on the GPU; None on a CPU."""
+
+
+def prepare_row(
+    row: Row,
+    maker: PolicyMaker,
+    backends: Sequence[Backend],
+    inputs: Sequence[Inputs],
+    *,
+    compile_mode: str,
+    threads: int,
+    folder: Path,
+) -> Iterator[Variant]:
+    """Make a row, and yield it on each backend in turn; upstream's policy is eager whatever is asked for.
+
+    Args:
+        row: the row.
+        maker: what makes it.
+        backends: backends wanted.
+        inputs: what the backends are compared on. Two at least: one that returned what it had been recorded with would
+            pass for right on one.
+        compile_mode: Inductor's mode.
+        threads: threads of ONNX Runtime on a CPU.
+        folder: an empty folder for what a backend needs on disk.
+
+    Raises:
+        VerificationError: a backend returns something else than the eager run.
+        EvlaError: a backend cannot run the row.
+    """
+    made, device = maker.make(row), maker.device
+    make = partial(make_sampler, made=made, device=device, compile_mode=compile_mode, threads=threads, folder=folder)
+    reference = make("eager")
+    expected = [reference(given, Stopwatch(device)) for given in inputs]
+    for backend in backends if row.config is not None else ("eager",):
+        held = _allocated(device)
+        sampler = reference if backend == "eager" else make(backend)
+        sampler(inputs[0], Stopwatch(device))  # the first call may compile
+        if not backend.endswith("cudagraphs"):  # these keep the memory of their recording
+            _allocated(device)
+        errors = [
+            check(
+                f"{row.label} on {backend}, samples against its eager run",
+                sampler(given, Stopwatch(device)),
+                right,
+                tolerance=tolerance(backend, row.dtype),
+            )
+            for given, right in zip(inputs, expected, strict=True)
+        ]
+        yield Variant(
+            made=made,
+            backend=backend,
+            sampler=sampler,
+            error=None if backend == "eager" else max(errors),
+            peak_bytes=made.weight_bytes + torch.cuda.max_memory_allocated(device) - held
+            if device.type == "cuda"
+            else None,
+        )
+
+
+def tolerance(backend: Backend, dtype: DtypeName) -> float:
+    """Return the relative error that samples may have against the eager run of the same graph."""
+    if dtype == "bfloat16":
+        return BFLOAT16_TOLERANCE
+    return TF32_TOLERANCE if backend == "onnx-cuda" else TOLERANCES.lowered
+
+
+def _allocated(device: torch.device) -> int:
+    """Return the bytes allocated on a GPU, from which its peak is counted anew; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)

@@ -1,0 +1,127 @@
+"""Counting what the rewrites leave of CogACT, on graphs that were captured without weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias, get_args
+
+import torch
+from paper_published import setting
+from torch import fx
+
+from evla_compile.capture import capture, capture_upstream
+from evla_compile.config import CompileConfig
+from evla_compile.estimate import skeleton
+from evla_compile.flops import Part, flops_by_part, graph_flops, part_of
+from evla_compile.graph import GraphPass, weights
+from evla_compile.model.policy import ModelSizes
+from evla_compile.model.upstream import UpstreamCogACT
+from evla_compile.pipeline import build_passes
+from evla_compile.plan import stand_in_plan
+from evla_compile.sizes import PublishedName
+
+Progress: TypeAlias = Callable[[str], None]
+"""Takes a line that says what is going on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What a policy holds and computes, by part."""
+
+    parameters: Mapping[Part, int]
+    """Parameters of the checkpoint, less those that the rewrites removed."""
+    flops: Mapping[Part, int]
+    """Operations of one call, `paper` convention."""
+
+
+class Counter:
+    """Counts upstream's policy behind the lossy rewrites of configurations; every graph is made once.
+
+    Attributes:
+        sizes: sizes of the policies by name.
+    """
+
+    def __init__(self, sizes: Mapping[PublishedName, ModelSizes], progress: Progress) -> None:
+        self.sizes = sizes
+        self._progress = progress
+        self._policies: dict[PublishedName, UpstreamCogACT] = {}
+        self._graphs: dict[tuple[object, ...], fx.GraphModule] = {}
+
+    def count(self, size: PublishedName, config: CompileConfig) -> Counts:
+        """Return what one configuration leaves of the policy of one size."""
+        sizes, dense = self.sizes[size], self.graph(size, config.ddim_steps)
+        passes = build_passes(config, stand_in_plan(sizes, config), sizes)
+        graph = self.graph(size, config.ddim_steps, tuple(rewrite for rewrite in passes if not rewrite.exact))
+        state = self._policies[size].state_dict()
+        parameters: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
+        for held, sign in ((state.items(), 1), (weights(dense), -1), (weights(graph), 1)):
+            for name, tensor in held:
+                if name in state:
+                    parameters[part_of(name)] += sign * tensor.numel()
+        return Counts(parameters=parameters, flops=flops_by_part(graph, "paper"))
+
+    def graph(self, size: PublishedName, ddim_steps: int, passes: tuple[GraphPass, ...] = ()) -> fx.GraphModule:
+        """Return the graph of upstream's policy of one size, rewritten by `passes`."""
+        key = (size, ddim_steps, *passes)
+        if key not in self._graphs:
+            if passes:
+                before = self.graph(size, ddim_steps, passes[:-1])
+                self._progress(f"CogACT-{size}: {' '.join(type(rewrite).__name__ for rewrite in passes)}")
+                self._graphs[key], _ = passes[-1](before)
+            else:
+                self._progress(f"CogACT-{size}: capturing it as upstream runs it, denoising steps: {ddim_steps}")
+                with torch.device("meta"):
+                    policy = UpstreamCogACT(self.sizes[size])
+                self._policies[size] = policy.eval().requires_grad_(False)
+                self._graphs[key] = capture_upstream(policy, replace(setting(), ddim_steps=ddim_steps))
+        return self._graphs[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOutputs(GraphPass):
+    """Keep some of a graph's outputs, exact; what only the others need is removed."""
+
+    exact: ClassVar[bool] = True
+
+    outputs: tuple[int, ...]
+    """Positions of the outputs that stay."""
+
+    def rewrite(self, gm: fx.GraphModule) -> int:
+        """Replace the graph's outputs."""
+        output = gm.graph.output_node()
+        results = output.all_input_nodes
+        output.args = (tuple(results[position] for position in self.outputs),)
+        return len(results) - len(self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """The policy behind one more rewrite."""
+
+    name: str
+    """The rewrite."""
+    paper: int
+    """Operations of one call, `paper` convention."""
+    all: int
+    """Operations of one call, `all` convention."""
+
+
+def exact_steps(counter: Counter, config: CompileConfig, progress: Progress) -> tuple[Step, ...]:
+    """Count CogACT-Base rewrite by rewrite, from how upstream runs it to how it is compiled."""
+    sizes, upstream = counter.sizes["base"], counter.graph("base", config.ddim_steps)
+    steps = [_step("upstream", upstream)]
+    for name, outputs in (("no lm_head", (0, 2, 3)), ("no last ViT blocks", (0,))):
+        steps.append(_step(name, KeepOutputs(outputs=outputs)(upstream)[0]))
+    progress("compiling: capture")
+    graph = capture(skeleton(sizes, dtype=torch.float32), config)
+    unroll, *passes = build_passes(config, stand_in_plan(sizes, config), sizes)
+    graph, _ = unroll(graph)
+    steps.append(_step("embedders only where inputs differ", graph))
+    for rewrite in passes:
+        progress(f"compiling: {type(rewrite).__name__}")
+        graph, _ = rewrite(graph)
+        steps.append(_step(type(rewrite).__name__, graph))
+    return tuple(steps)
+
+
+def _step(name: str, gm: fx.GraphModule) -> Step:
+    return Step(name=name, paper=graph_flops(gm.graph.nodes, "paper"), all=graph_flops(gm.graph.nodes, "all"))

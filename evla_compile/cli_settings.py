@@ -1,0 +1,60 @@
+"""Options of the command line to settings and plans; imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evla_compile.artifact import find_manifest
+from evla_compile.config import CompileConfig
+from evla_compile.manifest import read_manifest
+from evla_compile.plan import Plan
+
+
+def read_config(options: Mapping[str, Any], *, preset: str | None, dense: bool) -> CompileConfig:
+    """Return the settings asked for; every setting is an option of its name, None where it was not given.
+
+    Raises:
+        ValueError: the options contradict each other, or one is malformed or out of its range.
+    """
+    if dense and preset is not None:
+        raise ValueError(f"--dense and --preset {preset} exclude each other: give the one to start from")
+    base = CompileConfig()
+    if dense:
+        base = CompileConfig.dense()
+    elif preset is not None:
+        base = CompileConfig.preset(preset)
+    given = {name: options[name] for name in base.to_json() if options[name] is not None}
+    if "keep_layers" in given:
+        given["keep_layers"] = _layers(given["keep_layers"])
+    if "visual_tokens" in given:
+        given["visual_tokens"] = _tokens(given["visual_tokens"])
+    return replace(base, **given)
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the plan of a file that `Plan.save` wrote, or the one of a compiled policy.
+
+    Raises:
+        ArtifactError: the path is a folder or an ONNX file that is no compiled policy.
+        CalibrationError: the file cannot be read or holds no plan.
+    """
+    if path.is_dir() or path.suffix == ".onnx":
+        return read_manifest(find_manifest(path)).plan
+    return Plan.load(path)
+
+
+def _layers(text: str) -> int | tuple[int, ...] | None:
+    try:
+        if text == "all":
+            return None
+        return tuple(int(index) for index in text.split(",")) if "," in text else int(text)
+    except ValueError as error:
+        raise ValueError(f"--keep-layers {text}: expected a count as in 22, indices as in 0,1,4, or all") from error
+
+
+def _tokens(text: str) -> int | None:
+    try:
+        return None if text == "all" else int(text)
+    except ValueError as error:
+        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, or all") from error

@@ -1,0 +1,94 @@
+"""Upstream's policy beside compiled ones, without a weight: what `evla estimate` and `evla inspect` show."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from evla_compile.checkpoint import Checkpoint, read_checkpoint
+from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.estimate import Estimate, estimate_upstream, quick_estimates
+from evla_compile.model.policy import ModelSizes
+from evla_compile.pipeline import check_budgets
+from evla_compile.run_directory import naming
+from evla_compile.sizes import PublishedName, check_joints, published_sizes
+
+UPSTREAM = "upstream"
+"""Name of the policy as upstream runs it."""
+
+_PUBLISHED: Mapping[str, PublishedName] = MappingProxyType(
+    {"s": "small", "small": "small", "b": "base", "base": "base", "l": "large", "large": "large"}
+)
+
+
+def sizes_of(size: str) -> ModelSizes:
+    """Return the sizes of a published model, by its name or initial in any case, else of a run directory.
+
+    Raises:
+        CheckpointError: `size` is neither, or the checkpoint is refused; see `read_sound_checkpoint`.
+        UnsupportedModelError: the architecture of the checkpoint is.
+    """
+    published = _PUBLISHED.get(size.lower())
+    return read_sound_checkpoint(size).sizes if published is None else published_sizes(published)
+
+
+def read_sound_checkpoint(path: str | Path) -> Checkpoint:
+    """Return what a checkpoint holds, its weights unread, once its parts are known to fit together; see `load`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not in CogACT's layout, or its parts do not fit together.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
+    """
+    checkpoint = read_checkpoint(path)
+    with naming(checkpoint.file):
+        check_joints(checkpoint.sizes)
+    return checkpoint
+
+
+def configurations(presets: Collection[str], *, dense: bool, text_tokens: int) -> dict[str, CompileConfig]:
+    """Return the configurations to compare, by name.
+
+    Args:
+        presets: names of presets, "all" among them for all.
+        dense: whether to add the policy with exact rewrites alone; without it and without presets, all are compared.
+        text_tokens: text budget of each.
+
+    Raises:
+        ValueError: there is no such preset, or the text budget is out of its range.
+    """
+    every = "all" in presets or not (presets or dense)
+    configs = {"dense": CompileConfig.dense()} if dense or not presets else {}
+    configs |= {name: CompileConfig.preset(name) for name in (PRESETS if every else presets)}
+    return {name: replace(config, text_tokens=text_tokens) for name, config in configs.items()}
+
+
+def compare(
+    sizes: ModelSizes,
+    configs: Mapping[str, CompileConfig],
+    *,
+    dtype: torch.dtype,
+    step: Callable[[str], AbstractContextManager[None]],
+) -> dict[str, Estimate]:
+    """Return the estimates of upstream's policy, first, and of compiled ones.
+
+    Args:
+        sizes: sizes of the dense policy.
+        configs: at least one configuration by name.
+        dtype: torch.float32 or torch.bfloat16, of vision and language.
+        step: told what is being done, as a context around it.
+
+    Raises:
+        ValueError: a configuration's budget does not fit the sizes, or `dtype` is another.
+    """
+    for name, config in configs.items():
+        try:
+            check_budgets(config, sizes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; ask for --dense, or for a --preset that fits") from error
+    with step("count upstream's graph"):
+        upstream = estimate_upstream(sizes, next(iter(configs.values())), dtype=dtype)
+    with step(f"count the graphs of {', '.join(configs)}"):
+        return {UPSTREAM: upstream} | quick_estimates(sizes, configs, dtype=dtype)
