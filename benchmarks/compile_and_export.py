@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -39,7 +40,7 @@ def main() -> None:
     print_table(measured)
     print(machine)
     if arguments.json is not None:
-        results = {"machine": machine, "seconds": measured}
+        results = {"machine": machine, "date": datetime.now(UTC).date().isoformat(), "seconds": measured}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import evla_compile as evla
+from evla_compile.checkpoint import read_checkpoint
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.demo import describe_machine
 from evla_compile.demo_policy import demo_frames
@@ -73,6 +74,15 @@ def compile_without_weights(job: Job) -> Result:
     return times
 
 
+def load(job: Job) -> Result:
+    """Load the policy in the dtype that it is stored in, and read every weight once."""
+    times: Result = {}
+    stored = read_checkpoint(job.run).tensors["projector.projector.0.weight"].dtype
+    policy = _timed(times, "load, s", lambda: evla.load(job.run, tokenizer=job.tokenizer, dtype=stored))
+    _timed(times, "read every weight, s", lambda: [parameter.sum().item() for parameter in policy.parameters()])
+    return {**times, "weights, GB": sum(parameter.nbytes for parameter in policy.parameters()) / 1e9}
+
+
 def one_action_bfloat16(job: Job) -> Result:
     """Predict one action chunk with the compiled graph, VLM in bfloat16, action head in float32, by torch."""
     times: Result = {}
@@ -116,6 +126,7 @@ def run_onnx(job: Job, *, dense: bool) -> Result:
 
 STAGES: Mapping[str, Callable[[Job], Result]] = {
     "compile without weights": compile_without_weights,
+    "load, as stored": load,
     "one action, bfloat16, torch": one_action_bfloat16,
     "export compiled, float32": partial(export, dense=False),
     "run compiled in ONNX Runtime, mapped": partial(run_onnx, dense=False),
@@ -126,12 +137,13 @@ STAGES: Mapping[str, Callable[[Job], Result]] = {
 
 
 def main() -> None:
-    """Run the stages asked for, print a table, and write it as JSON and Markdown."""
+    """Run the stages asked for, print what each found, and keep it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run directory of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="Llama-2's tokenizer.json, or its folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for artifacts; they are deleted at the end")
-    parser.add_argument("--results", type=Path, help="folder to write full-size.json and full-size.md to")
+    parser.add_argument("--label", default="", help="said of the checkpoint behind the stage's name, its dtype perhaps")
+    parser.add_argument("--results", type=Path, help="folder of full-size.json, in which the stages run are replaced")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch and of ONNX Runtime"
     )
@@ -139,15 +151,18 @@ def main() -> None:
     arguments = parser.parse_args()
     job = Job(run=arguments.run, tokenizer=arguments.tokenizer, out=arguments.out, threads=arguments.threads)
     job.out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results: dict[str, Result] = {}
+    machine = describe_machine(job.threads)
     for name in arguments.stages:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # so that each peak is its own
-            results[name] = process.submit(_measured, name, job).result()
-        print(name, *(f"  {key}: {value:.4g}" for key, value in results[name].items()), sep="\n", flush=True)
+            found = process.submit(_measured, name, job).result()
+        label = f"{name}, {arguments.label}" if arguments.label else name
+        results[label] = {"machine": machine, "date": datetime.now(UTC).date().isoformat(), "measured": found}
+        print(label, *(f"  {key}: {value:.4g}" for key, value in found.items()), sep="\n", flush=True)
         if name.startswith("run "):
             shutil.rmtree(_artifact(job, dense="dense" in name))
-    if arguments.results is not None:
-        _write(arguments.results, results, describe_machine(job.threads))
+        if arguments.results is not None:
+            _write(arguments.results, results)
 
 
 def _measured(name: str, job: Job) -> Result:
@@ -172,17 +187,13 @@ def _artifact(job: Job, *, dense: bool) -> Path:
     return job.out / ("dense" if dense else "compiled")
 
 
-def _write(folder: Path, results: Mapping[str, Result], machine: str) -> None:
+def _write(folder: Path, results: Mapping[str, Result]) -> None:
+    """Add the stages to the file, each with its own machine and date."""
     folder.mkdir(parents=True, exist_ok=True)
-    date = datetime.now(UTC).date().isoformat()
-    contents = {"date": date, "machine": machine, "config": CONFIG.to_json(), "stages": results}
-    (folder / "full-size.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    rows = [
-        f"| {name} | {'; '.join(f'{key}: {value:.4g}' for key, value in found.items())} |"
-        for name, found in results.items()
-    ]
-    text = f"{date}; {machine}.\n\n| stage | measured |\n|---|---|\n" + "\n".join(rows) + "\n"
-    (folder / "full-size.md").write_text(text, encoding="utf-8")
+    file = folder / "full-size.json"
+    before = json.loads(file.read_text(encoding="utf-8"))["stages"] if file.exists() else {}
+    contents = {"config": CONFIG.to_json(), "stages": {**before, **results}}
+    file.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

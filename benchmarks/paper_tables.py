@@ -10,17 +10,20 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, get_args
 
+import torch
 from paper_counts import Counter, Counts, Step, exact_steps
 from paper_published import EXTRA_TOKENS, PUBLISHED, TEXT_TOKENS, Quantity, Row, Unit, efficient, setting
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evla_compile import __version__
 from evla_compile.model.policy import ModelSizes
 from evla_compile.sizes import PublishedName, published_sizes
 
@@ -195,10 +198,12 @@ def main() -> int:
     Console().print(NOTES)
     for sheet in sheets:
         Console().print(to_rich(sheet))
+    made = f"evla_compile {__version__}, torch {torch.__version__}, {datetime.now(UTC).date().isoformat()}"
     if arguments.markdown is not None:
-        arguments.markdown.write_text("\n".join([NOTES, *map(to_markdown, sheets)]), encoding="utf-8")
+        sections = [NOTES, f"Counted by benchmarks/paper_tables.py; {made}.\n", *map(to_markdown, sheets)]
+        arguments.markdown.write_text("\n".join(sections), encoding="utf-8")
     if arguments.json is not None:
-        numbers = {"tables": [asdict(c) for c in comparisons], "steps": [asdict(step) for step in steps]}
+        numbers = {"made": made, "tables": [asdict(c) for c in comparisons], "steps": [asdict(step) for step in steps]}
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     off = faults(comparisons, steps)
     for line in off:

@@ -145,12 +145,14 @@ def check_space(target: str | os.PathLike[str], needed: int) -> None:
     Raises:
         ArtifactError: the message says what is needed and what is free.
     """
-    folder = ArtifactFiles.of(target).target.parent
-    free = shutil.disk_usage(folder).free
+    place = ArtifactFiles.of(target).target
+    free = shutil.disk_usage(place.parent).free
     if free < needed:
+        left = [path.name for path in sorted(place.parent.glob(f".{place.name}.partial-*"))]
         raise ArtifactError(
-            f"{target} needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free: make room, or choose"
-            " another --out"
+            f"{target} needs {needed / 1e9:.1f} GB, and {place.parent} has {free / 1e9:.1f} GB free: make room, or"
+            " choose another --out"
+            + (f"; exports that were killed left {', '.join(left)}, which can be deleted" if left else "")
         )
 
 

@@ -282,6 +282,9 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     with pytest.raises(evla.ArtifactError, match=r"policy needs 0\.1 GB, and .* has 0\.1 GB free: make room"):
         compiled.export(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".policy.partial-0123").mkdir()
+    with pytest.raises(evla.ArtifactError, match=r"killed left \.policy\.partial-0123, which can be deleted"):
+        compiled.export(tmp_path / "policy")
 
 
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:

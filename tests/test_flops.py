@@ -1,6 +1,7 @@
 """FLOP counts: formulas by hand, torch's own counter, and the published sizes' figures."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.flops import Convention, flops_by_part, graph_flops, node_flops, part_of, product_flops, shape_of
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.language import LanguageSizes
-from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.model.vision import TowerSizes
+from evla_compile.model.policy import CogACT
 from evla_compile.passes import NarrowLastLayer, SelectTokens
 from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, nodes_under
+from evla_compile.sizes import published_sizes
 
 GIGA = 1e9
 
@@ -162,30 +161,13 @@ def test_only_nodes_have_a_shape() -> None:
 @pytest.fixture(scope="module")
 def full_width(small_policy: CogACT) -> fx.GraphModule:
     """CogACT-Base at a prompt of 22 tokens, without memory, each repeated block once."""
-    sizes = ModelSizes(
-        dino=TowerSizes(
-            width=1024,
-            depth=2,
-            heads=16,
-            mlp_width=4096,
-            patches=256,
-            class_tokens=1,
-            register_tokens=4,
-            layer_scale=True,
-        ),
-        siglip=TowerSizes(width=1152, depth=2, heads=16, mlp_width=4304, patches=256),
-        projector=(2176, 8704, 4096, 4096),
-        language=LanguageSizes(width=4096, layers=1, heads=32, kv_heads=32, mlp_width=11008, vocabulary=32064),
-        action=ActionSizes(
-            width=768,
-            depth=1,
-            heads=12,
-            mlp_width=3072,
-            condition_width=4096,
-            frequencies=256,
-            chunk=16,
-            action_width=7,
-        ),
+    base = published_sizes("base")
+    sizes = replace(
+        base,
+        dino=replace(base.dino, depth=2),
+        siglip=replace(base.siglip, depth=2),
+        language=replace(base.language, layers=1),
+        action=replace(base.action, depth=1),
     )
     with torch.device("meta"):
         policy = CogACT(sizes, small_policy.processor)

@@ -216,6 +216,26 @@ def test_too_many_operations_behind_all_rewrites_fail_the_run(run: Any, capsys: 
     assert "27.00 % of upstream's operations, expected 26.9 at most" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        ("Ex0", (None, 1.0, None, 1)),
+        ("Ex1", (None, 1.0, 56, 1)),
+        ("Ex2", (None, 1.0, None, 5)),
+        ("Ex3", (22, 1.0, 56, 1)),
+        ("Ex4", (22, 0.75, None, 1)),
+        ("Ex5", (22, 0.75, None, 5)),
+        ("Ex6", (None, 1.0, 56, 5)),
+        ("Ex7", (22, 0.75, 56, 5)),
+    ],
+)
+def test_an_ablation_row_has_the_settings_that_its_ticks_say(
+    published: ModuleType, row: str, settings: tuple[object, ...]
+) -> None:
+    (config,) = [r.config for r in published.PUBLISHED if r.table == 5 and r.name.startswith(row)]
+    assert (config.keep_layers, config.mlp_keep, config.visual_tokens, config.cache_interval) == settings
+
+
 def test_every_published_row_can_be_counted_in_both_readings(published: ModuleType) -> None:
     assert {row.table for row in published.PUBLISHED} == {1, 2, 3, 4, 5}
     for row in published.PUBLISHED:

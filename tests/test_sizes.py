@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from evla_compile.errors import CheckpointError, UnsupportedModelError
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.language import LanguageSizes
-from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.model.vision import TowerSizes
+from evla_compile.model.policy import CogACT
 from evla_compile.processor import Processor
-from evla_compile.sizes import check_joints, infer_sizes
+from evla_compile.sizes import PublishedName, check_joints, infer_sizes, published_sizes
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -103,7 +100,7 @@ HEADS = {"dino": 3, "siglip": 2, "llm": 4, "dit": 4}
     ("size", "keys", "parameters"),
     [("small", 62, 7_553_713_991), ("base", 110, 7_630_224_071), ("large", 206, 7_849_001_415)],
 )
-def test_published_sizes_need_no_head_counts(size: str, keys: int, parameters: int) -> None:
+def test_published_sizes_need_no_head_counts(size: PublishedName, keys: int, parameters: int) -> None:
     shapes = cogact(size)
     groups = Counter(name.split(".")[0] for name in shapes)
     assert groups == {"vision_backbone": 685, "projector": 6, "llm_backbone": 291, "action_model": keys}
@@ -111,31 +108,8 @@ def test_published_sizes_need_no_head_counts(size: str, keys: int, parameters: i
     depth, width, heads = PUBLISHED[size]
     sizes = infer_sizes(shapes, {})
     check_joints(sizes)
-    assert sizes == ModelSizes(
-        dino=TowerSizes(
-            width=1024,
-            depth=24,
-            heads=16,
-            mlp_width=4096,
-            patches=256,
-            class_tokens=1,
-            register_tokens=4,
-            layer_scale=True,
-        ),
-        siglip=TowerSizes(width=1152, depth=27, heads=16, mlp_width=4304, patches=256),
-        projector=(2176, 8704, 4096, 4096),
-        language=LanguageSizes(width=4096, layers=32, heads=32, kv_heads=32, mlp_width=11008, vocabulary=32064),
-        action=ActionSizes(
-            width=width,
-            depth=depth,
-            heads=heads,
-            mlp_width=4 * width,
-            condition_width=4096,
-            frequencies=256,
-            chunk=16,
-            action_width=7,
-        ),
-    )
+    assert sizes == published_sizes(size)
+    assert (sizes.action.depth, sizes.action.width, sizes.action.heads) == (depth, width, heads)
     assert sizes.image_side == 224
 
 

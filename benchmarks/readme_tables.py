@@ -1,0 +1,183 @@
+"""Writes the README's tables from the files in benchmarks/results, each row with the conditions of its figures.
+
+A table stands between the marks `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
+exit status is 1 where the README says something else than the results.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def paper(results: Path) -> list[str]:
+    """Return EfficientVLA's Table 2 beside our counts."""
+    data = _read(results / "paper-tables.json")
+    rows: dict[str, dict[str, Any]] = {}
+    for figure in data["tables"]:
+        if figure["table"] == 2:
+            rows.setdefault(figure["row"], {})[figure["quantity"][1]] = figure
+    cells = [
+        [
+            name,
+            f"{figures['%']['published']} %",
+            f"{figures['%']['ours']:.2f} %",
+            "-" if figures["%"]["strict"] is None else f"{figures['%']['strict']:.2f} %",
+            f"{figures['B']['published']} B",
+            f"{figures['B']['ours']:.3f} B",
+            "26 text tokens, `paper` convention",
+        ]
+        for name, figures in rows.items()
+    ]
+    header = ("row", "FLOPs published", "ours, T + 4", "ours, strict T", "parameters published", "ours", "conditions")
+    return _table(header, cells, left=1)
+
+
+def steps(results: Path) -> list[str]:
+    """Return where each point of upstream's FLOPs goes."""
+    data = _read(results / "paper-tables.json")["steps"]
+    first = data[0]
+    cells = []
+    for before, step in zip([first, *data[:-1]], data, strict=True):
+        points = 100 * (before["paper"] - step["paper"]) / first["paper"]
+        cells.append(
+            [
+                step["name"],
+                f"{step['paper'] / 1e9:,.1f}",
+                f"{100 * step['paper'] / first['paper']:.2f} %",
+                f"-{points:.2f}" if step is not first else "",
+                f"{100 * step['all'] / first['all']:.2f} %",
+                "Base, L=22, MLP 0.75, T=56, N=5, 26 text tokens",
+            ]
+        )
+    return _table(("after", "GFLOP, `paper`", "of upstream", "points", "`all`", "conditions"), cells, left=1)
+
+
+def latency(stem: str) -> Callable[[Path], list[str]]:
+    """Return what makes the table of one run of latency.py."""
+
+    def make(results: Path) -> list[str]:
+        data = _read(results / f"{stem}.json")
+        conditions, entries = data["conditions"], data["entries"]
+        said = (
+            f"{conditions['threads of torch']} thread(s), {conditions['processor']}, {conditions['versions']},"
+            f" batch 1, {conditions['calls'].split(' of each')[0]} runs, {conditions['date'].split()[0]}"
+        )
+        cells = [
+            [
+                entry["row"],
+                entry["backend"],
+                f"{entry['latency']['median']:,.0f}"
+                if entry["latency"]["median"] >= 1000
+                else f"{entry['latency']['median']:.1f}",
+                f"{entry['latency']['p95']:,.0f}"
+                if entry["latency"]["p95"] >= 1000
+                else f"{entry['latency']['p95']:.1f}",
+                f"{entry['speed_up']:.2f}x",
+                f"{entry['flops'] / 1e9:.1f}",
+                f"{entry['weight_bytes'] / 1e6:,.0f}",
+                said,
+            ]
+            for entry in entries
+        ]
+        header = ("policy", "backend", "median ms", "p95 ms", "speed-up", "GFLOP", "weights MB", "conditions")
+        return _table(header, cells, left=2)
+
+    return make
+
+
+def full_size(results: Path) -> list[str]:
+    """Return what each stage took at full size."""
+    data = _read(results / "full-size.json")
+    cells = []
+    for stage, found in data["stages"].items():
+        figures = dict(found["measured"])
+        peak, mapped = figures.pop("peak memory, GB"), figures.pop("with mapped files, GB")
+        measured = "; ".join(
+            f"{name}: {value:.1e}" if "error" in name else f"{name}: {value:.4g}" for name, value in figures.items()
+        )
+        cells.append([stage, measured, f"{peak:.2f}", f"{mapped:.1f}", f"{found['machine']}, {found['date']}"])
+    return _table(("stage", "measured", "peak GB", "with mapped files GB", "conditions"), cells, left=2)
+
+
+def compile_and_export(results: Path) -> list[str]:
+    """Return the seconds between a policy in memory and its first actions."""
+    data = _read(results / "compile-and-export.json")
+    names = list(dict.fromkeys(name for times in data["seconds"].values() for name in times))
+    cells = [
+        [
+            variant,
+            *(f"{times[name]:.1f}" if name in times else "-" for name in names),
+            f"{data['machine']}, {data['date']}",
+        ]
+        for variant, times in data["seconds"].items()
+    ]
+    return _table(("seconds", *names, "conditions"), cells, left=1)
+
+
+TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
+    {
+        "paper": paper,
+        "steps": steps,
+        "latency-demo": latency("latency-demo-cpu-float32"),
+        "latency-mid": latency("latency-mid-cpu-float32"),
+        "full-size": full_size,
+        "compile-and-export": compile_and_export,
+    }
+)
+"""What makes the lines of each table."""
+
+
+def fill(text: str, results: Path) -> str:
+    """Return `text` with every marked table made anew.
+
+    Raises:
+        ValueError: a mark names no table, is not closed, or a table has no mark.
+    """
+    done = set()
+    pieces = text.split("<!-- table: ")
+    filled = [pieces[0]]
+    for piece in pieces[1:]:
+        name, opened, rest = piece.partition(" -->")
+        _, closed, behind = rest.partition("<!-- end -->")
+        if name not in TABLES or not opened or not closed:
+            raise ValueError(f"mark of table {name!r:.40}: expected one of {', '.join(TABLES)}, closed by <!-- end -->")
+        filled.append("\n".join([f"{name} -->", "", *TABLES[name](results), "", f"<!-- end -->{behind}"]))
+        done.add(name)
+    if missing := sorted(set(TABLES) - done):
+        raise ValueError(f"no marks for the tables {', '.join(missing)}")
+    return "<!-- table: ".join(filled)
+
+
+def main() -> int:
+    """Fill the README's tables, or check that they are."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the README differs")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = fill(before, RESULTS)
+    if arguments.check:
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    last = len(header) - 1
+    rule = ["---" if number < left or number == last else "---:" for number in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
