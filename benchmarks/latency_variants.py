@@ -19,8 +19,6 @@ BFLOAT16_TOLERANCE = 5e-2
 A residual stream of 32 layers is rounded 64 times, by up to 2^-8 each and independently: 3 %, and somewhat more where
 relevance is so close that another visual token is kept. A wrong input, weight or order of operations is far beyond it.
 """
-TF32_TOLERANCE = 5e-3
-"""The same for ONNX Runtime on CUDA, which by default rounds the factors of float32 products to TF32, by 2^-11."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +78,7 @@ def prepare_row(
                 f"{row.label} on {backend}, samples against its eager run",
                 sampler(given, Stopwatch(device)),
                 right,
-                tolerance=tolerance(backend, row.dtype),
+                tolerance=tolerance(row.dtype),
             )
             for given, right in zip(inputs, expected, strict=True)
         ]
@@ -95,11 +93,9 @@ def prepare_row(
         )
 
 
-def tolerance(backend: Backend, dtype: DtypeName) -> float:
+def tolerance(dtype: DtypeName) -> float:
     """Return the relative error that samples may have against the eager run of the same graph."""
-    if dtype == "bfloat16":
-        return BFLOAT16_TOLERANCE
-    return TF32_TOLERANCE if backend == "onnx-cuda" else TOLERANCES.lowered
+    return BFLOAT16_TOLERANCE if dtype == "bfloat16" else TOLERANCES.lowered
 
 
 def _allocated(device: torch.device) -> int:

@@ -364,7 +364,8 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(artifact: Path, monkeyp
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_cpu)
     with pytest.raises(EvlaError, match=r"expected CUDAExecutionProvider, but .* took CPUExecutionProvider"):
         load(artifact, "cuda")
-    assert opened == [{"providers": [("CUDAExecutionProvider", {"use_tf32": "0"})], "enable_fallback": 0}]
+    providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
+    assert opened == [{"providers": providers, "enable_fallback": 0, "disabled_optimizers": []}]
 
 
 # Without torch

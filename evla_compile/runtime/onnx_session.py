@@ -16,6 +16,8 @@ Provider: TypeAlias = Literal["cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 """By default the CUDA provider rounds the factors of float32 products to 11 bits (TF32)."""
+_DISABLED_OPTIMIZERS: dict[str, list[str]] = {"cpu": ["MatMulAddFusion"], "cuda": []}
+"""A product with its bias added behind it was up to 10 % faster on two threads than ONNX Runtime's fusion of the two."""
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 _DTYPES = {
     "tensor(bool)": "bool",
@@ -139,7 +141,11 @@ def _open(model: Path, provider: Provider, threads: int | None, *, mapped: bool)
     try:
         # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
         session = onnxruntime.InferenceSession(
-            model, options, providers=[(wanted, _PROVIDER_OPTIONS[provider])], enable_fallback=0
+            model,
+            options,
+            providers=[(wanted, _PROVIDER_OPTIONS[provider])],
+            enable_fallback=0,
+            disabled_optimizers=_DISABLED_OPTIMIZERS[provider],
         )
     except _runtime_errors() as error:
         raise ArtifactError(
