@@ -31,7 +31,7 @@ def paper(results: Path) -> list[str]:
             "-" if figures["%"]["strict"] is None else f"{figures['%']['strict']:.2f} %",
             f"{figures['B']['published']} B",
             f"{figures['B']['ours']:.3f} B",
-            "26 text tokens, `paper` convention",
+            f"26 text tokens, `paper` convention, {data['made']}",
         ]
         for name, figures in rows.items()
     ]
@@ -41,19 +41,18 @@ def paper(results: Path) -> list[str]:
 
 def steps(results: Path) -> list[str]:
     """Return where each point of upstream's FLOPs goes."""
-    data = _read(results / "paper-tables.json")["steps"]
-    first = data[0]
-    cells = []
-    for before, step in zip([first, *data[:-1]], data, strict=True):
+    data = _read(results / "paper-tables.json")
+    first, cells = data["steps"][0], []
+    for before, step in zip([first, *data["steps"][:-1]], data["steps"], strict=True):
         points = 100 * (before["paper"] - step["paper"]) / first["paper"]
         cells.append(
             [
                 step["name"],
                 f"{step['paper'] / 1e9:,.1f}",
                 f"{100 * step['paper'] / first['paper']:.2f} %",
-                f"-{points:.2f}" if step is not first else "",
+                f"{0.0 - round(points, 2):.2f}" if step is not first else "",
                 f"{100 * step['all'] / first['all']:.2f} %",
-                "Base, L=22, MLP 0.75, T=56, N=5, 26 text tokens",
+                f"Base, L=22, MLP 0.75, T=56, N=5, 26 text tokens, {data['made']}",
             ]
         )
     return _table(("after", "GFLOP, `paper`", "of upstream", "points", "`all`", "conditions"), cells, left=1)

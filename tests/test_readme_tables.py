@@ -1,0 +1,64 @@
+"""The README's tables: made from the results, and still what the results say."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tables() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("readme_tables")
+
+
+def marks(*names: str) -> str:
+    return "".join(f"before {name}\n<!-- table: {name} -->\nstale text\n<!-- end -->\nafter\n" for name in names)
+
+
+def test_the_readme_says_what_the_results_say(tables: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(readme, tables.RESULTS) == readme, "run python benchmarks/readme_tables.py"
+
+
+def test_another_result_changes_its_table_alone(tables: ModuleType, tmp_path: Path) -> None:
+    for file in tables.RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = marks(*tables.TABLES)
+    before = tables.fill(text, tmp_path)
+    assert "stale text" not in before
+    assert tables.fill(before, tmp_path) == before
+    data = json.loads((tmp_path / "latency-mid-cpu-float32.json").read_text(encoding="utf-8"))
+    data["entries"][0]["latency"]["median"] = 123456.0
+    (tmp_path / "latency-mid-cpu-float32.json").write_text(json.dumps(data), encoding="utf-8")
+    after = tables.fill(before, tmp_path)
+    changed = [line for line in after.splitlines() if line not in before.splitlines()]
+    assert len(changed) == 1
+    assert "123,456" in changed[0]
+
+
+def test_every_row_of_every_table_ends_with_its_conditions(tables: ModuleType) -> None:
+    for name, make in tables.TABLES.items():
+        header, _, *rows = make(tables.RESULTS)
+        assert header.endswith("| conditions |"), name
+        assert rows, name
+        assert all(len(row.split(" | ")[-1].strip("| ")) > 10 for row in rows), name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- table: other -->\n<!-- end -->", "mark of table 'other': expected one of paper"),
+        ("<!-- table: paper -->\n", "mark of table 'paper': .* closed by <!-- end -->"),
+        ("", "no marks for the tables compile-and-export, full-size"),
+    ],
+)
+def test_wrong_marks_are_refused(tables: ModuleType, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tables.fill(text, tables.RESULTS)
