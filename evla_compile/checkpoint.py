@@ -1,11 +1,9 @@
 """CogACT's official checkpoints, unchanged, to a policy: strict keys, sizes from shapes, tensors cast one at a time."""
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import CheckpointError, EvlaError, UnsupportedModelError
+from evla_compile.mapped_archive import map_tensors, read_archive
 from evla_compile.memory import available_memory
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.processor import BLANK_ID, PAD_ID, ActionStatistics, Processor, read_statistics
@@ -23,17 +22,6 @@ _GROUPS = ("vision_backbone", "projector", "llm_backbone", "action_model")
 _OPTIONAL_GROUP = "ema_diffusion"  # a moving average of action_model, which inference does not use
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMED_KEYS = 20
-_AGAIN = "copy or download it again"
-_FOREIGN = MappingProxyType(
-    {
-        b"": "this is an empty file; " + _AGAIN,
-        b"\x80": "this is torch's format of before 2020; re-save it with torch.load and torch.save",
-        b"v": "this is a Git LFS pointer; run git lfs pull",
-    }
-)
-"""Advice by the first byte of a file that is no torch archive."""
-# What torch's reader and its restricted unpickler raise on damaged bytes, depending on where the damage is.
-_DAMAGE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +55,9 @@ def load(
 ) -> CogACT:
     """Load a CogACT policy from its official, unchanged files, ready for inference, with gradients off.
 
-    The file is mapped rather than read: on a CPU, tensors that need no cast stay in it, so leave it as it is while the
-    policy is in use. All others are cast one at a time. The action head stays float32 whatever `dtype` is.
+    The file is mapped for reading alone: on a CPU, tensors that need no cast stay in it, so leave it as it is while the
+    policy is in use, and write into no parameter. All others are cast one at a time. The action head stays float32
+    whatever `dtype` is.
 
     Args:
         path: run directory (config.json, dataset_statistics.json and exactly one checkpoints/*.pt), a checkpoints/*.pt
@@ -137,7 +126,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with naming(run / "dataset_statistics.json"):
         statistics = read_statistics(statistics_json)
     with naming(file):
-        tensors = _flatten(_read_groups(file))
+        tensors = map_tensors(file, _flatten(_groups(read_archive(file))))
         sizes = infer_sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings.get("heads", {}))
         pad_id = _pad_id(settings.get("pad_id"), sizes.language.vocabulary)
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
@@ -199,21 +188,8 @@ def _pad_id(given: object, vocabulary: int) -> int:
     return pad_id
 
 
-def _read_groups(file: Path) -> Mapping[str, Any]:
-    """Return the groups of a checkpoint file, their tensors mapped."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-        if start != b"PK":
-            raise CheckpointError(f"expected a checkpoint written by torch.save; {_FOREIGN.get(start[:1], _AGAIN)}")
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            "it is damaged, or holds Python objects beside tensors, which are refused since they could run code;"
-            " download it again, or re-save its tensors alone"
-        ) from error
-    except _DAMAGE as error:
-        raise CheckpointError(f"it is truncated or damaged ({error!s:.200}); copy or download it again") from error
+def _groups(contents: object) -> Mapping[str, Any]:
+    """Return the groups of a checkpoint's contents."""
     groups = contents.get("model") if isinstance(contents, Mapping) else None
     if not isinstance(groups, Mapping):
         found = _listed([str(key) for key in contents]) if isinstance(contents, Mapping) else type(contents).__name__
