@@ -23,6 +23,7 @@ import torch
 import evla_compile as evla
 from evla_compile.checkpoint import read_checkpoint
 from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.demo import describe_machine
 from evla_compile.demo_policy import demo_frames
 from evla_compile.estimate import skeleton
@@ -36,7 +37,7 @@ from evla_compile.sizes import published_sizes
 from evla_compile.tolerances import TOLERANCES, check
 from evla_compile.verification import prove_static_shapes_of
 
-CONFIG = evla.CompileConfig(text_tokens=26)
+CONFIG = evla.CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
 """L=22, T=56, N=5, and the longest of SIMPLER's prompts."""
 
 Result: TypeAlias = dict[str, Any]
@@ -102,7 +103,7 @@ def export(job: Job, *, dense: bool) -> Result:
     """Export in float32, cut and cast as it is written; the time of the graph, which no weight I/O is in, apart."""
     times: Result = {}
     policy = evla.load(job.run, tokenizer=job.tokenizer, deferred=True)
-    config = evla.CompileConfig.dense(text_tokens=26) if dense else CONFIG
+    config = evla.CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS) if dense else CONFIG
     compiled = _timed(times, "compile, s", lambda: _compile(policy, config))
     _timed(times, "ONNX graph, s", lambda: to_model(compiled.graph, outputs=["samples"]))
     _timed(times, "export in all, s", lambda: compiled.export(_artifact(job, dense=dense)))

@@ -23,7 +23,7 @@ from latency_backends import BACKENDS, Backend, check_backends, draw_inputs
 from latency_parts import bound_seconds
 from latency_policies import PolicyMaker
 from latency_report import Entry, to_json, to_markdown
-from latency_rows import SIZES, TEXT_TOKENS, DtypeName, Row, make_rows, select_rows
+from latency_rows import SIZES, DtypeName, Row, make_rows, select_rows
 from latency_timing import Latency, describe_clocks, describe_machine, find_roof, measure
 from latency_variants import Variant, prepare_row
 from rich.console import Console
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from evla_compile import __version__
 from evla_compile.checkpoint import read_checkpoint
+from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.devices import Device
 from evla_compile.errors import EvlaError
 from evla_compile.model.policy import ModelSizes
@@ -231,7 +232,7 @@ def _conditions(settings: Settings) -> dict[str, str]:
         "calls": f"{settings.runs} of each in turn, after {settings.warmup} rounds to warm up",
         "a call": INCLUDES,
         "modules": MODULES,
-        "policies": f"{TEXT_TOKENS} text tokens, {weights} weights, seed {settings.seed}; {PLAN}",
+        "policies": f"{PAPER_TEXT_TOKENS} text tokens, {weights} weights, seed {settings.seed}; {PLAN}",
         "error": f"against the row's own eager run, on {CHECKED_INPUTS} inputs, before anything was timed",
     }
 

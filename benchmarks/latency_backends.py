@@ -11,13 +11,14 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import torch
 from latency_policies import MadeRow
-from latency_rows import TEXT_TOKENS, DtypeName
+from latency_rows import DtypeName
 from latency_timing import Stopwatch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from evla_compile import runtime
 from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.errors import EvlaError
 from evla_compile.model.policy import ModelSizes
 from evla_compile.model.upstream import UpstreamCogACT
@@ -60,12 +61,12 @@ Sampler: TypeAlias = Callable[[Inputs, Stopwatch], NDArray[np.float32]]
 def draw_inputs(sizes: ModelSizes, seed: int) -> Inputs:
     """Return random inputs for one call; what is seen, and what is asked for, changes no time."""
     draw = np.random.Generator(np.random.PCG64(seed))
-    words = draw.integers(EOS_ID + 1, min(BLANK_ID, sizes.language.vocabulary), TEXT_TOKENS - 2)
+    words = draw.integers(EOS_ID + 1, min(BLANK_ID, sizes.language.vocabulary), PAPER_TEXT_TOKENS - 2)
     side = sizes.image_side
     return Inputs(
         image=draw.integers(0, 256, (1, side, side, 3), dtype=np.uint8),
         input_ids=np.array([[BOS_ID, *words, EOS_ID]], dtype=np.int64),
-        text_length=np.array([TEXT_TOKENS], dtype=np.int64),
+        text_length=np.array([PAPER_TEXT_TOKENS], dtype=np.int64),
         noise=draw.standard_normal((1, sizes.action.chunk, sizes.action.action_width), dtype=np.float32),
     )
 

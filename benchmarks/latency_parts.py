@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
-from latency_rows import TEXT_TOKENS, DtypeName
+from latency_rows import DtypeName
 from torch import fx
 
 from evla_compile.capture import capture_upstream
-from evla_compile.config import CompileConfig
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.devices import Device
 from evla_compile.flops import Part, flops_by_part, graph_flops
 from evla_compile.graph import copy_graph, held_tensor, remove_dead_nodes
@@ -96,7 +96,7 @@ def bound_seconds(costs: Mapping[Part, Cost], device: Device, dtype: DtypeName) 
 @cache
 def _upstream_graph(sizes: ModelSizes) -> fx.GraphModule:
     with torch.device("meta"):
-        return capture_upstream(UpstreamCogACT(sizes), CompileConfig.dense(text_tokens=TEXT_TOKENS))
+        return capture_upstream(UpstreamCogACT(sizes), CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS))
 
 
 def _between(gm: fx.GraphModule, entry: str | None, exit_: str | None) -> fx.GraphModule:

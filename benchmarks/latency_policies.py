@@ -9,12 +9,12 @@ from importlib import resources
 
 import torch
 from latency_parts import Cost, Parts, costs_of, cut, upstream_costs
-from latency_rows import TEXT_TOKENS, DtypeName, Row
+from latency_rows import DtypeName, Row
 from torch import Tensor, fx
 
 from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import CompileConfig
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.flops import Part
 from evla_compile.graph import materialize, measure
 from evla_compile.model.policy import CogACT, ModelSizes
@@ -123,7 +123,9 @@ class PolicyMaker:
                 dense = CogACT(self.sizes, self._processor)
             state = self._state(row.dtype)
             dense.load_state_dict({name: state[name] for name in dense.state_dict()}, assign=True)
-            self._captured = capture(dense.eval().requires_grad_(False), CompileConfig.dense(text_tokens=TEXT_TOKENS))
+            self._captured = capture(
+                dense.eval().requires_grad_(False), CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS)
+            )
         return self._captured
 
     def _state(self, dtype: DtypeName) -> dict[str, Tensor]:

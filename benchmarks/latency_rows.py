@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from evla_compile.config import CompileConfig
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.demo_policy import DEMO_SIZES
 from evla_compile.model.action import ActionSizes
 from evla_compile.model.language import LanguageSizes
@@ -15,9 +15,6 @@ from evla_compile.sizes import published_sizes
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16"]
 """Dtype of the vision towers, the projector and the decoder; the action head is float32 throughout."""
-
-TEXT_TOKENS = 26
-"""Tokens of the prompt, all of them real: the longest of SIMPLER's, and those of the paper's figures."""
 
 MID_SIZES = ModelSizes(
     dino=TowerSizes(
@@ -142,5 +139,5 @@ def _budget(
         visual_tokens=visual_tokens,
         key_tokens=4 if visual_tokens is None else min(4, visual_tokens),
         cache_interval=cache_interval,
-        text_tokens=TEXT_TOKENS,
+        text_tokens=PAPER_TEXT_TOKENS,
     )

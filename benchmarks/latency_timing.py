@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import TypeAlias
@@ -15,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from evla_compile.demo import cpu_field
 from evla_compile.devices import Device, find_device
 
 _PRODUCT_SIDE = MappingProxyType(
@@ -147,7 +147,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what times depend on: the processor, its host, the threads used."""
     return {
         "processor": describe_processor(device),
-        "host": f"{_cpu_field('model name')}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
+        "host": f"{cpu_field('model name')}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
         "threads of torch": str(torch.get_num_threads()),
     }
 
@@ -155,7 +155,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 def describe_clocks(device: torch.device) -> str:
     """Return the clocks of this moment: the GPU's by nvidia-smi where that is installed, else the first CPU's."""
     if device.type == "cpu" or not shutil.which("nvidia-smi"):
-        return f"CPU {_cpu_field('cpu MHz')} MHz"
+        return f"CPU {cpu_field('cpu MHz')} MHz"
     query = ["nvidia-smi", f"--query-gpu={_CLOCK_FIELDS}", "--format=csv,noheader", f"--id={device.index or 0}"]
     values = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split(",")  # noqa: S603 (fixed)
     named = zip(_CLOCK_FIELDS.split(","), values, strict=True)
@@ -164,13 +164,7 @@ def describe_clocks(device: torch.device) -> str:
 
 def describe_processor(device: torch.device) -> str:
     """Return the name of what computes."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_field("model name")
-
-
-def _cpu_field(name: str) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_field("model name")
 
 
 def _memory_bytes(device: torch.device) -> float:

@@ -4,12 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-from evla_compile.config import CompileConfig
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.flops import Part
 from evla_compile.sizes import PublishedName
-
-TEXT_TOKENS = 26
-"""Text tokens that the published FLOPs fit; the paper's example instruction has as many."""
 
 EXTRA_TOKENS = 4
 """Visual tokens that the published rows keep beyond T."""
@@ -49,7 +46,7 @@ def setting(
         mlp_keep=mlp_keep,
         visual_tokens=tokens,
         cache_interval=interval,
-        text_tokens=TEXT_TOKENS,
+        text_tokens=PAPER_TEXT_TOKENS,
     )
 
 

@@ -18,22 +18,23 @@ from typing import NamedTuple, get_args
 
 import torch
 from paper_counts import Counter, Counts, Step, exact_steps
-from paper_published import EXTRA_TOKENS, PUBLISHED, TEXT_TOKENS, Quantity, Row, Unit, efficient, setting
+from paper_published import EXTRA_TOKENS, PUBLISHED, Quantity, Row, Unit, efficient, setting
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from evla_compile import __version__
+from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.model.policy import ModelSizes
 from evla_compile.sizes import PublishedName, published_sizes
 
 NOTES = (
     "Ours: CogACT as its public code runs it, captured without weights and rewritten by the paper's four components"
-    f" alone, with a prompt of {TEXT_TOKENS} text tokens, in the `paper` convention: linear layers and convolutions,"
-    " layer norms and GELUs, no attention products, the language head on every position. The published rows fit"
-    f" T + {EXTRA_TOKENS} kept visual tokens, although T as the paper defines it counts the key tokens in (strict T)."
-    " Random dropping and FastV are a selection of tokens alone. VLA-Cache is not rebuilt. Table 5 prints no"
-    " operations: its rows name the published seconds and speed-up instead.\n"
+    f" alone, with a prompt of {PAPER_TEXT_TOKENS} text tokens, in the `paper` convention: linear layers and"
+    " convolutions, layer norms and GELUs, no attention products, the language head on every position. The published"
+    f" rows fit T + {EXTRA_TOKENS} kept visual tokens, although T as the paper defines it counts the key tokens in"
+    " (strict T). Random dropping and FastV are a selection of tokens alone. VLA-Cache is not rebuilt. Table 5 prints"
+    " no operations: its rows name the published seconds and speed-up instead.\n"
 )
 
 SCALES: Mapping[Unit, float] = MappingProxyType({"M": 1e6, "B": 1e9, "GFLOP": 1e9, "TFLOP": 1e12})
@@ -149,7 +150,7 @@ def step_sheet(steps: Sequence[Step]) -> Sheet:
         rows.append(
             (step.name, f"{step.paper / 1e9:.2f}", shares[0], f"{points:.3f}", f"{step.all / 1e9:.2f}", shares[1])
         )
-    title = f"Compiled with every rewrite: L=22, MLP 0.75, strict T=56, N=5, {TEXT_TOKENS} text tokens"
+    title = f"Compiled with every rewrite: L=22, MLP 0.75, strict T=56, N=5, {PAPER_TEXT_TOKENS} text tokens"
     return Sheet(title, header, rows)
 
 

@@ -45,7 +45,7 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     gm = _flat_graph(exported)
     _mark_stages(gm)
     state = policy.state_dict()
-    for name in {str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & state.keys():
+    for name in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & state.keys()):
         replace_tensor(gm, name, state[name])
     propagate(gm)
     return copy_graph(gm)

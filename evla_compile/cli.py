@@ -18,7 +18,7 @@ from rich.text import Text
 
 import evla_compile as evla
 from evla_compile.cli_settings import read_config, read_plan
-from evla_compile.config import OPSET
+from evla_compile.config import OPSET, PAPER_TEXT_TOKENS
 from evla_compile.errors import EvlaError
 from evla_compile.memory import PeakMemory, watching_memory
 
@@ -29,9 +29,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile CogACT robot policies by EfficientVLA's rewrites, and run them without torch.",
 )
-
-PAPER_TEXT_TOKENS = 26
-"""Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
 
 RunDirectory = Annotated[
     str, typer.Argument(metavar="RUN_DIR", help="CogACT run directory, its .pt file, or a Hugging Face id.")

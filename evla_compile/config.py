@@ -26,6 +26,9 @@ CFG_SCALE = 1.5
 TEXT_TOKENS = 32
 """Text budget by default; SIMPLER's prompts have 20 to 26 tokens."""
 
+PAPER_TEXT_TOKENS = 26
+"""Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
+
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""
 

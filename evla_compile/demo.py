@@ -157,16 +157,16 @@ def describe_machine(threads: int) -> str:
     """Return in a line what a time depends on: the machine, the threads used of it, the versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
     return (
-        f"{threads} of {os.cpu_count()} CPUs ({_processor()}), {platform.system()} {platform.machine()},"
+        f"{threads} of {os.cpu_count()} CPUs ({cpu_field('model name')}), {platform.system()} {platform.machine()},"
         f" Python {platform.python_version()}, {versions}"
     )
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+def cpu_field(name: str) -> str:
+    """Return what Linux says of the first CPU under `name`; platform.processor() is empty there."""
+    info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or "unknown processor")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
 
 
 def _build(

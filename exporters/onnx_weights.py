@@ -29,7 +29,7 @@ def leave_out_weights(program: ExportedProgram) -> dict[str, Tensor]:
 
 def empty_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
     """Tell rewrites of `model` that the values of these initializers are not known."""
-    for name in model.graph.initializers.keys() & weights.keys():
+    for name in sorted(model.graph.initializers.keys() & weights.keys()):
         model.graph.initializers[name].const_value = None
 
 
@@ -53,7 +53,7 @@ def put_weights_back(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
             graph.register_initializer(transposed[key])
         node.outputs[0].replace_all_uses_with(transposed[key])
         graph.remove(node, safe=True)
-    for name in graph.initializers.keys() & weights.keys():
+    for name in sorted(graph.initializers.keys() & weights.keys()):
         if graph.initializers[name].uses():
             graph.initializers[name].const_value = _stored(weights[name], name, tuple(range(weights[name].ndim)))
         else:

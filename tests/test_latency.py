@@ -22,11 +22,11 @@ from latency_backends import Backend, Sampler, check_backends, draw_inputs, make
 from latency_parts import Cost, bound_seconds, costs_of, upstream_costs
 from latency_policies import MadeRow, PolicyMaker, random_weight
 from latency_report import COLUMNS, Entry, to_markdown
-from latency_rows import MID_SIZES, SIZES, TEXT_TOKENS, Row, make_rows, select_rows
+from latency_rows import MID_SIZES, SIZES, Row, make_rows, select_rows
 from latency_timing import Latency, Stopwatch, measure, summarize
 from latency_variants import prepare_row
 
-from evla_compile.config import CompileConfig
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.devices import DEVICES, Device
 from evla_compile.errors import EvlaError, VerificationError
 from evla_compile.estimate import quick_estimates
@@ -166,9 +166,9 @@ def test_rows_of_a_published_size_are_the_papers() -> None:
         *("upstream-float32", "upstream-bfloat16", "dense", "layers-28", "layers-22", "mlp-0.75", "tokens-112"),
         *("tokens-56", "cache-5", "ex3", "ex4", "ex5", "ex6", "l28-t112", "l28-t56", "l22-t112", "l22-t56"),
     ]
-    assert found["dense"].config == CompileConfig.dense(text_tokens=TEXT_TOKENS)
+    assert found["dense"].config == CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS)
     for name in ("l28-t112", "l28-t56", "l22-t112", "l22-t56"):
-        assert found[name].config == replace(CompileConfig.preset(name), text_tokens=TEXT_TOKENS)
+        assert found[name].config == replace(CompileConfig.preset(name), text_tokens=PAPER_TEXT_TOKENS)
     assert [name for row in found.values() for name in row.names if name.startswith("ex")] == [
         *("ex1", "ex2", "ex3", "ex4", "ex5", "ex6", "ex7")
     ]
@@ -230,7 +230,7 @@ def test_unknown_rows_are_refused_with_the_known_ones(wanted: list[str]) -> None
 
 
 def test_mid_size_has_the_shares_of_cogact_base() -> None:
-    config = CompileConfig.dense(text_tokens=TEXT_TOKENS)
+    config = CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS)
     shares = {}
     for name in ("base", "mid"):
         found = quick_estimates(SIZES[name], {"dense": config}, dtype=torch.float32)["dense"]
@@ -261,7 +261,7 @@ def test_upstream_runs_more_than_the_dense_policy_and_reads_more(dense: MadeRow,
     upstream = upstream_costs(sizes, "float32")
     for part, cost in dense.costs.items():
         assert upstream[part].flops > cost.flops, part
-    head = 2 * (TEXT_TOKENS + sizes.patches) * sizes.language.width * sizes.language.vocabulary
+    head = 2 * (PAPER_TEXT_TOKENS + sizes.patches) * sizes.language.width * sizes.language.vocabulary
     assert upstream["language"].flops - dense.costs["language"].flops >= head
 
 
