@@ -23,7 +23,7 @@ from evla_compile.errors import EvlaError
 from evla_compile.model.policy import ModelSizes
 from evla_compile.model.upstream import UpstreamCogACT
 from evla_compile.processor import BLANK_ID, BOS_ID, EOS_ID
-from evla_compile.runtime.onnx_session import Provider
+from evla_compile.runtime import Provider
 
 Backend: TypeAlias = Literal["eager", "compile", "cudagraphs", "compile-cudagraphs", "onnx-cpu", "onnx-cuda"]
 """`compile` is Inductor, `cudagraphs` records the eager kernels, `compile-cudagraphs` those of Inductor."""

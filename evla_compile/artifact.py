@@ -1,7 +1,8 @@
 """An artifact on disk: where its files lie, whether they are intact, and writing it whole or not at all; no torch.
 
-A folder holds `model.onnx`, `manifest.json` and so on; a single-file export `X.onnx` has `X.manifest.json` and so on
-beside it.
+A folder holds `model.onnx`, `manifest.json` and so on; a single-file export `X.onnx` or `X.engine` has
+`X.manifest.json` and so on beside it. Of a policy in several parts, `model.onnx` becomes `model.perception.onnx` and so
+on.
 """
 
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Self
 
 from evla_compile.errors import ArtifactError
-from evla_compile.manifest import FileRecord, Manifest, read_manifest
+from evla_compile.manifest import FileRecord, read_manifest
 
-_OTHER_KINDS = (".engine", ".plan", ".pt2", ".trt")
+_SINGLE_FILES = (".onnx", ".engine")
+_OTHER_KINDS = (".plan", ".pt2", ".trt")
 _ADVICE = "choose another --out or remove it"
 
 
@@ -25,7 +27,7 @@ class ArtifactFiles:
     """Where an artifact's files lie."""
 
     target: Path
-    """What was asked for: a folder, or an `X.onnx` with the other files beside it."""
+    """What was asked for: a folder, or an `X.onnx` or `X.engine` with the other files beside it."""
     folder: Path
     """The folder that holds every file."""
     model: str
@@ -38,20 +40,24 @@ class ArtifactFiles:
     """Name of the compile report."""
     cases: str
     """Name of the recorded cases."""
+    engine: str
+    """Name of the TensorRT engine, if there is one."""
     manifest: str
     """Name of the manifest."""
 
     @classmethod
     def of(cls, target: str | os.PathLike[str]) -> Self:
-        """Return the places for a target, which is a folder unless its name ends in `.onnx`."""
+        """Return the places for a target, which is a folder unless its name ends in `.onnx` or `.engine`."""
         path = Path(target)
-        single = path.suffix == ".onnx"
-        prefix, model = (f"{path.stem}.", path.name) if single else ("", "model.onnx")
+        single = path.suffix in _SINGLE_FILES
+        prefix, stem = (f"{path.stem}.", path.stem) if single else ("", "model")
+        model = f"{stem}.onnx"
         folder = (path.parent if single else path).resolve()
         return cls(
-            target=folder / model if single else folder,
+            target=folder / path.name if single else folder,
             folder=folder,
             model=model,
+            engine=f"{stem}.engine",
             data=f"{model}.data",
             tokenizer=f"{prefix}tokenizer.json",
             report=f"{prefix}report.json",
@@ -60,8 +66,14 @@ class ArtifactFiles:
         )
 
 
+def part_name(name: str, part: str, parts: int) -> str:
+    """Return the name of a part's file: `model.onnx` alone, or `model.perception.onnx` among several."""
+    stem, _, suffix = name.rpartition(".")
+    return name if parts == 1 else f"{stem}.{part}.{suffix}"
+
+
 def find_manifest(path: str | os.PathLike[str]) -> Path:
-    """Return the manifest that belongs to an artifact's folder, to its `.onnx` file, or to the manifest itself.
+    """Return the manifest that belongs to an artifact's folder, to its `.onnx` or `.engine`, or to the manifest itself.
 
     Raises:
         ArtifactError: there is none; the message says where it was expected.
@@ -69,9 +81,9 @@ def find_manifest(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     if given.name == "manifest.json" or given.name.endswith(".manifest.json"):
         places = [given]
-    elif given.suffix == ".onnx":
+    elif given.suffix in _SINGLE_FILES:
         places = [given.with_suffix(".manifest.json")]
-        if given.name == "model.onnx":
+        if given.stem == "model":
             places.append(given.with_name("manifest.json"))
     else:
         places = [given / "manifest.json"]
@@ -80,22 +92,22 @@ def find_manifest(path: str | os.PathLike[str]) -> Path:
             return place
     raise ArtifactError(
         f"{given} is no compiled policy: expected its manifest at {' or '.join(map(str, places))}; give an artifact's"
-        " folder, or an .onnx file with its manifest beside it"
+        " folder, or an .onnx or .engine file with its manifest beside it"
     )
 
 
-def check_files(manifest: Manifest, folder: Path, *, hashes: bool = True) -> None:
-    """Check that the files of an artifact are those that its manifest describes.
+def check_files(records: Iterable[FileRecord], folder: Path, *, hashes: bool = True) -> None:
+    """Check that files of an artifact are those that its manifest describes.
 
     Args:
-        manifest: the artifact's manifest.
+        records: the files, all that the manifest lists or those that are going to be read.
         folder: where the files lie.
         hashes: whether to read every file through for its SHA-256; otherwise only presence and size are checked.
 
     Raises:
         ArtifactError: a file is missing, lies elsewhere through a link, or differs in size or hash.
     """
-    for record in manifest.files:
+    for record in records:
         path = folder / record.name
         try:
             problem = _mismatch(record, path, hashes=hashes)
@@ -116,7 +128,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
     former artifact is replaced; nothing else ever is. When anything fails, an interrupt included, all is as before.
 
     Args:
-        target: an `X.onnx` for files beside each other, anything else for a folder of its own.
+        target: an `X.onnx` or `X.engine` for files beside each other, anything else for a folder of its own.
 
     Raises:
         ArtifactError: the target exists and is not one of ours, or cannot be written: an `OSError` is its cause.
@@ -134,7 +146,7 @@ def check_target(target: str | os.PathLike[str]) -> None:
         ArtifactError: as for `writing`, or the target has the name of a file of another kind.
     """
     if Path(target).suffix in _OTHER_KINDS:
-        raise ArtifactError(f"cannot write {target}: expected a name that ends in .onnx, or a folder")
+        raise ArtifactError(f"cannot write {target}: expected a name that ends in .onnx or .engine, or a folder")
     with _beside(ArtifactFiles.of(target)):
         pass
 
@@ -160,7 +172,9 @@ def check_space(target: str | os.PathLike[str], needed: int) -> None:
 def _beside(files: ArtifactFiles) -> Iterator[Path]:
     """Yield an empty folder beside a target that may be written; it is gone afterwards, unless it has been moved."""
     try:
-        _replaceable(files, (files.model, files.data, files.tokenizer, files.report, files.cases, files.manifest))
+        _replaceable(
+            files, (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
+        )
         with _scratch(files) as folder:
             yield folder
     except OSError as error:

@@ -4,6 +4,7 @@ Both measures are one shot, on the unpruned model, without padding and without t
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +22,9 @@ from evla_compile.errors import CalibrationError
 from evla_compile.host import CameraFrame, read_image
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages
+from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.plan import Plan, check_layer_budget, kept_layers, kept_neurons
-from evla_compile.sites import argument, decoder_layers
+from evla_compile.sites import argument, decoder_layers, module_path
 
 
 class Frame(NamedTuple):
@@ -42,7 +44,7 @@ def calibrate(
     Layer importance is EfficientVLA's equation 1: I(l) = 1 - mean over frames of the mean over positions of
     cos(layer input, layer output), residual included, the last layer before the final norm; the lowest go, the lower
     index among equals. A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of
-    the down projection.
+    the down projection. On the way it notes the largest value in every layer that could be computed in half precision.
 
     Args:
         policy: the dense policy.
@@ -51,7 +53,7 @@ def calibrate(
         progress: whether to draw a progress bar on standard error.
 
     Raises:
-        CalibrationError: there are no frames.
+        CalibrationError: there are no frames, or the policy's values are not finite.
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
     config = config or CompileConfig()
@@ -74,7 +76,13 @@ def calibrate(
     keep = kept_layers(config, importance)
     count = kept_neurons(config, sizes.mlp_width)
     neurons = () if count == sizes.mlp_width else tuple(_top(scores[layer], count) for layer in keep)
-    return Plan(layer_importance=importance, keep_layers=keep, mlp_neurons=neurons, frames=len(observations))
+    return Plan(
+        layer_importance=importance,
+        keep_layers=keep,
+        mlp_neurons=neurons,
+        ranges=observer.ranges(),
+        frames=len(observations),
+    )
 
 
 def read_frames(folder: str | os.PathLike[str]) -> list[Frame]:
@@ -128,6 +136,9 @@ class _Observer(fx.Interpreter):
         self._downs = [argument(layer.named("mlp.down_proj"), 1) for layer in layers]
         self._cosines: list[list[float]] = [[] for _ in layers]
         self._activity: list[Tensor] = [torch.zeros(policy.sizes.language.mlp_width) for _ in layers]
+        self._sites = list(lowered_sites(graph.graph))
+        read = [value for site in self._sites for value in float_operands(site) if value.op != "get_attr"]
+        self._largest: dict[fx.Node, float] = dict.fromkeys([*self._sites, *read], 0.0)
         self._tokens = 0
         self._hidden: Tensor | None = None
 
@@ -149,8 +160,16 @@ class _Observer(fx.Interpreter):
         self._tokens += self._policy.sizes.patches + ids.shape[1]
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, and measure it where it ends a layer or feeds a down projection."""
+        """Run a node, and measure it where it ends a layer, feeds a down projection, or might be lowered."""
         result = super().run_node(n)
+        if n in self._largest:
+            largest = result.abs().max().item()
+            if not math.isfinite(largest):
+                raise CalibrationError(
+                    f"{module_path(n) or n.name} yields {largest} on a calibration frame, so nothing can be measured:"
+                    " the checkpoint is damaged, or was loaded in a dtype that it overflows"
+                )
+            self._largest[n] = max(self._largest[n], largest)
         if n is self._first:
             self._hidden = result
         elif n in self._exits and self._hidden is not None:
@@ -164,6 +183,14 @@ class _Observer(fx.Interpreter):
     def importance(self) -> tuple[float, ...]:
         """Return 1 - the mean cosine of every layer."""
         return tuple(1.0 - sum(values) / len(values) for values in self._cosines)
+
+    def ranges(self) -> tuple[tuple[str, float], ...]:
+        """Return the largest absolute input or output of every layer that could be lowered, by its module path."""
+        found: dict[str, float] = {}
+        for site in self._sites:
+            values = [self._largest[node] for node in (site, *float_operands(site)) if node in self._largest]
+            found[module_path(site)] = max(found.get(module_path(site), 0.0), *values)
+        return tuple(found.items())
 
     def neuron_scores(self) -> list[Tensor]:
         """Return the score of every neuron of every layer, float32 [M]."""

@@ -18,7 +18,16 @@ from evla_compile.config import CompileConfig
 from evla_compile.graph import copy_graph, fake_mode, propagate, remove_dead_nodes, replace_tensor
 from evla_compile.model.policy import CogACT
 from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.sites import ACTION_MODEL, DENOISING, argument, input_node, is_call, module_path, nodes_under
+from evla_compile.sites import (
+    ACTION_MODEL,
+    DENOISING,
+    argument,
+    decoder_layers,
+    input_node,
+    is_call,
+    module_path,
+    nodes_under,
+)
 
 aten = torch.ops.aten
 
@@ -147,6 +156,8 @@ def _mark_stages(gm: fx.GraphModule) -> None:
     """Name the values that verification compares."""
     nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
     nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
+    for layer in decoder_layers(gm.graph):
+        layer.exit.meta["stage"] = f"layers.{layer.index}"
     (readout,) = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
     readout.meta["stage"] = "cognition"
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -18,9 +19,11 @@ from rich.text import Text
 
 import evla_compile as evla
 from evla_compile.cli_settings import read_config, read_plan
-from evla_compile.config import OPSET, PAPER_TEXT_TOKENS
+from evla_compile.config import OPSET, PAPER_TEXT_TOKENS, Precision
+from evla_compile.engine_settings import EngineSettings, Flavour
 from evla_compile.errors import EvlaError
 from evla_compile.memory import PeakMemory, watching_memory
+from evla_compile.runtime import Provider
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,6 +100,10 @@ def compile_policy(
     text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Llama-2's tokenizer.json, or its folder.")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights and matrix products outside the action head.")
+    ] = "float32",
+    parts: Annotated[int, typer.Option(min=1, help="Graphs to split it into: 2 are perception and action.")] = 1,
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = OPSET,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
@@ -120,7 +127,7 @@ def compile_policy(
     check_budgets(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
-    elif frames is None or not needs_calibration(sizes.language, config):
+    elif frames is None or not (needs_calibration(sizes.language, config) or precision == "float16"):
         chosen = plan_without_calibration(sizes.language, config)
     with watching_memory() as peak:
         with _step("load the policy"):
@@ -132,7 +139,7 @@ def compile_policy(
         with _step("capture and rewrite the graph"):
             compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
         with _step(f"export it to {out}", spinner=False):  # it draws a bar of its own
-            compiled.export(out, opset=opset)
+            compiled.export(out, opset=opset, precision=precision, parts=parts)
     _print_memory(peak)
     if check:
         with _step("verify it on ONNX Runtime"):
@@ -206,37 +213,103 @@ def run(
     instruction: Annotated[str, typer.Option(help="What the robot shall do.")],
     unnorm_key: Annotated[str | None, typer.Option(help="Dataset whose statistics scale the actions.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise.")] = None,
-    provider: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
+    provider: Annotated[
+        Provider | None, typer.Option(help="Where to compute; engine for an .engine file, else cpu by default.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls, timed; more than one prints their latency.")] = 1,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Launch an engine's calls as a CUDA graph.")] = (
+        False
+    ),
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep engines or kernels that are built at load time.")
+    ] = None,
     mapped: Annotated[bool, typer.Option("--mapped", help="Leave the weights in their file: slower, less memory.")] = (
         False
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict the action chunk for a camera frame on ONNX Runtime; imports no torch."""
+    """Predict the action chunk for a camera frame on ONNX Runtime or TensorRT; imports no torch."""
     from evla_compile.host import read_image
-    from evla_compile.tables import ACTION_NAMES, action_table
+    from evla_compile.tables import ACTION_NAMES, action_table, call_table
 
     frame = read_image(image)
-    policy = evla.runtime.load(artifact, provider=provider, mapped=mapped)
-    actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed)
+    policy = evla.runtime.load(artifact, provider, mapped=mapped, cuda_graph=cuda_graph, cache=cache)
+    for _ in range(repeat):
+        actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed)
+    latency = policy.latency.summary() if repeat > 1 else ()
     if as_json:
-        print(json.dumps({"names": ACTION_NAMES, "actions": actions.tolist()}))
-    else:
-        _console().print(action_table(actions, f'Actions for "{instruction}"'))
+        found = {"names": ACTION_NAMES, "actions": actions.tolist()}
+        print(json.dumps(found | ({"latency": [asdict(summary) for summary in latency]} if latency else {})))
+        return
+    _console().print(action_table(actions, f'Actions for "{instruction}"'))
+    if latency:
+        _console().print(call_table(latency))
+
+
+@app.command()
+def build(
+    artifact: Artifact,
+    flavour: Annotated[
+        Flavour | None, typer.Option(help="TensorRT on the GPU that will run it, or TensorRT-RTX ahead of time.")
+    ] = None,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X.Y", help="GPU to build for, such as 8.9; repeat for several. TensorRT-RTX only."),
+    ] = None,
+    workspace_gb: Annotated[float | None, typer.Option(help="Most GPU memory for one layer's intermediates.")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Most memory for the builder; else what is free.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 to 5: how long to look. TensorRT only.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep what was measured for the next build. TensorRT only.")
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For every GPU from 8.0 on. TensorRT only, no Jetson.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For later TensorRT too. TensorRT only.")
+    ] = False,
+) -> None:
+    """Build the TensorRT engines of a compiled policy beside its ONNX files; imports no torch."""
+    from evla_compile.exporters.build import build_engine
+    from evla_compile.tables import describe_engine
+
+    settings = EngineSettings(
+        flavour=flavour,
+        compute_capabilities=tuple(capability or ()),
+        workspace_bytes=None if workspace_gb is None else round(workspace_gb * 1e9),
+        memory_bytes=None if memory_gb is None else round(memory_gb * 1e9),
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+    )
+    with _step("build the engine", spinner=False):  # it draws bars of its own
+        engine = build_engine(artifact, settings).engine
+    if engine is not None:
+        files = ", ".join(f"{record.name} ({record.size / 1e6:,.1f} MB)" for record in engine.files)
+        _console().print(f"built {files}: {describe_engine(engine)}")
 
 
 @app.command()
 def verify(
     artifact: Artifact,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of ONNX Runtime.")] = None,
+    provider: Annotated[
+        Provider | None, typer.Option(help="Where the runtime computes; engine for the TensorRT engine.")
+    ] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="Show every stage.")] = False,
 ) -> None:
-    """Prove that an artifact is intact and static, and that ONNX Runtime returns what its torch graph did."""
-    with _step("verify on ONNX Runtime"):
-        found = evla.verify(artifact, threads=threads)
+    """Prove that an artifact is intact and static, and that every stage is what its float32 torch graph returned."""
+    from evla_compile.tables import stage_table
+
+    with _step("verify on ONNX Runtime" if provider in (None, "cpu") else f"verify on {provider}"):
+        found = evla.verify(artifact, threads=threads, provider=provider)
+    if stages:
+        _console().print(stage_table(found))
     errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors)
     _console().print(
         f"verified: files as the manifest says; {found.nodes} operators, all shapes static; {found.cases} recorded"
-        f" cases, largest relative error {errors} (tolerance {found.tolerance:.0e})"
+        f" cases, {len(found.stages)} stages each, largest relative error {errors} (tolerance {found.tolerance:.0e})"
     )
 
 

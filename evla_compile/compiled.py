@@ -11,7 +11,8 @@ from torch import fx
 
 from evla_compile import host
 from evla_compile.calibration import Frame
-from evla_compile.config import OPSET, CompileConfig
+from evla_compile.config import OPSET, CompileConfig, Precision
+from evla_compile.engine_settings import EngineSettings
 from evla_compile.graph import materialize
 from evla_compile.host import CameraFrame, Predictor
 from evla_compile.model.policy import ModelSizes
@@ -157,6 +158,9 @@ class CompiledPolicy(Predictor):
         *,
         opset: int = OPSET,
         stages: Sequence[str] = (),
+        precision: Precision = "float32",
+        parts: int = 1,
+        engine: EngineSettings | None = None,
         progress: bool = True,
     ) -> None:
         """Write the policy to a file or folder that `evla_compile.runtime.load` reads, whole or not at all.
@@ -164,21 +168,33 @@ class CompiledPolicy(Predictor):
         Weights are read, cut and cast one at a time, as they are written.
 
         Args:
-            path: an `X.onnx`, with `X.manifest.json` and so on beside it, or a folder for all of them.
+            path: an `X.onnx`, with `X.manifest.json` and so on beside it, an `X.engine`, with the ONNX file that it was
+                built from beside it too, or a folder for all of them.
             opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default.
             stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
-            progress: whether to draw a progress bar on standard error where the weights are gigabytes.
+            precision: dtype of weights and matrix products of vision, projector and decoder. Below float32 the chain of
+                graphs is held against this one, stage by stage, on the recorded frames before anything is written.
+            parts: graphs to split the policy into, for builders and devices with little memory: 2 are perception and
+                action, more cut the decoder.
+            engine: for an `X.engine`, how to build it; None for the defaults of `EngineSettings`.
+            progress: whether to draw progress bars on standard error for what takes long.
 
         Raises:
             ArtifactError: the kind of file is unknown, something else is in its place, or it cannot be written, for
                 lack of space for instance.
-            ExportError: the graph cannot be lowered.
+            EvlaError: the library that builds engines is missing or too old, or memory is short.
+            ExportError: the graph cannot be lowered, or not to this precision or number of parts.
             PassError: the graph has no such stage.
-            ValueError: the opset cannot be written.
+            ValueError: the opset cannot be written, or a setting is out of range.
+            VerificationError: a stage leaves the tolerance of `precision`.
         """
-        from evla_compile.exporters.artifact import export_artifact  # noqa: PLC0415  (the exporter takes a second to import)
+        # The exporter takes a second to import.
+        from evla_compile.exporters.artifact import ExportSettings, export_artifact  # noqa: PLC0415
 
-        export_artifact(self, path, opset=opset, stages=tuple(stages), progress=progress)
+        settings = ExportSettings(
+            opset=opset, stages=tuple(stages), precision=precision, parts=parts, engine=engine, progress=progress
+        )
+        export_artifact(self, path, settings)
 
 
 def _to_numpy(value: torch.Tensor) -> NDArray[Any]:

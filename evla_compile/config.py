@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 DIFFUSION_STEPS = 100
 """Length of the training noise schedule of every published CogACT (T in the paper)."""
@@ -28,6 +28,12 @@ TEXT_TOKENS = 32
 
 PAPER_TEXT_TOKENS = 26
 """Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
+
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+"""Dtype in which a file holds and multiplies the weights of vision, projector and decoder."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+"""All of them."""
 
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""

@@ -28,6 +28,9 @@ aten = torch.ops.aten
 Value: TypeAlias = Any
 """An `fx.Proxy`: ATen operators called on proxies write nodes and return proxies, which torch's types do not tell."""
 
+WRITTEN_BY = "evla_compile.passes."
+"""What the type of a module begins with in the module stack of a node that a pass wrote."""
+
 Wrap: TypeAlias = Callable[[fx.Node], Value]
 """Turns a node into a proxy."""
 
@@ -85,7 +88,9 @@ class GraphPass(ABC):
             PassError: a site that was asked for does not exist.
         """
         rewritten = copy_graph(gm)
+        known = set(rewritten.graph.nodes)
         changes = self.rewrite(rewritten)
+        _sign([node for node in rewritten.graph.nodes if node not in known], type(self).__name__)
         remove_dead_nodes(rewritten.graph)
         propagate(rewritten)
         rewritten.graph.lint()
@@ -96,6 +101,16 @@ class GraphPass(ABC):
         )
         logger.info("%s: %s changes, %s -> %s ops", report.name, changes, report.before.ops, report.after.ops)
         return result, report
+
+
+def _sign(nodes: list[fx.Node], name: str) -> None:
+    """Say in the module stack of nodes that a pass wrote, in the place of the module's type, which pass that was."""
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            key, (path, kind) = next(reversed(stack.items()))
+            if kind == path:  # as `inserting` leaves it; a copied node keeps the type that it came from
+                node.meta["nn_module_stack"] = {**stack, key: (path, f"{WRITTEN_BY}{name}")}
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

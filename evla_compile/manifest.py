@@ -11,19 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Self, TypeVar
 
-from evla_compile.config import CompileConfig
+from evla_compile.config import PRECISIONS, CompileConfig, Precision
+from evla_compile.engine_settings import FLAVOURS, Flavour
 from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, read_statistics
 
-FORMAT = "evla_compile/1"
+FORMAT = "evla_compile/2"
 """Version of the manifest's layout; another one is refused."""
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 """What an input or output of a graph may hold, by numpy's names."""
 
 _INPUT_FORMS = [("image", "uint8", 4), ("input_ids", "int64", 2), ("text_length", "int64", 1), ("noise", "float32", 3)]
-_JSON_WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
-_Json = TypeVar("_Json", dict[str, Any], list[Any], str, int)
+_JSON_WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
+_Json = TypeVar("_Json", dict[str, Any], list[Any], str, int, bool)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +95,117 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a runtime must know of a compiled policy besides its graph.
+class Part:
+    """One graph of the chain that a policy is; most are a single one.
 
     Raises:
-        ValueError: the inputs or outputs are not those of a CogACT graph of this configuration, two files share a
-            name, or `pad_id` is negative.
+        ValueError: the name is not one.
     """
 
-    created_by: str
-    """Version of evla_compile that wrote the artifact."""
+    name: str
+    """`policy`, or what the part computes, such as `perception`."""
     model: FileRecord
     """The ONNX graph."""
     data: tuple[FileRecord, ...]
     """External data of the graph; empty for a small one."""
+    inputs: tuple[TensorSpec, ...]
+    """What it takes: inputs of the policy, and outputs of the parts in front of it."""
+    outputs: tuple[TensorSpec, ...]
+    """What it yields: outputs of the policy, and whatever a part behind it takes."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", self.name):
+            raise ValueError(f"part {self.name!r}: expected a name of a-z, 0-9, _ and -")
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Its ONNX graph and external data."""
+        return (self.model, *self.data)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read a JSON object; a ValueError names the key that is wrong."""
+        return cls(
+            name=_get(data, "name", str),
+            model=FileRecord.from_json(_get(data, "model", dict)),
+            data=tuple(FileRecord.from_json(entry) for entry in _get_objects(data, "data")),
+            inputs=tuple(TensorSpec.from_json(entry) for entry in _get_objects(data, "inputs")),
+            outputs=tuple(TensorSpec.from_json(entry) for entry in _get_objects(data, "outputs")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRecord:
+    """Engines that were built from the parts, and what they run on.
+
+    Raises:
+        ValueError: the flavour or a compute capability cannot be one.
+    """
+
+    flavour: Flavour
+    """Library that built them and runs them."""
+    version: str
+    """Version of that library."""
+    files: tuple[FileRecord, ...]
+    """One engine for each part, in their order."""
+    layers: tuple[int, ...]
+    """Layers of each engine's network, as the builder parsed it."""
+    platform: str
+    """Operating system and processor that built them, such as `linux-x86_64`."""
+    gpu: str | None
+    """Name of the GPU that built them; None where none was needed."""
+    compute_capabilities: tuple[str, ...]
+    """GPUs that run them, such as `8.9`; empty for TensorRT-RTX's portable engines: 8.0, 8.6, 8.9 and 12.x."""
+    hardware_compatible: bool
+    """Whether TensorRT made them for every GPU from compute capability 8.0 on."""
+    version_compatible: bool
+    """Whether TensorRT made them for later versions of itself too."""
+
+    def __post_init__(self) -> None:
+        if self.flavour not in FLAVOURS:
+            raise ValueError(f"flavour {self.flavour!r}: expected one of {', '.join(FLAVOURS)}")
+        for capability in self.compute_capabilities:
+            if not isinstance(capability, str) or not re.fullmatch(r"\d{1,2}\.\d", capability):
+                raise ValueError(f"compute capability {capability!r}: expected one such as 8.9")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read a JSON object; a ValueError names the key that is wrong."""
+        layers = _get(data, "layers", list)
+        if any(type(count) is not int or count < 1 for count in layers):
+            raise ValueError(f"layers {layers!r:.80}: expected whole numbers from 1 up")
+        flavour: Any = _get(data, "flavour", str)
+        return cls(
+            flavour=flavour,
+            version=_get(data, "version", str),
+            files=tuple(FileRecord.from_json(entry) for entry in _get_objects(data, "files")),
+            layers=tuple(layers),
+            platform=_get(data, "platform", str),
+            gpu=None if data.get("gpu") is None else _get(data, "gpu", str),
+            compute_capabilities=tuple(_get(data, "compute_capabilities", list)),
+            hardware_compatible=_get(data, "hardware_compatible", bool),
+            version_compatible=_get(data, "version_compatible", bool),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a runtime must know of a compiled policy besides its graph.
+
+    Raises:
+        ValueError: the inputs or outputs are not those of a CogACT graph of this configuration, the parts are no chain
+            from one to the other, the engines are not those of the parts, two files share a name, or `pad_id` is
+            negative.
+    """
+
+    created_by: str
+    """Version of evla_compile that wrote the artifact."""
+    parts: tuple[Part, ...]
+    """The graphs, in the order in which they run."""
+    engine: EngineRecord | None
+    """Engines built from them, if any were."""
+    precision: Precision
+    """Dtype of matrix products and attention outside the action head; everything else is float32."""
     tokenizer: FileRecord
     """The tokenizer.json in use."""
     report: FileRecord
@@ -132,6 +230,8 @@ class Manifest:
     """Versions of the libraries that made the artifact, by name."""
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r}: expected one of {', '.join(PRECISIONS)}")
         names = [record.name for record in self.files]
         if len(set(names)) != len(names):
             raise ValueError(f"files {names}: expected names that differ")
@@ -148,11 +248,31 @@ class Manifest:
         outputs = {spec.name: spec for spec in self.outputs}
         if outputs.get("samples") != samples or len(outputs) != len(self.outputs):
             raise ValueError(f"outputs {', '.join(map(str, self.outputs))}: expected {samples} among names that differ")
+        self._check_chain()
+        engine = self.engine
+        if engine is not None and not len(engine.files) == len(engine.layers) == len(self.parts):
+            raise ValueError(f"{len(engine.files)} engines for {len(self.parts)} parts: expected one for each")
+
+    def _check_chain(self) -> None:
+        """Refuse parts of which one takes what nothing in front of it yields."""
+        known = {spec.name: spec for spec in self.inputs}
+        for part in self.parts:
+            for spec in part.inputs:
+                if known.get(spec.name) != spec:
+                    raise ValueError(f"part {part.name} takes {spec}, which nothing in front of it yields")
+            for spec in part.outputs:
+                if known.setdefault(spec.name, spec) is not spec:
+                    raise ValueError(f"part {part.name} yields {spec.name}, which something in front of it yields too")
+        missing = [str(spec) for spec in self.outputs if known.get(spec.name) != spec]
+        if missing or not self.parts:
+            raise ValueError(f"no part yields {', '.join(missing) or 'anything'}")
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Every file of the artifact but the manifest."""
-        return (self.model, *self.data, self.tokenizer, self.report, self.cases)
+        graphs = [record for part in self.parts for record in part.files]
+        engines = self.engine.files if self.engine is not None else ()
+        return (*graphs, *engines, self.tokenizer, self.report, self.cases)
 
     @property
     def image_side(self) -> int:
@@ -169,8 +289,9 @@ class Manifest:
         return {
             "format": FORMAT,
             "created_by": self.created_by,
-            "model": asdict(self.model),
-            "data": [asdict(record) for record in self.data],
+            "parts": [asdict(part) for part in self.parts],
+            "engine": None if self.engine is None else asdict(self.engine),
+            "precision": self.precision,
             "tokenizer": asdict(self.tokenizer),
             "report": asdict(self.report),
             "cases": asdict(self.cases),
@@ -196,10 +317,12 @@ class Manifest:
         if _get(data, "format", str) != FORMAT:
             raise ValueError(f"'format' is {data['format']!r}, but this version of evla_compile reads {FORMAT!r}")
         versions = _get(data, "versions", dict)
+        precision: Any = _get(data, "precision", str)
         return cls(
             created_by=_get(data, "created_by", str),
-            model=FileRecord.from_json(_get(data, "model", dict)),
-            data=tuple(FileRecord.from_json(entry) for entry in _get_objects(data, "data")),
+            parts=tuple(Part.from_json(entry) for entry in _get_objects(data, "parts")),
+            engine=None if data.get("engine") is None else EngineRecord.from_json(_get(data, "engine", dict)),
+            precision=precision,
             tokenizer=FileRecord.from_json(_get(data, "tokenizer", dict)),
             report=FileRecord.from_json(_get(data, "report", dict)),
             cases=FileRecord.from_json(_get(data, "cases", dict)),

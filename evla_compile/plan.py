@@ -34,12 +34,16 @@ class Plan:
     """Decoder layers kept, ascending."""
     mlp_neurons: tuple[tuple[int, ...], ...]
     """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
+    ranges: tuple[tuple[str, float], ...] = ()
+    """Largest absolute input or output observed in each linear layer, convolution and attention, by module path; empty
+    if not measured. What float16 can hold is decided by it."""
     frames: int
     """Observations measured; 0 where the configuration left nothing to measure."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values; the neurons of a layer as ranges, "0-3,5,7-20"."""
-        return asdict(self) | {"mlp_neurons": [_to_ranges(neurons) for neurons in self.mlp_neurons]}
+        neurons = [_to_ranges(neurons) for neurons in self.mlp_neurons]
+        return asdict(self) | {"mlp_neurons": neurons, "ranges": dict(self.ranges)}
 
     @classmethod
     def from_json(cls, data: object) -> Self:
@@ -59,6 +63,7 @@ class Plan:
                 layer_importance=tuple(_score(value) for value in data["layer_importance"]),
                 keep_layers=keep_layers,
                 mlp_neurons=tuple(_from_ranges(neurons) for neurons in data["mlp_neurons"]),
+                ranges=_named_scores(data["ranges"]),
                 frames=_index(data["frames"]),
             )
         except (TypeError, ValueError) as error:
@@ -191,6 +196,12 @@ def _score(value: object) -> float:
     if not isinstance(value, float) or not math.isfinite(value):
         raise ValueError(f"importance {value!r}: expected a finite number")
     return value
+
+
+def _named_scores(value: object) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, dict) or len(value) > _MAX_NEURONS:
+        raise ValueError(f"ranges {value!s:.60}: expected an object of numbers")
+    return tuple((str(name), _score(largest)) for name, largest in value.items())
 
 
 def _index(value: object) -> int:

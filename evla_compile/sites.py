@@ -1,5 +1,6 @@
 """Finding what a rewrite changes: nodes by operator and module path, named stages, decoder layers."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ ACTION_MODEL = "action_model"
 
 DENOISING = "denoising"
 """Module path under which `UnrollDiffusion` puts the copies of the action model, by denoising step."""
+
+VERIFIED_STAGES = ("patches", "projected", "layers", "cognition", DENOISING)
+"""First words of the names of stages that lowerings are compared at."""
 
 
 def argument(node: fx.Node, index: int) -> fx.Node:
@@ -49,8 +53,16 @@ def stage_node(graph: fx.Graph, name: str) -> fx.Node:
     """
     stages: dict[str, fx.Node] = {node.meta["stage"]: node for node in graph.nodes if "stage" in node.meta}
     if name not in stages:
-        raise PassError(f"the graph has no stage {name!r}; it has {sorted(stages)}")
+        known = sorted({re.sub(r"\.\d+$", ".N", stage) for stage in stages})
+        raise PassError(f"the graph has no stage {name!r}; it has {known}")
     return stages[name]
+
+
+def verified_stages(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the stages that lowerings are compared at, in graph order: floating-point, and not the graph's output."""
+    results = set(graph.output_node().all_input_nodes)
+    found = [node for node in graph.nodes if "stage" in node.meta and node not in results]
+    return tuple(n.meta["stage"] for n in found if n.meta["stage"].split(".")[0] in VERIFIED_STAGES)
 
 
 def is_call(node: object, *targets: object) -> bool:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from evla_compile.config import DDIM_STEPS
 from evla_compile.devices import DEVICES
-from evla_compile.manifest import Manifest
+from evla_compile.engine_settings import FLAVOUR_NAMES
+from evla_compile.manifest import EngineRecord, Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from evla_compile.demo import DemoResult, Latency
     from evla_compile.estimate import Estimate
     from evla_compile.report import CompileReport
+    from evla_compile.runtime.latency import LatencySummary
+    from evla_compile.verification import Verification
 
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 """The numbers of an action."""
@@ -205,10 +208,40 @@ def manifest_table(manifest: Manifest) -> Table:
     table.add_row("datasets", ", ".join(sorted(manifest.statistics)))
     table.add_row("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
     table.add_row("calibrated on", f"{manifest.plan.frames} frames")
+    if manifest.precision != "float32":
+        table.add_row("precision", manifest.precision)
+    if manifest.engine is not None:
+        table.add_row("engine", describe_engine(manifest.engine))
     for record in manifest.files:
         table.add_row("file", f"{record.name}, {record.size:,} bytes, SHA-256 {record.sha256[:12]}...")
     table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     return table
+
+
+def call_table(latency: Sequence["LatencySummary"]) -> RenderableType:
+    """Return how long calls of a loaded policy took, and what the times hold."""
+    table = _table("Latency, ms", "time", right=("calls", "median", "p95", "p99", "first call"))
+    for summary in latency:
+        times = (f"{value:.2f}" for value in (summary.median, summary.p95, summary.p99, summary.first))
+        table.add_row(summary.kind, str(summary.count), *times)
+    notes = [f"{summary.kind}: {summary.includes}." for summary in latency]
+    return Group(table, *notes, "The first call, which warms everything up, is in none of the other figures.")
+
+
+def stage_table(found: "Verification") -> Table:
+    """Return how far every stage of an artifact is from the float32 torch graph."""
+    table = _table("Stages on ONNX Runtime, against the float32 torch graph", "stage", right=("relative error",))
+    for name, error in found.stages:
+        table.add_row(name, f"{error:.1e}")
+    return table
+
+
+def describe_engine(engine: EngineRecord) -> str:
+    """Return in a line what an artifact's engines run on."""
+    made_on = engine.gpu or engine.platform
+    targets = ", ".join(engine.compute_capabilities) or "8.0, 8.6, 8.9 and 12.x"
+    layers = " + ".join(f"{count:,}" for count in engine.layers)
+    return f"{FLAVOUR_NAMES[engine.flavour]} {engine.version}, compute capability {targets}, {layers} layers, {made_on}"
 
 
 def _deviations(report: "CompileReport") -> dict[str, float]:

@@ -1,10 +1,12 @@
 """The one table of tolerances, and the one measure that they apply to; no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evla_compile.config import Precision
 from evla_compile.errors import VerificationError
 
 
@@ -28,11 +30,53 @@ class Tolerances:
     """Un-normalised actions against CogACT's public code."""
     lowered: float = 1e-4
     """A lowered graph against the graph that it was made from."""
+    bfloat16_features: float = 1e-1
+    """The same in bfloat16, factors of 8 bits, up to the cognition feature; one patch that is kept instead of another
+    counts for more than the rounding."""
+    bfloat16_actions: float = 3e-2
+    """The same of the denoising steps and samples."""
+    float16_features: float = 1e-2
+    """The same in float16, 11 bits, up to the cognition feature."""
+    float16_actions: float = 5e-3
+    """The same of the denoising steps and samples."""
     second_consumer: float = 1e-3
     """A runtime that nothing was tuned for against the graph."""
 
 
 TOLERANCES = Tolerances()
+
+
+def lowered_tolerance(precision: Precision, stage: str) -> float:
+    """Return how far a stage of a graph lowered to `precision` may be from the float32 graph."""
+    actions = stage == "samples" or stage.startswith("denoising.")
+    if precision == "bfloat16":
+        return TOLERANCES.bfloat16_actions if actions else TOLERANCES.bfloat16_features
+    if precision == "float16":
+        return TOLERANCES.float16_actions if actions else TOLERANCES.float16_features
+    return TOLERANCES.lowered
+
+
+def check_stages(what: str, errors: Mapping[str, float], precision: Precision) -> None:
+    """Refuse errors above the tolerance of a precision.
+
+    Args:
+        what: what was compared.
+        errors: relative error by stage, in data-flow order.
+        precision: that of the lowered graph.
+
+    Raises:
+        VerificationError: the message names the first stage that exceeds it, and what was before.
+    """
+    before: str | None = None
+    for stage, error in errors.items():
+        tolerance = lowered_tolerance(precision, stage)
+        if not error <= tolerance:
+            passed = f"behind {before}, which is within it" if before else "the first that is compared"
+            raise VerificationError(
+                f"{what}: {stage} is {error:.2e} of its largest value from the float32 graph, tolerance"
+                f" {tolerance:.0e}; it is the first stage to leave it, {passed}: do not deploy it"
+            )
+        before = stage
 
 
 def relative_error(actual: NDArray[np.generic], reference: NDArray[np.generic]) -> float:

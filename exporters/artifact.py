@@ -1,23 +1,31 @@
-"""A compiled policy to an artifact: graph, tokenizer, report, recorded cases and the manifest that binds them."""
+"""A compiled policy to an artifact: graphs, tokenizer, report, recorded cases and the manifest that binds them."""
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from evla_compile import __version__, host
-from evla_compile.artifact import ArtifactFiles, check_space, check_target, writing
+from evla_compile.artifact import ArtifactFiles, check_space, check_target, part_name, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
-from evla_compile.errors import ExportError
+from evla_compile.config import OPSET, PRECISIONS, Precision
+from evla_compile.engine_settings import EngineSettings
+from evla_compile.exporters.build import build_engine, check_engine
+from evla_compile.exporters.precision import compare, lower
+from evla_compile.exporters.split import Piece, split
 from evla_compile.exporters.to_onnx import to_onnx
 from evla_compile.graph import weights
-from evla_compile.manifest import FileRecord, Manifest, TensorSpec, write_manifest
+from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
-from evla_compile.recorded import RecordedCase, write_cases
+from evla_compile.recorded import RecordedCase, probe, write_cases
+from evla_compile.sites import verified_stages
 
 ROOM_BYTES = 100_000_000
 """Room that an artifact needs beside its weights: graph, tokenizer, recorded cases."""
@@ -25,66 +33,129 @@ ROOM_BYTES = 100_000_000
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
 
-def export_artifact(
-    compiled: CompiledPolicy,
-    target: str | os.PathLike[str],
-    *,
-    opset: int,
-    stages: tuple[str, ...],
-    progress: bool,
-) -> None:
-    """Write `compiled` to `target`, an `X.onnx` or a folder; see `CompiledPolicy.export`."""
-    files = ArtifactFiles.of(target)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSettings:
+    """What to write; see `CompiledPolicy.export`.
+
+    Raises:
+        ValueError: the precision is none of `PRECISIONS`.
+    """
+
+    opset: int = OPSET
+    """ONNX opset."""
+    stages: tuple[str, ...] = ()
+    """Outputs behind `samples`."""
+    precision: Precision = "float32"
+    """Dtype of matrix products outside the action head."""
+    parts: int = 1
+    """Graphs to split the policy into."""
+    engine: EngineSettings | None = None
+    """How to build engines, where the target is an `X.engine`."""
+    progress: bool = True
+    """Whether to draw progress bars on standard error."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], settings: ExportSettings) -> None:
+    """Write `compiled` to `target`, an `X.onnx`, an `X.engine` or a folder; see `CompiledPolicy.export`."""
     check_target(target)
-    if any(tensor.dtype == torch.bfloat16 for _, tensor in weights(compiled.graph)):
-        raise ExportError(
-            "this policy has bfloat16 weights, which ONNX Runtime cannot run on a CPU, so that its file could not be"
-            " verified: load the policy with dtype=torch.float32 to export it"
+    wanted = settings.engine
+    if Path(target).suffix == ".engine":
+        wanted = wanted or EngineSettings()
+        check_engine(wanted)
+    elif wanted is not None:
+        raise ValueError(
+            f"engine= for {target}: expected a target that ends in .engine; or build one afterwards, evla build"
         )
-    outputs = (SAMPLES, *stages)
-    graph = compiled.exposing(outputs) if stages else compiled.graph
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights(graph))
-    check_space(target, size + ROOM_BYTES)
+    outputs = (SAMPLES, *settings.stages)
+    inner = tuple(name for name in verified_stages(compiled.graph.graph) if name not in outputs)
+    graph = compiled.exposing((*outputs, *inner))
+    pieces = lower(split(graph, (*outputs, *inner), settings.parts), settings.precision, compiled.plan.ranges)
+    size = sum(tensor.numel() * tensor.element_size() for piece in pieces for _, tensor in weights(piece.graph))
+    check_space(target, (2 if wanted else 1) * size + ROOM_BYTES)
+    files = ArtifactFiles.of(target)
+    cases = record_cases(compiled, outputs, inner)
+    report = compiled.report.to_json()
+    if settings.precision != "float32":
+        report["precision"] = compare(pieces, cases, settings.precision, compiled.config.text_tokens)
     with writing(target) as folder:
-        model = folder / files.model
-        to_onnx(graph, model, outputs=outputs, opset=opset, progress=progress)
+        parts = tuple(_write_part(piece, files, folder, inner, len(pieces), settings) for piece in pieces)
         (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
-        report = json.dumps(compiled.report.to_json(), indent=1)
-        (folder / files.report).write_text(report + "\n", encoding="utf-8")
-        cases = record_cases(compiled, outputs)
+        (folder / files.report).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         write_cases(cases, folder / files.cases)
-        data = folder / files.data
-        manifest = Manifest(
-            created_by=__version__,
-            model=FileRecord.measure(model),
-            data=(FileRecord.measure(data),) if data.exists() else (),
-            tokenizer=FileRecord.measure(folder / files.tokenizer),
-            report=FileRecord.measure(folder / files.report),
-            cases=FileRecord.measure(folder / files.cases),
-            inputs=tuple(
-                TensorSpec(
-                    name=str(node.target),
-                    dtype=str(node.meta["val"].dtype).removeprefix("torch."),
-                    shape=tuple(node.meta["val"].shape),
-                )
-                for node in graph.graph.find_nodes(op="placeholder")
-            ),
-            outputs=tuple(
-                TensorSpec(name=name, dtype=str(value.dtype), shape=value.shape)
-                for name, value in cases[0].outputs.items()
-            ),
-            config=compiled.config,
-            plan=compiled.plan,
-            statistics=compiled.processor.statistics,
-            pad_id=compiled.processor.pad_id,
-            opset=opset,
-            versions={library: version(library) for library in _LIBRARIES},
-        )
-        write_manifest(manifest, folder / files.manifest)
+        write_manifest(_describe(compiled, files, folder, parts, cases[0], settings), folder / files.manifest)
+        if wanted is not None:
+            build_engine(folder / files.manifest, wanted, progress=settings.progress)
 
 
-def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[RecordedCase]:
+def _write_part(
+    piece: Piece, files: ArtifactFiles, folder: Path, inner: Sequence[str], parts: int, settings: ExportSettings
+) -> Part:
+    model = folder / part_name(files.model, piece.name, parts)
+    hidden = [name for name in piece.outputs if name in inner and name not in piece.handed_on]
+    to_onnx(
+        piece.graph,
+        model,
+        inputs=piece.inputs,
+        outputs=piece.outputs,
+        inner=hidden,
+        opset=settings.opset,
+        progress=settings.progress,
+    )
+    data = model.with_name(f"{model.name}.data")
+    graph = piece.graph.graph
+    results = zip(piece.outputs, graph.output_node().all_input_nodes, strict=True)
+    return Part(
+        name=piece.name,
+        model=FileRecord.measure(model),
+        data=(FileRecord.measure(data),) if data.exists() else (),
+        inputs=tuple(map(_spec, piece.inputs, graph.find_nodes(op="placeholder"))),
+        outputs=tuple(_spec(name, node) for name, node in results if name not in hidden),
+    )
+
+
+def _describe(
+    compiled: CompiledPolicy,
+    files: ArtifactFiles,
+    folder: Path,
+    parts: tuple[Part, ...],
+    case: RecordedCase,
+    settings: ExportSettings,
+) -> Manifest:
+    inputs = [(str(node.target), node) for node in compiled.graph.graph.find_nodes(op="placeholder")]
+    return Manifest(
+        created_by=__version__,
+        parts=parts,
+        engine=None,
+        precision=settings.precision,
+        tokenizer=FileRecord.measure(folder / files.tokenizer),
+        report=FileRecord.measure(folder / files.report),
+        cases=FileRecord.measure(folder / files.cases),
+        inputs=tuple(_spec(*entry) for entry in inputs),
+        outputs=tuple(
+            TensorSpec(name=name, dtype=str(value.dtype), shape=value.shape) for name, value in case.outputs.items()
+        ),
+        config=compiled.config,
+        plan=compiled.plan,
+        statistics=compiled.processor.statistics,
+        pad_id=compiled.processor.pad_id,
+        opset=settings.opset,
+        versions={library: version(library) for library in _LIBRARIES},
+    )
+
+
+def _spec(name: str, node: torch.fx.Node) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))
+
+
+def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tuple[str, ...] = ()) -> list[RecordedCase]:
     """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
+
+    Of the stages `inner`, samples are kept; see `evla_compile.recorded.probe`.
 
     A policy compiled without calibration frames has none; two frames of seeded noise stand in, which are fit for
     comparing two lowerings of the same graph and for nothing else.
@@ -99,7 +170,7 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[Rec
             batch_size=compiled.config.batch_size,
         )
         noise = draw_noise(compiled.noise_shape, number)
-        found = compiled.outputs(inputs.image, inputs.input_ids, inputs.text_length, noise, stages=outputs)
+        found = compiled.outputs(inputs.image, inputs.input_ids, inputs.text_length, noise, stages=(*outputs, *inner))
         cases.append(
             RecordedCase(
                 inputs={
@@ -108,7 +179,8 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...]) -> list[Rec
                     "text_length": inputs.text_length,
                     "noise": noise,
                 },
-                outputs=found,
+                outputs={name: found[name] for name in outputs},
+                stages={name: probe(name, found[name], compiled.config.text_tokens) for name in inner},
             )
         )
     return cases

@@ -27,6 +27,7 @@ from evla_compile.exporters.onnx_weights import (
     save,
     weight_bytes,
 )
+from evla_compile.graph import WRITTEN_BY
 
 OPSETS = range(18, 24)
 """ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
@@ -34,7 +35,7 @@ OPSETS = range(18, 24)
 EXTERNAL_DATA_BYTES = 1_900_000_000
 """Weights above this size go to a file of their own: protobuf ends at 2 GiB."""
 
-_MODULE = "module"
+_MODULE, _PASS = "module", "pass"
 _TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
@@ -43,19 +44,23 @@ def to_onnx(
     path: Path,
     *,
     outputs: Sequence[str],
+    inputs: Sequence[str] | None = None,
+    inner: Sequence[str] = (),
     opset: int = OPSET,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     progress: bool = False,
 ) -> None:
     """Write `gm`, whose shapes are static, to an ONNX file that `onnx.checker` accepts.
 
-    Every node says in its metadata, under "module", which module of the policy it came from. The weights are read, one
-    at a time, only when they are written.
+    Every node says in its name and metadata, under "module", which module of the policy it came from, and under "pass"
+    which pass wrote it. The weights are read, one at a time, only when they are written.
 
     Args:
         gm: the graph.
         path: the file; its external data, if it needs any, is `path` with ".data" appended.
-        outputs: names of the outputs, in order.
+        outputs: names of all outputs of `gm`, in order.
+        inputs: names of the inputs, in order; None for those that `gm` gives them.
+        inner: those of `outputs` that are none of the file's, but values inside it of that name.
         opset: ONNX opset, one of `OPSETS`.
         external_data_bytes: size of all weights from which they are written to a file of their own.
         progress: whether to draw a progress bar on standard error while a file of weights is written.
@@ -64,7 +69,7 @@ def to_onnx(
         ExportError: an operator cannot be lowered, or the exporter or the checker refused the graph.
         ValueError: the opset is not one of `OPSETS`.
     """
-    model = to_model(gm, outputs=outputs, opset=opset)
+    model = to_model(gm, outputs=outputs, inputs=inputs, inner=inner, opset=opset)
     size = weight_bytes(model)
     external = size > external_data_bytes
     with _bar(f"Writing {path.name}", size, shown=progress and external) as wrote:
@@ -75,12 +80,21 @@ def to_onnx(
         raise ExportError(f"{path}: onnx.checker refuses the exported model: {error}") from error
 
 
-def to_model(gm: fx.GraphModule, *, outputs: Sequence[str], opset: int = OPSET) -> ir.Model:
+def to_model(
+    gm: fx.GraphModule,
+    *,
+    outputs: Sequence[str],
+    inputs: Sequence[str] | None = None,
+    inner: Sequence[str] = (),
+    opset: int = OPSET,
+) -> ir.Model:
     """Return `gm` as an ONNX model in memory, whose weights stay where they are until the model is written.
 
     Args:
         gm: the graph.
-        outputs: names of the outputs, in order.
+        outputs: names of all outputs of `gm`, in order.
+        inputs: names of the inputs, in order; None for those that `gm` gives them.
+        inner: those of `outputs` that are none of the model's, but values inside it of that name.
         opset: ONNX opset, one of `OPSETS`.
 
     Raises:
@@ -98,7 +112,7 @@ def to_model(gm: fx.GraphModule, *, outputs: Sequence[str], opset: int = OPSET) 
                 (),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[str(node.target) for node in gm.graph.find_nodes(op="placeholder")],
+                input_names=list(inputs or (str(node.target) for node in gm.graph.find_nodes(op="placeholder"))),
                 output_names=list(outputs),
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
                 optimize=False,
@@ -112,6 +126,8 @@ def to_model(gm: fx.GraphModule, *, outputs: Sequence[str], opset: int = OPSET) 
     with _quiet_exporter():
         _simplify(exported.model)
     put_weights_back(exported.model, weights)
+    graph = exported.model.graph
+    graph.outputs[:] = [value for value in graph.outputs if value.name not in inner]
     _keep_module_paths(exported.model)
     return exported.model
 
@@ -179,13 +195,20 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _keep_module_paths(model: ir.Model) -> None:
-    """Reduce the exporter's metadata, stack traces with local paths among it, to each node's module path."""
-    for node in model.graph.all_nodes():
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]").strip("[]")
-        modules = [scope.strip(" '\"") for scope in scopes.split(",")][:-1]
+    """Reduce the exporter's metadata, stack traces with local paths among it, to each node's module path and pass.
+
+    The path stands in the node's name too, which is all that other tools, TensorRT among them, say of a node.
+    """
+    for number, node in enumerate(model.graph.all_nodes()):
+        modules = _listed(node, "pkg.torch.onnx.name_scopes")
+        kinds = _listed(node, "pkg.torch.onnx.class_hierarchy")
         node.metadata_props.clear()
-        if modules and modules[-1]:
-            node.metadata_props[_MODULE] = modules[-1]
+        path = modules[-1] if modules else ""
+        if path:
+            node.metadata_props[_MODULE] = path
+        if kinds and kinds[-1].startswith(WRITTEN_BY):
+            node.metadata_props[_PASS] = kinds[-1].removeprefix(WRITTEN_BY)
+        node.name = f"{path}/{node.op_type}_{number}"
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():
@@ -193,6 +216,12 @@ def _keep_module_paths(model: ir.Model) -> None:
             value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def _listed(node: ir.Node, key: str) -> list[str]:
+    """Return what the exporter listed of the modules around a node, without the last entry, the node itself."""
+    entries = node.metadata_props.get(key, "[]").strip("[]").split(",")
+    return [entry.strip(" '\"") for entry in entries][:-1]
 
 
 def _first_cause(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from evla_compile.passes.cache_features import CacheFeatures
 from evla_compile.passes.expose_stages import ExposeStages
 from evla_compile.passes.fold_constants import FoldConstants
+from evla_compile.passes.lower_precision import LowerPrecision
 from evla_compile.passes.narrow_last_layer import NarrowLastLayer
 from evla_compile.passes.prune_layers import PruneLayers
 from evla_compile.passes.prune_mlp import PruneMLP
@@ -14,6 +15,7 @@ __all__ = [
     "CacheFeatures",
     "ExposeStages",
     "FoldConstants",
+    "LowerPrecision",
     "NarrowLastLayer",
     "PruneLayers",
     "PruneMLP",

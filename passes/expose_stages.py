@@ -17,9 +17,11 @@ SAMPLES = "samples"
 class ExposeStages(GraphPass):
     """Return the named stages as a tuple, exact; what none of them needs is removed.
 
-    Stages are values that `capture` and the passes have named: `patches`, `projected`, `cognition`, after selection
-    also `relevance`, `key_patches`, `task_patches`, `diverse_patches` and `kept_patches`; `samples` is the graph's
-    output. For comparing lowerings stage by stage. Refuses a name that the graph does not have, and repeated names.
+    Stages are values that `capture` and the passes have named: `patches`, `projected`, `layers.0` and so on (what
+    leaves each decoder layer, by its index in the checkpoint), `cognition`, after unrolling `denoising.0` and so on
+    (the actions after each step), after selection also `relevance`, `key_patches`, `task_patches`, `diverse_patches`
+    and `kept_patches`; `samples` is the graph's output. For comparing lowerings stage by stage. Refuses a name that the
+    graph does not have, and repeated names.
     """
 
     exact: ClassVar[bool] = True

@@ -47,6 +47,7 @@ class UnrollDiffusion(GraphPass):
             with inserting(graph, output, f"{DENOISING}.{number}") as proxy:
                 scaled = aten.mul.Tensor(proxy(x), step.sample)
                 x = aten.add.Tensor(scaled, aten.mul.Tensor(proxy(mapping[predicted]), step.noise)).node
+            x.meta["stage"] = f"{DENOISING}.{number}"
         output.args = (x,)
         for node in reversed(step_nodes):
             graph.erase_node(node)

@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ import pytest
 from evla_compile.artifact import ArtifactFiles, check_files, check_target, find_manifest, writing
 from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError
-from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
+from evla_compile.manifest import EngineRecord, FileRecord, Manifest, Part, TensorSpec, read_manifest, write_manifest
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics
 
@@ -26,13 +26,34 @@ INPUTS = (
 SAMPLES = TensorSpec(name="samples", dtype="float32", shape=(1, 16, 7))
 KEPT = TensorSpec(name="kept_patches", dtype="int64", shape=(1, 2))
 
+ENGINE = EngineRecord(
+    flavour="tensorrt_rtx",
+    version="1.7.1.116",
+    files=(FileRecord(name="model.engine", sha256="0" * 64, size=1),),
+    layers=(3,),
+    platform="linux-x86_64",
+    gpu=None,
+    compute_capabilities=("8.9", "12.0"),
+    hardware_compatible=False,
+    version_compatible=False,
+)
+
 
 def manifest_of(folder: Path, files: ArtifactFiles) -> Manifest:
     data = folder / files.data
     return Manifest(
         created_by="0.0.0",
-        model=FileRecord.measure(folder / files.model),
-        data=(FileRecord.measure(data),) if data.exists() else (),
+        parts=(
+            Part(
+                name="policy",
+                model=FileRecord.measure(folder / files.model),
+                data=(FileRecord.measure(data),) if data.exists() else (),
+                inputs=INPUTS,
+                outputs=(SAMPLES, KEPT),
+            ),
+        ),
+        engine=None,
+        precision="float32",
         tokenizer=FileRecord.measure(folder / files.tokenizer),
         report=FileRecord.measure(folder / files.report),
         cases=FileRecord.measure(folder / files.cases),
@@ -97,6 +118,13 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert manifest.noise_shape == (1, 16, 7)
 
 
+def test_a_manifest_with_engines_is_read_back(tmp_path: Path) -> None:
+    manifest = replace(write(tmp_path / "policy"), engine=ENGINE)
+    write_manifest(manifest, tmp_path / "policy" / "manifest.json")
+    assert read_manifest(tmp_path / "policy" / "manifest.json") == manifest
+    assert ENGINE.files[0] in manifest.files
+
+
 def test_a_record_holds_size_and_hash_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"abc")
     record = FileRecord.measure(tmp_path / "x.bin")
@@ -121,17 +149,17 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
     ("change", "message"),
     [
         (drop("format"), "'format' is missing"),
-        (put("format", value="evla_compile/2"), r"'evla_compile/2', but this version.*'evla_compile/1'"),
+        (put("format", value="evla_compile/1"), r"'evla_compile/1', but this version.*'evla_compile/2'"),
         (drop("tokenizer"), "'tokenizer' is missing"),
         (put("created_by", value=1), "'created_by' is 1: expected a text"),
-        (put("model", value="model.onnx"), "'model' is 'model.onnx': expected an object"),
-        (put("model", "sha256", value="ab12"), "expected 64 hexadecimal digits"),
-        (put("model", "sha256", value=None), "'sha256' is None: expected a text"),
-        (put("model", "size", value=-1), "expected 0 bytes or more"),
-        (put("model", "size", value=5.0), "'size' is 5.0: expected a whole number"),
-        (put("model", "size", value=True), "'size' is True: expected a whole number"),
-        (put("data", value={}), "'data' is {}: expected a list"),
-        (put("data", 0, value="weights"), "'data' holds 'weights': expected objects"),
+        (put("parts", 0, "model", value="model.onnx"), "'model' is 'model.onnx': expected an object"),
+        (put("parts", 0, "model", "sha256", value="ab12"), "expected 64 hexadecimal digits"),
+        (put("parts", 0, "model", "sha256", value=None), "'sha256' is None: expected a text"),
+        (put("parts", 0, "model", "size", value=-1), "expected 0 bytes or more"),
+        (put("parts", 0, "model", "size", value=5.0), "'size' is 5.0: expected a whole number"),
+        (put("parts", 0, "model", "size", value=True), "'size' is True: expected a whole number"),
+        (put("parts", 0, "data", value={}), "'data' is {}: expected a list"),
+        (put("parts", 0, "data", 0, value="weights"), "'data' holds 'weights': expected objects"),
         (put("report", "name", value="tokenizer.json"), "expected names that differ"),
         (put("inputs", value=[]), r"inputs are \[\] as \(name, dtype, rank\)"),
         (put("inputs", 0, "name", value="pixels"), "inputs are .*pixels"),
@@ -156,6 +184,17 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
         (put("plan", "mlp_neurons", value=["0-99999"] * 1000), "neurons of 1000 layers for 2 kept layers"),
         (put("statistics", value={}), "dataset statistics"),
         (put("statistics", "toy", "action", "q01", value=[0]), "'toy'.*q01"),
+        (put("parts", value=[]), "no part yields"),
+        (put("parts", 0, "name", value="../policy"), "part '../policy': expected a name"),
+        (put("parts", 0, "inputs", 0, "shape", value=[1, 42, 42, 3]), r"part policy takes image uint8\[1, 42, 42, 3\]"),
+        (put("parts", 0, "outputs", 1, "name", value="noise"), "part policy yields noise, which something in front"),
+        (put("parts", 0, "outputs", value=[asdict(KEPT)]), r"no part yields samples float32"),
+        (put("precision", value="int4"), "precision 'int4': expected one of float32, bfloat16, float16"),
+        (put("engine", value=asdict(ENGINE) | {"flavour": "trt"}), "flavour 'trt': expected one of tensorrt"),
+        (put("engine", value=asdict(ENGINE) | {"compute_capabilities": ["sm89"]}), "compute capability 'sm89'"),
+        (put("engine", value=asdict(ENGINE) | {"files": []}), "0 engines for 1 parts"),
+        (put("engine", value=asdict(ENGINE) | {"layers": [0]}), r"layers \[0\]: expected whole numbers from 1 up"),
+        (put("engine", value=asdict(ENGINE) | {"gpu": 4090}), "'gpu' is 4090: expected a text"),
         (put("pad_id", value=-1), "pad_id -1"),
         (put("opset", value="23"), "'opset' is '23': expected a whole number"),
         (put("versions", "torch", value=2), "'torch' is 2: expected a text"),
@@ -182,7 +221,8 @@ def test_a_file_name_that_leads_elsewhere_is_refused(tmp_path: Path, kind: str, 
     write(tmp_path / "policy")
     place = tmp_path / "policy" / "manifest.json"
     data = json.loads(place.read_text(encoding="utf-8"))
-    data[kind]["name"] = name
+    record = data["parts"][0][kind] if kind == "model" else data[kind]
+    record["name"] = name
     place.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ArtifactError, match="expected a plain name without folders"):
         read_manifest(place)
@@ -253,7 +293,7 @@ def test_a_graph_that_an_artifact_does_not_know_gets_no_manifest(tmp_path: Path)
 
 
 def test_intact_files_pass(target: Path) -> None:
-    check_files(write(target), ArtifactFiles.of(target).folder)
+    check_files(write(target).files, ArtifactFiles.of(target).folder)
 
 
 @pytest.mark.parametrize("kind", ["model", "data", "tokenizer", "report", "cases"])
@@ -263,7 +303,7 @@ def test_a_missing_file_is_named_with_the_way_to_make_it_anew(target: Path, kind
     place = files.folder / getattr(files, kind)
     place.unlink()
     with pytest.raises(ArtifactError, match=rf"{place} is missing.*evla compile RUN_DIR .* --out {files.folder}"):
-        check_files(manifest, files.folder)
+        check_files(manifest.files, files.folder)
 
 
 @pytest.mark.parametrize("kind", ["model", "data", "tokenizer", "report", "cases"])
@@ -274,7 +314,7 @@ def test_a_file_of_another_size_is_refused_even_without_hashing(target: Path, ki
     size = place.stat().st_size
     place.write_bytes(place.read_bytes() + b"\n")
     with pytest.raises(ArtifactError, match=rf"{place} has {size + 1} bytes, the manifest says {size}"):
-        check_files(manifest, files.folder, hashes=False)
+        check_files(manifest.files, files.folder, hashes=False)
 
 
 @pytest.mark.parametrize("kind", ["model", "data", "tokenizer", "report", "cases"])
@@ -286,8 +326,8 @@ def test_a_changed_file_is_refused_with_both_hashes(target: Path, kind: str) -> 
     place.write_bytes(place.read_bytes()[:-1] + b"?")
     found = FileRecord.measure(place).sha256[:12]
     with pytest.raises(ArtifactError, match=rf"{place} has the SHA-256 {found}\.\.\., the manifest says {expected}"):
-        check_files(manifest, files.folder)
-    check_files(manifest, files.folder, hashes=False)
+        check_files(manifest.files, files.folder)
+    check_files(manifest.files, files.folder, hashes=False)
 
 
 def test_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
@@ -296,7 +336,7 @@ def test_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
     model.rename(tmp_path / "elsewhere.onnx")
     model.symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(ArtifactError, match=r"model\.onnx is a link that leads out of the artifact"):
-        check_files(manifest, tmp_path / "policy")
+        check_files(manifest.files, tmp_path / "policy")
 
 
 # Writing
@@ -323,7 +363,7 @@ def test_an_artifact_appears_whole_and_nothing_else_stays(target: Path, tmp_path
     folder = ArtifactFiles.of(target).folder
     assert sorted(path.name for path in folder.iterdir()) == names[target.name]
     assert [path.name for path in tmp_path.glob(".*")] == []
-    check_files(read_manifest(find_manifest(target)), folder)
+    check_files(read_manifest(find_manifest(target)).files, folder)
 
 
 def test_an_artifact_s_folder_is_as_open_as_any_new_folder(tmp_path: Path) -> None:
@@ -347,7 +387,7 @@ def test_a_former_artifact_is_replaced_and_its_external_data_does_not_linger(tar
     write(target, graph="old graph", data="old weights")
     manifest = write(target, graph="new graph", data=None)
     files = ArtifactFiles.of(target)
-    check_files(manifest, files.folder)
+    check_files(manifest.files, files.folder)
     assert (files.folder / files.model).read_text(encoding="utf-8") == "new graph"
     assert sorted(path.name for path in files.folder.iterdir()) == sorted(
         [files.model, files.tokenizer, files.report, files.cases, files.manifest]
@@ -358,12 +398,12 @@ def test_a_former_artifact_with_a_lost_file_is_replaced(target: Path) -> None:
     write(target)
     files = ArtifactFiles.of(target)
     (files.folder / files.data).unlink()
-    check_files(write(target), files.folder)
+    check_files(write(target).files, files.folder)
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "policy").mkdir()
-    check_files(write(tmp_path / "policy"), tmp_path / "policy")
+    check_files(write(tmp_path / "policy").files, tmp_path / "policy")
 
 
 def test_what_lies_beside_a_single_file_export_stays(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_run_imports_no_torch(artifact: Path, photo: Path) -> None:
 def test_verify_says_what_it_proved(artifact: Path) -> None:
     outcome = evla("verify", artifact, "--threads", "1")
     assert not outcome.status
-    assert "all shapes static; 2 recorded cases, largest relative error samples" in outcome.words
+    assert "all shapes static; 2 recorded cases, 9 stages each, largest relative error samples" in outcome.words
 
 
 def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
@@ -323,7 +323,7 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         "visual_tokens 56",
         "image uint8[1, 224, 224, 3]",
         "samples float32[1, 16, 7]",
-        f"model.onnx, {manifest.model.size:,} bytes",
+        f"model.onnx, {manifest.parts[0].model.size:,} bytes",
         "calibrated on 2 frames",
         f"torch {torch.__version__}",
     ):

@@ -21,9 +21,9 @@ from torch import Tensor
 import evla_compile as evla
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
-from evla_compile.exporters import onnx_weights, to_onnx
+from evla_compile.exporters import onnx_weights
 from evla_compile.exporters.onnx_weights import save
-from evla_compile.exporters.to_onnx import to_model
+from evla_compile.exporters.to_onnx import to_model, to_onnx
 from evla_compile.host import prepare
 from evla_compile.model.policy import CogACT
 from evla_compile.processor import draw_noise
@@ -213,8 +213,13 @@ def test_export_carries_no_local_path_and_names_modules(export: Export) -> None:
     file = export(CompileConfig.dense(), *DENSE_STAGES).folder / "model.onnx"
     model = onnx.load(file)
     props = {prop.key: prop.value for node in model.graph.node for prop in node.metadata_props}
-    assert set(props) == {"module"}
-    modules = {prop.value for node in model.graph.node for prop in node.metadata_props}
+    assert set(props) == {"module", "pass"}
+    modules = {prop.value for node in model.graph.node for prop in node.metadata_props if prop.key == "module"}
+    assert {prop.value for node in model.graph.node for prop in node.metadata_props if prop.key == "pass"} == {
+        *("UnrollDiffusion", "NarrowLastLayer")
+    }
+    assert all(node.name.startswith(f"{prop.value}/") for node in model.graph.node for prop in node.metadata_props[:1])
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
     assert "llm_backbone.llm.model.layers.5.self_attn" in modules
     assert str(Path(__file__).parent.parent).encode() not in file.read_bytes()
 
@@ -290,8 +295,8 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:
     compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
-    with pytest.raises(evla.ArtifactError, match=r"ends in \.onnx"):
-        compiled.export(tmp_path / "policy.engine")
+    with pytest.raises(evla.ArtifactError, match=r"ends in \.onnx or \.engine"):
+        compiled.export(tmp_path / "policy.plan")
     with pytest.raises(ValueError, match="opset=24: expected one from 18 to 23"):
         compiled.export(tmp_path / "policy.onnx", opset=24)
     with pytest.raises(evla.PassError, match="no stage 'kept_patches'"):

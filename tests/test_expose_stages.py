@@ -51,5 +51,8 @@ def test_no_names_and_repeated_names_are_refused(small_sampler: fx.GraphModule, 
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist(small_sampler: fx.GraphModule) -> None:
-    with pytest.raises(PassError, match=r"no stage 'logits'; it has \['cognition', 'patches', 'projected'\]"):
+    with pytest.raises(
+        PassError,
+        match=r"no stage 'logits'; it has \['cognition', 'denoising\.N', 'layers\.N', 'patches', 'projected'\]",
+    ):
         ExposeStages(stages=("samples", "logits"))(small_sampler)

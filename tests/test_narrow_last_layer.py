@@ -173,5 +173,5 @@ def test_a_cognition_token_that_is_not_read_off_the_text_is_refused(small_graph:
 def test_a_graph_without_a_cognition_stage_is_refused(small_graph: fx.GraphModule) -> None:
     other = copy_graph(small_graph)
     del stage_node(other.graph, "cognition").meta["stage"]
-    with pytest.raises(PassError, match=r"no stage 'cognition'; it has \['patches', 'projected'\]"):
+    with pytest.raises(PassError, match=r"no stage 'cognition'; it has \['layers\.N', 'patches', 'projected'\]"):
         NarrowLastLayer()(other)

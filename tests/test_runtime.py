@@ -22,7 +22,7 @@ import evla_compile
 from evla_compile.artifact import ArtifactFiles, find_manifest, writing
 from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError, EvlaError
-from evla_compile.manifest import FileRecord, Manifest, TensorSpec, read_manifest, write_manifest
+from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, read_manifest, write_manifest
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
 from evla_compile.runtime import RuntimePolicy, load, onnx_session
@@ -78,24 +78,41 @@ def toy_graph(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def inputs_of(batch: int) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(name="image", dtype="uint8", shape=(batch, SIDE, SIDE, 3)),
+        TensorSpec(name="input_ids", dtype="int64", shape=(batch, TEXT)),
+        TensorSpec(name="text_length", dtype="int64", shape=(batch,)),
+        TensorSpec(name="noise", dtype="float32", shape=(batch, CHUNK, WIDTH)),
+    )
+
+
+def outputs_of(batch: int) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(name="samples", dtype="float32", shape=(batch, CHUNK, WIDTH)),
+        TensorSpec(name="lengths", dtype="int64", shape=(batch,)),
+    )
+
+
 def describe(folder: Path, names: ArtifactFiles, batch: int) -> Manifest:
     return Manifest(
         created_by="0.0.0",
-        model=FileRecord.measure(folder / names.model),
-        data=(FileRecord.measure(folder / names.data),),
+        parts=(
+            Part(
+                name="policy",
+                model=FileRecord.measure(folder / names.model),
+                data=(FileRecord.measure(folder / names.data),),
+                inputs=inputs_of(batch),
+                outputs=outputs_of(batch),
+            ),
+        ),
+        engine=None,
+        precision="float32",
         tokenizer=FileRecord.measure(folder / names.tokenizer),
         report=FileRecord.measure(folder / names.report),
         cases=FileRecord.measure(folder / names.cases),
-        inputs=(
-            TensorSpec(name="image", dtype="uint8", shape=(batch, SIDE, SIDE, 3)),
-            TensorSpec(name="input_ids", dtype="int64", shape=(batch, TEXT)),
-            TensorSpec(name="text_length", dtype="int64", shape=(batch,)),
-            TensorSpec(name="noise", dtype="float32", shape=(batch, CHUNK, WIDTH)),
-        ),
-        outputs=(
-            TensorSpec(name="samples", dtype="float32", shape=(batch, CHUNK, WIDTH)),
-            TensorSpec(name="lengths", dtype="int64", shape=(batch,)),
-        ),
+        inputs=inputs_of(batch),
+        outputs=outputs_of(batch),
         config=CompileConfig.dense(text_tokens=TEXT, batch_size=batch),
         plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
         statistics=STATISTICS,
@@ -127,9 +144,10 @@ def remeasure(folder: Path, change: Callable[[Manifest], Manifest] = lambda mani
     """Make the manifest in a folder agree with files that a test has changed."""
     place = folder / "manifest.json"
     manifest = read_manifest(place)
+    (part,) = manifest.parts
     manifest = replace(
         manifest,
-        model=FileRecord.measure(folder / manifest.model.name),
+        parts=(replace(part, model=FileRecord.measure(folder / part.model.name)),),
         tokenizer=FileRecord.measure(folder / manifest.tokenizer.name),
     )
     write_manifest(change(manifest), place)
@@ -284,7 +302,7 @@ def test_a_file_that_is_no_onnx_graph_is_refused(tmp_path: Path, tokenizer_json:
 def test_a_graph_without_its_external_data_is_refused(tmp_path: Path, tokenizer_json: str) -> None:
     folder = export(tmp_path / "policy", tokenizer_json)
     (folder / "model.onnx.data").unlink()
-    remeasure(folder, lambda manifest: replace(manifest, data=()))
+    remeasure(folder, lambda manifest: replace(manifest, parts=(replace(manifest.parts[0], data=()),)))
     with pytest.raises(ArtifactError, match=r"cannot load .*model\.onnx"):
         load(folder)
 

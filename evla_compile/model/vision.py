@@ -167,7 +167,8 @@ class VisionBackbone(nn.Module):
 
 def normalize_pixels(image_BSSC: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 [B,3,S,S] inputs of DINOv2 and SigLIP for a uint8 [B,S,S,3] frame, bit-equal to timm's."""
-    pixels = image_BSSC.to(torch.float32).permute(0, 3, 1, 2) / 255.0  # cast first: TensorRT does nothing else with bytes
+    # Cast first: TensorRT does nothing else with bytes.
+    pixels = image_BSSC.to(torch.float32).permute(0, 3, 1, 2) / 255.0
     shape = (1, 3, 1, 1)
     device = image_BSSC.device
     dino_mean, dino_std = (torch.tensor(v, device=device).view(shape) for v in (DINO_MEAN, DINO_STD))

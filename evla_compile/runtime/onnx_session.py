@@ -1,24 +1,35 @@
 """A graph on ONNX Runtime: on the provider that was asked for, or not at all."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 
 from evla_compile.errors import ArtifactError, EvlaError
-from evla_compile.manifest import TensorSpec
+from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
 
-Provider: TypeAlias = Literal["cpu", "cuda"]
+OnnxProvider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino"]
 """Where ONNX Runtime computes."""
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+_PROVIDERS: Mapping[OnnxProvider, str] = MappingProxyType(
+    {
+        "cpu": "CPUExecutionProvider",
+        "cuda": "CUDAExecutionProvider",
+        "tensorrt": "TensorrtExecutionProvider",
+        "openvino": "OpenVINOExecutionProvider",
+    }
+)
+_CUDA_OPTIONS = MappingProxyType({"use_tf32": "0"})
 """By default the CUDA provider rounds the factors of float32 products to 11 bits (TF32)."""
-_DISABLED_OPTIMIZERS: dict[str, list[str]] = {"cpu": ["MatMulAddFusion"], "cuda": []}
+_OPENVINO_OPTIONS = MappingProxyType({"device_type": "CPU", "precision": "ACCURACY"})
+"""On CPUs with 16-bit matrix units OpenVINO computes float32 graphs in 16 bits unless it is told otherwise."""
+_DISABLED_OPTIMIZERS: dict[str, list[str]] = {"cpu": ["MatMulAddFusion"]}
 """A bias added behind its product was up to 10 % faster, on two threads, than ONNX Runtime's fusion of the two."""
-_EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu", "openvino": "openvino"}
 _DTYPES = {
     "tensor(bool)": "bool",
     "tensor(uint8)": "uint8",
@@ -38,7 +49,14 @@ class OnnxSession:
     """
 
     def __init__(
-        self, model: Path, *, provider: Provider, threads: int | None, mapped: bool, weight_bytes: int
+        self,
+        model: Path,
+        *,
+        provider: OnnxProvider,
+        threads: int | None,
+        mapped: bool,
+        weight_bytes: int,
+        cache: Path | None = None,
     ) -> None:
         """Load a file; its external data is found beside it.
 
@@ -48,6 +66,7 @@ class OnnxSession:
             threads: threads within an operator; None leaves the number to ONNX Runtime.
             mapped: whether weights stay in their file; see `evla_compile.runtime.load`.
             weight_bytes: size of the file and its external data.
+            cache: folder for the engines and timings of "tensorrt", made if missing; None keeps none.
 
         Raises:
             ValueError: `provider`, `threads` or `mapped` is out of range.
@@ -60,10 +79,12 @@ class OnnxSession:
             raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
         if mapped and provider != "cpu":
             raise ValueError(f"mapped=True with provider={provider!r}: expected provider='cpu', which maps files")
+        if cache is not None and provider != "tensorrt":
+            raise ValueError(f"cache={cache} with provider={provider!r}, which builds nothing worth keeping")
         if not mapped and provider == "cpu":
             _check_memory(model, weight_bytes)
         self._model = model
-        self._session = _open(model, provider, threads, mapped=mapped)
+        self._session = _open(model, provider, threads, cache, mapped=mapped)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -97,6 +118,51 @@ class OnnxSession:
         return dict(zip(self.outputs, values, strict=True))
 
 
+class OnnxChain:
+    """The ONNX files of an artifact, loaded one behind the other; what passes between them goes through the host."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        provider: OnnxProvider,
+        threads: int | None,
+        mapped: bool,
+        cache: Path | None,
+    ) -> None:
+        """Load every part and check its signature; see `OnnxSession` for the arguments and errors."""
+        self._manifest, self._sessions = manifest, list[OnnxSession]()
+        for part in manifest.parts:
+            session = OnnxSession(
+                folder / part.model.name,
+                provider=provider,
+                threads=threads,
+                mapped=mapped,
+                weight_bytes=sum(record.size for record in part.files),
+                cache=cache,
+            )
+            session.check_signature(part.inputs, part.outputs)
+            self._sessions.append(session)
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the chain once: the policy's inputs by name -> its outputs by name.
+
+        Raises:
+            EvlaError: ONNX Runtime failed, or the chain is closed.
+        """
+        if not self._sessions:
+            raise EvlaError("this policy is closed: load it again")
+        values = dict(feeds)
+        for part, session in zip(self._manifest.parts, self._sessions, strict=True):
+            values |= session.run({spec.name: values[spec.name] for spec in part.inputs})
+        return {spec.name: values[spec.name] for spec in self._manifest.outputs}
+
+    def close(self) -> None:
+        """Let the sessions go."""
+        self._sessions.clear()
+
+
 def _runtime_errors() -> tuple[type[Exception], ...]:
     """Return what ONNX Runtime raises; its errors have no common class of their own."""
     errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -120,7 +186,28 @@ def _check_memory(model: Path, weight_bytes: int) -> None:
         )
 
 
-def _open(model: Path, provider: Provider, threads: int | None, *, mapped: bool) -> Any:
+def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
+    """Return the providers to ask for, in order; what the wanted one cannot compute goes to the next.
+
+    TensorRT hands on what it cannot build to CUDA. Every provider but the CPU's may hand on to the CPU what moves or
+    compares a few numbers, which ONNX Runtime itself prefers to run there.
+    """
+    if provider == "cuda":
+        return [(_PROVIDERS["cuda"], dict(_CUDA_OPTIONS))]
+    if provider == "openvino":
+        return [(_PROVIDERS["openvino"], dict(_OPENVINO_OPTIONS))]
+    if provider == "tensorrt":
+        options = {"trt_fp16_enable": "0", "trt_int8_enable": "0"}
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            kept = ("trt_engine_cache", "trt_timing_cache")
+            for name in kept:
+                options |= {f"{name}_enable": "1", f"{name}_path": str(cache)}
+        return [(_PROVIDERS["tensorrt"], options), (_PROVIDERS["cuda"], dict(_CUDA_OPTIONS))]
+    return [(_PROVIDERS["cpu"], {})]
+
+
+def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path | None, *, mapped: bool) -> Any:
     remedy = f'pip install "evla-compile[{_EXTRAS[provider]}]"'
     try:
         # An optional dependency, and one without type stubs.
@@ -143,9 +230,9 @@ def _open(model: Path, provider: Provider, threads: int | None, *, mapped: bool)
         session = onnxruntime.InferenceSession(
             model,
             options,
-            providers=[(wanted, _PROVIDER_OPTIONS[provider])],
+            providers=_provider_list(provider, cache),
             enable_fallback=0,
-            disabled_optimizers=_DISABLED_OPTIMIZERS[provider],
+            disabled_optimizers=_DISABLED_OPTIMIZERS.get(provider, []),
         )
     except _runtime_errors() as error:
         raise ArtifactError(

@@ -1,11 +1,12 @@
-"""An exported policy, ready to run: the graph on ONNX Runtime between the host's two halves.
+"""An exported policy, ready to run: its graphs on ONNX Runtime or TensorRT between the host's two halves.
 
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,26 +14,48 @@ from numpy.typing import NDArray
 from evla_compile import host
 from evla_compile.artifact import check_files, find_manifest
 from evla_compile.errors import ArtifactError, CheckpointError
-from evla_compile.host import Predictor
+from evla_compile.host import CameraFrame, Predictor
 from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.processor import Processor
-from evla_compile.runtime.onnx_session import OnnxSession, Provider
+from evla_compile.runtime.engine_match import require_engine
+from evla_compile.runtime.engine_session import EngineSession
+from evla_compile.runtime.latency import LatencyCounter
+from evla_compile.runtime.onnx_session import OnnxChain
+
+Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "engine"]
+"""Where a policy computes: ONNX Runtime's providers, or the TensorRT engine that was built from the same graphs."""
+
+
+class Session(Protocol):
+    """A chain of graphs, loaded."""
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the chain once: the policy's inputs by name -> its outputs by name."""
+
+    def close(self) -> object:
+        """Give back what is held; the session cannot run any more."""
 
 
 class RuntimePolicy(Predictor):
-    """A compiled policy whose graph has been loaded; made by `load`.
+    """A compiled policy whose graphs have been loaded; made by `load`.
 
     Attributes:
         manifest: what the artifact says of itself.
         config: settings of the compilation.
         processor: host-side tokenizer, image preparation and action statistics.
+        latency: how long its calls took.
     """
 
-    def __init__(self, session: OnnxSession, manifest: Manifest, processor: Processor) -> None:
+    def __init__(self, session: Session, manifest: Manifest, processor: Processor) -> None:
         self.manifest = manifest
         self.config = manifest.config
         self.processor = processor
+        self.latency = LatencyCounter()
         self._session = session
+
+    def close(self) -> None:
+        """Give back memory, on the GPU above all; the policy cannot run any more. Done on its own at the end."""
+        self._session.close()
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -76,41 +99,74 @@ class RuntimePolicy(Predictor):
         for spec in self.manifest.inputs:
             host.check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
         host.check_text_length(text_length, self.config.text_tokens)
-        return self._session.run(feeds)
+        with self.latency.timing("graph"):
+            return self._session.run(feeds)
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the action chunk for a camera frame and an instruction; see `Predictor.predict_action`."""
+        with self.latency.timing("call"):
+            return super().predict_action(image, instruction, unnorm_key, noise, seed)
 
 
 def load(
     path: str | os.PathLike[str],
-    provider: Provider = "cpu",
+    provider: Provider | None = None,
     threads: int | None = None,
     check_hashes: bool = True,
     *,
     mapped: bool = False,
+    cuda_graph: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> RuntimePolicy:
     """Load an exported policy; imports neither torch nor transformers.
 
     Args:
-        path: an artifact's folder, an `.onnx` file with its manifest beside it, or that manifest.
-        provider: "cpu", or "cuda" with onnxruntime-gpu. Operators that have no CUDA kernel still run on the CPU.
+        path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, or that manifest.
+        provider: "engine" for the TensorRT engine in the artifact; or ONNX Runtime on the "cpu", with onnxruntime-gpu
+            on "cuda" or "tensorrt", with onnxruntime-openvino on "openvino" (a CPU's). None is "engine" for an
+            `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider;
+            but ONNX Runtime keeps operators on the CPU that the provider lacks.
         threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
         check_hashes: whether to read every file through for its SHA-256 first.
         mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes
             best: runs a policy larger than memory, loads at once, and makes every call slower. On the CPU only.
+        cuda_graph: whether to launch each call of an engine as one CUDA graph.
+        cache: folder for what is built at load time: engines and timings of "tensorrt", kernels of a TensorRT-RTX
+            engine; None keeps nothing.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, or not what its manifest says.
-        EvlaError: ONNX Runtime is not installed, cannot compute where it was asked to, or needs more memory than is
-            free.
-        ValueError: `provider`, `threads` or `mapped` is out of range.
+        ArtifactError: the artifact is missing, damaged, or not what its manifest says, or its engine is for another
+            machine.
+        EvlaError: a library is not installed, cannot compute where it was asked to, or needs more memory than is free.
+        ValueError: a setting is out of range, or one that the provider does not have.
     """
     place = find_manifest(path)
     manifest = read_manifest(place)
-    check_files(manifest, place.parent, hashes=check_hashes)
+    chosen = provider or ("engine" if Path(path).suffix == ".engine" else "cpu")
+    if chosen not in get_args(Provider):
+        raise ValueError(f"provider={provider!r}: expected one of {', '.join(get_args(Provider))}")
+    if cuda_graph and chosen != "engine":
+        raise ValueError(f"cuda_graph=True with provider={chosen!r}: expected provider='engine'")
+    if chosen == "engine":  # a robot needs no graphs beside its engines
+        files = (*require_engine(manifest, place).files, manifest.tokenizer)
+    else:
+        engines = manifest.engine.files if manifest.engine is not None else ()
+        files = tuple(record for record in manifest.files if record not in engines)
+    check_files(files, place.parent, hashes=check_hashes)
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
-    weight_bytes = sum(record.size for record in (manifest.model, *manifest.data))
-    model = place.with_name(manifest.model.name)
-    session = OnnxSession(model, provider=provider, threads=threads, mapped=mapped, weight_bytes=weight_bytes)
-    session.check_signature(manifest.inputs, manifest.outputs)
+    kept = None if cache is None else Path(cache)
+    if chosen == "engine":
+        if mapped or threads is not None:
+            raise ValueError("mapped= and threads= are for the CPU: leave them out with provider='engine'")
+        return RuntimePolicy(EngineSession(place, manifest, cuda_graph=cuda_graph, cache=kept), manifest, processor)
+    session = OnnxChain(manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept)
     return RuntimePolicy(session, manifest, processor)
 
 

@@ -1,0 +1,111 @@
+"""What to build a TensorRT engine for; no torch, no TensorRT."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
+
+Flavour: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
+"""Library that builds and runs engines: TensorRT on the GPU that will run them, or TensorRT-RTX ahead of time, for RTX
+GPUs, on any machine."""
+
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+"""Both of them, which are also the names of their Python modules."""
+
+FLAVOUR_NAMES: Mapping[Flavour, str] = MappingProxyType({"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"})
+"""How NVIDIA spells them."""
+
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT-RTX builds for. It knows 7.5 too, without float32 matrix products: no policy of
+ours is free of them."""
+
+OLDEST_VERSIONS: Mapping[Flavour, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 3), "tensorrt_rtx": (1, 4)})
+"""Oldest versions with everything that is used here; TensorRT 10.3 is JetPack 6.2's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How to build engines.
+
+    Raises:
+        ValueError: a setting is out of its range, or one that the flavour does not have; the message says why.
+    """
+
+    flavour: Flavour | None = None
+    """Library to build with; None for the one that is installed, where only one is."""
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build for, such as ("8.6", "8.9", "12.0"), TensorRT-RTX only, all in one engine; empty for its portable
+    engines. TensorRT builds for the GPU that it runs on."""
+    workspace_bytes: int | None = None
+    """Most GPU memory that one layer may take for intermediate results; None leaves it to the library."""
+    memory_bytes: int | None = None
+    """Most memory that the builder may take, against which its estimate is held before it starts; None for what is free
+    on the machine."""
+    optimization_level: int | None = None
+    """How long to look for fast kernels, 0 to 5; None leaves it to the library. TensorRT only."""
+    timing_cache: Path | None = None
+    """File in which TensorRT keeps what it measured, so that the next build need not; made if missing. TensorRT-RTX
+    measures nothing when it builds."""
+    hardware_compatible: bool = False
+    """Whether the engine shall run on every GPU from compute capability 8.0 on, at some cost in speed; TensorRT only,
+    not on a Jetson."""
+    version_compatible: bool = False
+    """Whether later versions of TensorRT shall run the engine; TensorRT only."""
+
+    def __post_init__(self) -> None:
+        if self.flavour is not None and self.flavour not in FLAVOURS:
+            raise ValueError(f"flavour={self.flavour!r}: expected one of {', '.join(FLAVOURS)}")
+        for name in ("workspace_bytes", "memory_bytes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r}: expected a whole number of bytes from 1 up, or None")
+        level = self.optimization_level
+        if level is not None and (type(level) is not int or not 0 <= level <= 5):
+            raise ValueError(f"optimization_level={level!r}: expected a whole number from 0 to 5, or None")
+        if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
+            raise ValueError(f"compute_capabilities={self.compute_capabilities}: expected each once")
+        if self.flavour is not None:
+            self.check_flavour(self.flavour)
+
+    def check_flavour(self, flavour: Flavour) -> None:
+        """Refuse what `flavour` does not have.
+
+        Raises:
+            ValueError: the message names the setting and the reason.
+        """
+        if flavour == "tensorrt":
+            if self.compute_capabilities:
+                raise ValueError(
+                    f"compute_capabilities={self.compute_capabilities} with TensorRT, which builds for the GPU that it"
+                    " runs on: build on that machine, or with hardware_compatible=True, or with TensorRT-RTX"
+                )
+            return
+        for name, reason in _NOT_IN_RTX.items():
+            if getattr(self, name) not in (None, False):
+                raise ValueError(f"{name}={getattr(self, name)!r} with TensorRT-RTX: {reason}")
+        for capability in self.compute_capabilities:
+            if capability not in RTX_CAPABILITIES:
+                reason = _REASONS.get(capability, "it is not among those")
+                raise ValueError(
+                    f"compute capability {capability}: TensorRT-RTX builds for {', '.join(RTX_CAPABILITIES)}; {reason}"
+                )
+
+
+_NOT_IN_RTX: Mapping[str, str] = MappingProxyType(
+    {
+        "optimization_level": "it has no kernels to choose from before it meets the GPU; leave it at None",
+        "timing_cache": "it measures nothing when it builds; leave it at None",
+        "hardware_compatible": "its engines run on every GPU named in compute_capabilities already",
+        "version_compatible": "its builder lacks the lean runtime that such an engine carries; build once per version",
+    }
+)
+_REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "7.5": "on Turing it has no float32 matrix products, which the action head needs",
+        "8.7": "Orin is for TensorRT (flavour tensorrt, on the Jetson itself)",
+        "9.0": "H100 and H200 are for TensorRT (flavour tensorrt, on such a machine)",
+        "10.0": "B200 is for TensorRT (flavour tensorrt, on such a machine)",
+        "11.0": "Thor is for TensorRT (flavour tensorrt, on the Jetson itself)",
+    }
+)

@@ -1,0 +1,145 @@
+"""The few CUDA calls of the runtime, through cuda-bindings, every one of them checked; no torch."""
+
+import ctypes
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from evla_compile.errors import EvlaError
+
+REMEDY = 'pip install "evla-compile[tensorrt]" or "evla-compile[rtx]", which bring cuda-bindings'
+"""How to install what calls CUDA."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """The first GPU of this machine."""
+
+    name: str
+    """Product name, as the driver gives it."""
+    compute_capability: str
+    """Such as `8.9`."""
+    memory_bytes: int
+    """Its memory; on a Jetson the CPU shares it."""
+    driver_version: str
+    """Newest CUDA that the driver supports, such as `13.0`."""
+
+
+def find_gpu() -> Gpu | None:
+    """Return the first GPU; None where there is no driver or no GPU.
+
+    Raises:
+        EvlaError: cuda-bindings is not installed, so that nobody can tell, or the driver fails.
+    """
+    runtime = _runtime()
+    status, count = runtime.cudaGetDeviceCount()
+    none = (runtime.cudaError_t.cudaErrorNoDevice, runtime.cudaError_t.cudaErrorInsufficientDriver)
+    if status in none or (status == runtime.cudaError_t.cudaSuccess and count == 0):
+        return None
+    cuda = Cuda()
+    properties = cuda.checked("cudaGetDeviceProperties", 0)
+    version = cuda.checked("cudaDriverGetVersion")
+    name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+    return Gpu(
+        name=name.rstrip("\0"),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        memory_bytes=int(properties.totalGlobalMem),
+        driver_version=f"{version // 1000}.{version % 1000 // 10}",
+    )
+
+
+class Cuda:
+    """CUDA's runtime: memory, copies, a stream, graphs."""
+
+    def __init__(self) -> None:
+        """Load cuda-bindings.
+
+        Raises:
+            EvlaError: it is not installed.
+        """
+        self._runtime = _runtime()
+
+    def checked(self, name: str, *arguments: Any) -> Any:
+        """Call a function of CUDA's runtime and return its results: none, one, or a tuple.
+
+        Raises:
+            EvlaError: it failed; the message names the function and CUDA's error.
+        """
+        status, *results = getattr(self._runtime, name)(*arguments)
+        if status != self._runtime.cudaError_t.cudaSuccess:
+            _, error = self._runtime.cudaGetErrorName(status)
+            raise EvlaError(f"{name} failed: {error.decode() if isinstance(error, bytes) else error}")
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+    def allocate(self, size: int) -> int:
+        """Return the address of `size` bytes of GPU memory."""
+        return int(self.checked("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """Give GPU memory back."""
+        self.checked("cudaFree", address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return an array in host memory that stays where it is, which asynchronous copies need; see `free_pinned`."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(self.checked("cudaMallocHost", size))
+        contents = (ctypes.c_uint8 * size).from_address(address)
+        array: NDArray[Any] = np.ctypeslib.as_array(contents).view(dtype).reshape(shape)
+        return array
+
+    def free_pinned(self, array: NDArray[Any]) -> None:
+        """Give the memory of a `pinned` array back; the array must not be used any more."""
+        self.checked("cudaFreeHost", array.ctypes.data)
+
+    def copy_in(self, address: int, array: NDArray[Any], stream: Any) -> None:
+        """Start copying an array to the GPU."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.checked("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
+
+    def copy_out(self, array: NDArray[Any], address: int, stream: Any) -> None:
+        """Start copying from the GPU to an array."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.checked("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def create_stream(self) -> Any:
+        """Return a new stream."""
+        return self.checked("cudaStreamCreate")
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until everything in a stream is done."""
+        self.checked("cudaStreamSynchronize", stream)
+
+    def destroy_stream(self, stream: Any) -> None:
+        """Give a stream back."""
+        self.checked("cudaStreamDestroy", stream)
+
+    def begin_capture(self, stream: Any) -> None:
+        """Record what is put into a stream from here on, instead of running it."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.checked("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: Any) -> Any:
+        """Return the recorded work as a graph that can be launched."""
+        graph = self.checked("cudaStreamEndCapture", stream)
+        try:
+            return self.checked("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.checked("cudaGraphDestroy", graph)
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Run recorded work once."""
+        self.checked("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Give recorded work back."""
+        self.checked("cudaGraphExecDestroy", graph)
+
+
+def _runtime() -> Any:
+    try:
+        return import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise EvlaError(f"CUDA cannot be called from Python ({error}): {REMEDY}") from error

@@ -1,0 +1,83 @@
+"""Whether the engines of an artifact run on this machine, and what builds them anew if not; no torch."""
+
+import platform
+import re
+from pathlib import Path
+
+from evla_compile.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES
+from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.manifest import EngineRecord, Manifest
+from evla_compile.runtime.cuda import Gpu
+
+
+def require_engine(manifest: Manifest, place: Path) -> EngineRecord:
+    """Return what the manifest says of its engines.
+
+    Raises:
+        ArtifactError: there are none.
+    """
+    if manifest.engine is None:
+        raise ArtifactError(f"{place.parent} holds no engine: build it, evla build {_target(place)}")
+    return manifest.engine
+
+
+def check_match(record: EngineRecord, version: str, gpu: Gpu | None, place: Path) -> None:
+    """Refuse engines that were built for something else than what is here.
+
+    Args:
+        record: what they were built for.
+        version: version of the library that is installed.
+        gpu: the GPU; None where there is none.
+        place: the artifact's manifest, for the message.
+
+    Raises:
+        ArtifactError: they are for another version, platform or GPU; the message has the command that builds them.
+        EvlaError: there is no GPU.
+    """
+    name, here = FLAVOUR_NAMES[record.flavour], f"{platform.system()}-{platform.machine()}".lower()
+    if not _runs_version(record, version):
+        raise ArtifactError(
+            f"the engine in {place.parent} was built by {name} {record.version}, and {version} is installed;"
+            f" {rebuild(record, place)}, or install {name} {record.version}"
+        )
+    if here != record.platform:
+        raise ArtifactError(
+            f"the engine in {place.parent} was built for {record.platform}, and this is {here};"
+            f" {rebuild(record, place)}"
+        )
+    if gpu is None:
+        raise EvlaError(
+            f"{name} runs engines on a GPU, and this machine shows none: see evla doctor, or run the ONNX file on the"
+            " CPU (provider='cpu')"
+        )
+    if not _runs_gpu(record, gpu):
+        built_for = ", ".join(record.compute_capabilities or RTX_CAPABILITIES)
+        capability = f" --capability {gpu.compute_capability}" if record.flavour == "tensorrt_rtx" else ""
+        raise ArtifactError(
+            f"the engine in {place.parent} was built for {record.gpu or 'GPUs'} of compute capability {built_for}, and"
+            f" this is {gpu.name}, {gpu.compute_capability}; {rebuild(record, place)}{capability}"
+        )
+
+
+def rebuild(record: EngineRecord, place: Path) -> str:
+    """Return what builds the engines anew."""
+    return f"build it for this machine: evla build {_target(place)} --flavour {record.flavour}"
+
+
+def _target(place: Path) -> Path:
+    return place.parent if place.name == "manifest.json" else place
+
+
+def _runs_version(record: EngineRecord, version: str) -> bool:
+    if not record.version_compatible:
+        return version == record.version
+    built, here = ([int(number) for number in re.findall(r"\d+", text)] for text in (record.version, version))
+    return here[0] == built[0] and here >= built
+
+
+def _runs_gpu(record: EngineRecord, gpu: Gpu) -> bool:
+    if record.flavour == "tensorrt_rtx":
+        return gpu.compute_capability in (record.compute_capabilities or RTX_CAPABILITIES)
+    if record.hardware_compatible:
+        return tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0)
+    return gpu.compute_capability in record.compute_capabilities and gpu.name == record.gpu

@@ -1,0 +1,79 @@
+"""How long the calls of a loaded policy took: counters that cost next to nothing."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+KEPT_CALLS = 1000
+"""Latest calls that a summary is of."""
+
+INCLUDES = {
+    "graph": "from arrays in host memory to raw samples in host memory, copies and waiting for the device included",
+    "call": "from camera frame and instruction to actions: image, tokens, graph and un-normalisation",
+}
+"""What the time of each kind holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencySummary:
+    """Times of the latest calls of one kind, in milliseconds; the first call ever is kept apart."""
+
+    kind: str
+    """`graph` or `call`."""
+    includes: str
+    """What the time holds."""
+    count: int
+    """Calls that the percentiles are of, at most `KEPT_CALLS`."""
+    first: float
+    """The first call, which warms everything up."""
+    median: float
+    """Median; that of the first call where there was no other."""
+    p95: float
+    """95th percentile."""
+    p99: float
+    """99th percentile."""
+
+
+class LatencyCounter:
+    """Times of the calls of a policy."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._times: dict[str, deque[float]] = {}
+
+    @contextmanager
+    def timing(self, kind: str) -> Iterator[None]:
+        """Count what happens within a `with` block as one call of a kind; a call that fails is not counted."""
+        start = perf_counter()
+        yield
+        elapsed = 1e3 * (perf_counter() - start)
+        if kind in self._first:
+            self._times[kind].append(elapsed)
+        else:
+            self._first[kind], self._times[kind] = elapsed, deque(maxlen=KEPT_CALLS)
+
+    def reset(self) -> None:
+        """Forget every call, the first ones too."""
+        self._first.clear()
+        self._times.clear()
+
+    def summary(self) -> tuple[LatencySummary, ...]:
+        """Return the figures of every kind that was called."""
+        return tuple(self._summarize(kind) for kind in INCLUDES if kind in self._first)
+
+    def _summarize(self, kind: str) -> LatencySummary:
+        times = list(self._times[kind]) or [self._first[kind]]
+        median, p95, p99 = (float(value) for value in np.percentile(times, (50, 95, 99)))
+        return LatencySummary(
+            kind=kind,
+            includes=INCLUDES[kind],
+            count=len(self._times[kind]),
+            first=self._first[kind],
+            median=median,
+            p95=p95,
+            p99=p99,
+        )

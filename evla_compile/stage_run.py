@@ -1,0 +1,89 @@
+"""An artifact's ONNX graphs run on a CPU with their stages as outputs, in float32 arithmetic whatever their dtype."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from evla_compile.errors import VerificationError
+from evla_compile.manifest import Part
+
+
+class StageRun:
+    """The graphs of an artifact, loaded so that every recorded stage can be looked at.
+
+    ONNX Runtime's CPU provider has no bfloat16 arithmetic, so a bfloat16 graph is run widened: its stored weights,
+    which float32 holds exactly, in float32 operators. What this leaves out is the rounding of activations.
+    """
+
+    def __init__(self, parts: Sequence[Part], folder: Path, stages: Sequence[str], *, threads: int | None) -> None:
+        """Load the graphs.
+
+        Args:
+            parts: the chain.
+            folder: where its files lie.
+            stages: values to return beside the outputs, by their names in the graphs.
+            threads: threads of ONNX Runtime; None leaves the number to it.
+
+        Raises:
+            VerificationError: no graph has one of the stages.
+        """
+        self._parts, self._sessions = parts, []
+        missing = set(stages)
+        for part in parts:
+            model = onnx.load(str(folder / part.model.name), load_external_data=False)
+            known = {output.name for output in model.graph.output}
+            here = [name for node in model.graph.node for name in node.output if name in missing and name not in known]
+            model.graph.output.extend(map(helper.make_empty_tensor_value_info, here))
+            missing -= known | set(here)
+            widen(model)
+            self._sessions.append(_open(model, folder, threads))
+        if missing:
+            raise VerificationError(f"{folder}: no graph has the recorded stages {', '.join(sorted(missing))}")
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return every output and stage by name."""
+        values = dict(inputs)
+        for part, session in zip(self._parts, self._sessions, strict=True):
+            names = [output.name for output in session.get_outputs()]
+            found = session.run(names, {spec.name: values[spec.name] for spec in part.inputs})
+            values |= zip(names, found, strict=True)
+        return {name: value for name, value in values.items() if name not in inputs}
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Make every bfloat16 value of `model` a float32 one; bfloat16 weights stay stored as they are, and are cast."""
+    graph = model.graph
+    del graph.value_info[:]
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16]
+    casts = []
+    for tensor in stored:
+        name, tensor.name = tensor.name, f"{tensor.name}/bfloat16"
+        casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _open(model: onnx.ModelProto, folder: Path, threads: int | None) -> Any:
+    onnxruntime = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    # Nothing is copied or computed in advance: a few calls, of any size of policy.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["ConstantFolding", "MatMulAddFusion"],
+    )

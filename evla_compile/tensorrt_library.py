@@ -1,0 +1,88 @@
+"""TensorRT and TensorRT-RTX as one library: which is installed, importing it, its log; no torch, no onnx."""
+
+import logging
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from evla_compile.engine_settings import FLAVOUR_NAMES, FLAVOURS, OLDEST_VERSIONS, EngineSettings, Flavour
+from evla_compile.errors import EvlaError
+
+REMEDIES: Mapping[Flavour, str] = MappingProxyType(
+    {
+        "tensorrt": 'pip install "evla-compile[tensorrt]" on a PC; on a Jetson it comes with JetPack',
+        "tensorrt_rtx": 'pip install "evla-compile[rtx]"',
+    }
+)
+"""How to install each flavour."""
+
+logger = logging.getLogger(__name__)
+
+
+def find_flavour(settings: EngineSettings) -> Flavour:
+    """Return the flavour asked for, or the one that is installed.
+
+    Raises:
+        EvlaError: none was asked for and none or both are installed; the message says what to do.
+        ValueError: the one found does not have a setting.
+    """
+    if settings.flavour is not None:
+        return settings.flavour
+    installed = [flavour for flavour in FLAVOURS if _is_installed(flavour)]
+    if len(installed) != 1:
+        found = " and ".join(FLAVOUR_NAMES[flavour] for flavour in installed)
+        raise EvlaError(
+            f"{found} are installed: choose by flavour='tensorrt' or 'tensorrt_rtx' (evla build --flavour)"
+            if installed
+            else f"no library that builds engines is installed: for TensorRT, on the GPU that runs them,"
+            f" {REMEDIES['tensorrt']}; for TensorRT-RTX, ahead of time for RTX GPUs, {REMEDIES['tensorrt_rtx']}"
+        )
+    settings.check_flavour(installed[0])
+    return installed[0]
+
+
+def import_flavour(flavour: Flavour) -> Any:
+    """Return the module of a flavour.
+
+    Raises:
+        EvlaError: it cannot be imported, or is older than what is used here; the message says what to install.
+    """
+    try:
+        module = import_module(flavour)
+    except (ImportError, OSError) as error:  # its loader raises OSError for a missing shared library
+        raise EvlaError(f"{FLAVOUR_NAMES[flavour]} cannot be imported ({error}): {REMEDIES[flavour]}") from error
+    found = tuple(int(number) for number in re.findall(r"\d+", module.__version__)[:2])
+    oldest = OLDEST_VERSIONS[flavour]
+    if found < oldest:
+        raise EvlaError(
+            f"{FLAVOUR_NAMES[flavour]} {module.__version__} is too old: expected {oldest[0]}.{oldest[1]} or newer:"
+            f" {REMEDIES[flavour]}"
+        )
+    return module
+
+
+def _is_installed(flavour: Flavour) -> bool:
+    try:
+        import_module(flavour)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def make_logger(trt: Any) -> Any:
+    """Return a logger for the library, which keeps what it reports as errors in `errors`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the library is imported at run time
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message.strip())
+            elif severity == trt.ILogger.WARNING:
+                logger.info("%s", message)
+
+    return Log()

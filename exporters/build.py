@@ -1,0 +1,119 @@
+"""Engines for an artifact that lies on disk: built from its ONNX files, and entered in its manifest.
+
+This is all that a robot needs of the compiler: it imports the builder's library, and neither torch nor onnx.
+"""
+
+import os
+import platform
+import secrets
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from evla_compile.artifact import check_files, find_manifest
+from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
+from evla_compile.errors import ArtifactError, EvlaError, ExportError
+from evla_compile.exporters.to_tensorrt import check_memory, to_tensorrt
+from evla_compile.manifest import EngineRecord, FileRecord, Manifest, Part, read_manifest, write_manifest
+from evla_compile.runtime.cuda import find_gpu
+from evla_compile.tensorrt_library import find_flavour, import_flavour
+
+
+def build_engine(
+    path: str | os.PathLike[str], settings: EngineSettings | None = None, *, progress: bool = True
+) -> Manifest:
+    """Build the engines of an artifact beside its ONNX files and enter them in its manifest, all or none.
+
+    Args:
+        path: the artifact's folder, an `.onnx` file with its manifest beside it, or that manifest.
+        settings: what to build for; None for the defaults of `EngineSettings`.
+        progress: whether to draw a progress bar on standard error.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        ArtifactError: the artifact is missing or damaged, or its folder cannot be written or is full.
+        EvlaError: the library is missing or too old, there is no GPU where one is needed, or memory is short.
+        ExportError: the library refuses a graph; the message names the node.
+        ValueError: the library does not have a setting.
+    """
+    settings = settings or EngineSettings()
+    flavour, gpu_name, capability = check_engine(settings)
+    place = find_manifest(path)
+    manifest = read_manifest(place)
+    check_files([record for part in manifest.parts for record in part.files], place.parent)
+    for part in manifest.parts:
+        check_memory(place.with_name(part.model.name), settings)
+    _check_space(manifest, place)
+    layers, records = [], []
+    with ExitStack() as undo:
+        for part in manifest.parts:
+            engine = place.with_name(Path(part.model.name).with_suffix(".engine").name)
+            new = engine.with_name(f".{engine.name}.partial-{secrets.token_hex(4)}")
+            undo.callback(new.unlink, missing_ok=True)
+            layers.append(_build_part(part, place.parent, new, settings, progress=progress))
+            records.append((new, engine, FileRecord.measure(new)))
+        record = EngineRecord(
+            flavour=flavour,
+            version=import_flavour(flavour).__version__,
+            files=tuple(replace(measured, name=engine.name) for _, engine, measured in records),
+            layers=tuple(layers),
+            platform=f"{platform.system()}-{platform.machine()}".lower(),
+            gpu=gpu_name,
+            compute_capabilities=settings.compute_capabilities if capability is None else (capability,),
+            hardware_compatible=settings.hardware_compatible,
+            version_compatible=settings.version_compatible,
+        )
+        described = replace(manifest, engine=record)
+        draft = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+        undo.callback(draft.unlink, missing_ok=True)
+        write_manifest(described, draft)
+        for new, engine, _ in records:
+            new.replace(engine)
+        draft.replace(place)
+    return described
+
+
+def check_engine(settings: EngineSettings) -> tuple[Flavour, str | None, str | None]:
+    """Refuse at once, before the work for it, what `build_engine` would refuse of a machine.
+
+    Returns:
+        The flavour, and for TensorRT the name of the GPU and its compute capability.
+
+    Raises:
+        EvlaError: the library is missing or too old, or there is no GPU where one is needed.
+        ValueError: the library does not have a setting.
+    """
+    flavour = find_flavour(settings)
+    import_flavour(flavour)
+    if flavour == "tensorrt_rtx":
+        return flavour, None, None
+    gpu = find_gpu()
+    if gpu is None:
+        raise EvlaError(
+            f"{FLAVOUR_NAMES[flavour]} builds engines on the GPU that is to run them, and this machine shows none: run"
+            " evla build on the robot (evla doctor says what is missing), or build with TensorRT-RTX for RTX GPUs"
+        )
+    return flavour, gpu.name, gpu.compute_capability
+
+
+def _build_part(part: Part, folder: Path, new: Path, settings: EngineSettings, *, progress: bool) -> int:
+    built = to_tensorrt(folder / part.model.name, new, settings, progress=progress)
+    for kind, found, wanted in (("takes", built.inputs, part.inputs), ("yields", built.outputs, part.outputs)):
+        if sorted(map(str, found)) != sorted(map(str, wanted)):
+            raise ExportError(
+                f"the network of {part.model.name} {kind} {', '.join(map(str, found))}: expected"
+                f" {', '.join(map(str, wanted))} by the manifest; compile the policy again"
+            )
+    return built.layers
+
+
+def _check_space(manifest: Manifest, place: Path) -> None:
+    needed = sum(record.size for part in manifest.parts for record in part.files)
+    free = shutil.disk_usage(place.parent).free
+    if free < needed:
+        raise ArtifactError(
+            f"engines for {place.parent} take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room"
+        )

@@ -1,0 +1,73 @@
+"""A chain of graphs in lower precision, and how far it is from the float32 graph that it was made from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evla_compile.config import Precision
+from evla_compile.errors import ExportError, PassError
+from evla_compile.exporters.split import Piece
+from evla_compile.graph import weights
+from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
+from evla_compile.recorded import RecordedCase, stage_errors
+from evla_compile.tolerances import check_stages
+
+
+def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str, float], ...]) -> tuple[Piece, ...]:
+    """Return the chain with its matrix products outside the action head in `precision`; what passes on stays float32.
+
+    Raises:
+        ExportError: `precision` is not float32 and the policy is not, or float16 cannot hold what was observed.
+    """
+    for piece in pieces:
+        stored = {str(tensor.dtype).removeprefix("torch.") for _, tensor in weights(piece.graph)}
+        if stored & {"bfloat16", "float16"}:
+            raise ExportError(
+                f"this policy was loaded in {', '.join(sorted(stored - {'float32', 'int64', 'bool'}))}: load it with"
+                f" dtype=torch.float32, which is exact, and export it with precision={min(stored)!r}"
+            )
+    if precision == "float32":
+        return tuple(pieces)
+    rewrite = LowerPrecision(dtype=precision, ranges=ranges)
+    try:
+        return tuple(
+            replace(piece, graph=rewrite(piece.graph)[0]) if any(lowered_sites(piece.graph.graph)) else piece
+            for piece in pieces
+        )
+    except PassError as error:
+        raise ExportError(str(error)) from error
+
+
+def compare(
+    pieces: Sequence[Piece], cases: Sequence[RecordedCase], precision: Precision, text_tokens: int
+) -> dict[str, float]:
+    """Run a lowered chain in torch and return how far each stage is from the recorded ones, at worst.
+
+    Raises:
+        VerificationError: a stage leaves the tolerance of `precision`; the message names the first.
+    """
+    worst: dict[str, float] = {}
+    for case in cases:
+        for name, error in stage_errors(case, run(pieces, case.inputs), text_tokens).items():
+            worst[name] = max(worst.get(name, 0.0), error)
+    check_stages(f"this policy in {precision}", worst, precision)
+    return worst
+
+
+def run(pieces: Sequence[Piece], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Run a chain in torch: the inputs of a finished graph by name -> every output of every piece by name."""
+    device = next(tensor.device for piece in pieces for _, tensor in weights(piece.graph))
+    values: dict[str, Tensor] = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    found: dict[str, NDArray[Any]] = {}
+    with torch.no_grad():
+        for piece in pieces:
+            results = piece.graph(*(values[name] for name in piece.inputs))
+            results = results if isinstance(results, tuple) else (results,)
+            values |= zip(piece.outputs, results, strict=True)
+            found |= {name: np.asarray(values[name].cpu()) for name in piece.outputs}
+    return found

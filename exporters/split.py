@@ -1,0 +1,155 @@
+"""A finished graph as a chain of smaller ones, for builders and devices with little memory."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from evla_compile.errors import ExportError
+from evla_compile.graph import copy_graph, held_tensor
+from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
+
+ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
+"""Names of parts; several of perception are numbered from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One graph of a chain."""
+
+    name: str
+    """What it computes."""
+    graph: fx.GraphModule
+    """The graph; its inputs and outputs have the order of `inputs` and `outputs`."""
+    inputs: tuple[str, ...]
+    """Inputs of the whole, and outputs of pieces in front of it."""
+    outputs: tuple[str, ...]
+    """Outputs of the whole that it yields, then what else pieces behind it take."""
+    handed_on: frozenset[str] = frozenset()
+    """Those of `outputs` that pieces behind it take."""
+
+
+def split(gm: fx.GraphModule, outputs: Sequence[str], parts: int) -> tuple[Piece, ...]:
+    """Return `gm` as a chain of `parts` graphs, which share its tensors and compute the very same operators.
+
+    Two parts are perception (vision, projector, decoder) and action (the denoising loop); of more, the last is action,
+    and the others are runs of decoder layers with about equal weights, vision among the first. Parts are cut in front
+    of a decoder layer, so that the residual stream and small tensors pass from one to the next.
+
+    Args:
+        gm: a finished graph.
+        outputs: names of its outputs, in order.
+        parts: how many.
+
+    Raises:
+        ExportError: the graph has too few decoder layers for so many parts, or no action head.
+        ValueError: `parts` is not a whole number from 1 up.
+    """
+    if type(parts) is not int or parts < 1:
+        raise ValueError(f"parts={parts!r}: expected a whole number from 1 up")
+    inputs = tuple(str(node.target) for node in gm.graph.find_nodes(op="placeholder"))
+    if parts == 1:
+        return (Piece(name=WHOLE, graph=gm, inputs=inputs, outputs=tuple(outputs)),)
+    numbers = _assign(gm.graph, _regions(gm, parts))
+    results = gm.graph.output_node().all_input_nodes
+    named = dict(zip(results, outputs, strict=True))
+    crossing = {
+        node: named.get(node, node.name)
+        for node in numbers
+        if any(user in numbers and numbers[user] > numbers[node] for user in node.users)
+    }
+    labels = _labels(parts)
+    return tuple(_piece(gm, labels[number], number, numbers, named, crossing) for number in range(parts))
+
+
+def _labels(parts: int) -> list[str]:
+    perception = [PERCEPTION] if parts == 2 else [f"{PERCEPTION}-{number}" for number in range(1, parts)]
+    return [*perception, ACTION]
+
+
+def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
+    """Return the part in which each decoder layer and the action head begin, by the path that names them."""
+    sizes: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            tensor = held_tensor(gm, str(node.target))
+            for user in node.users:
+                path = _layer(module_path(user))
+                sizes[path] = sizes.get(path, 0) + tensor.numel() * tensor.element_size()
+    layers = [path for path in sizes if path.startswith(DECODER_LAYERS)]
+    if ACTION not in sizes or len(layers) < parts - 1:
+        raise ExportError(
+            f"parts={parts}: this graph has {len(layers)} decoder layers and {'an' if ACTION in sizes else 'no'} action"
+            f" head; expected at most {len(layers) + 1} parts"
+        )
+    total = sum(size for path, size in sizes.items() if path != ACTION)
+    before, regions = sizes.get("", 0), {ACTION: parts - 1}
+    for position, path in enumerate(layers):
+        wanted = int(before / total * (parts - 1))
+        left = len(layers) - position  # every part gets at least one layer
+        regions[path] = max(min(wanted, parts - 2, position), parts - 1 - left)
+        before += sizes[path]
+    return regions
+
+
+def _layer(path: str) -> str:
+    """Return the decoder layer that a module belongs to, the action head, or "" for whatever comes first."""
+    if path.split(".", maxsplit=1)[0] in (ACTION_MODEL, DENOISING):
+        return ACTION
+    if path.startswith(f"{DECODER_LAYERS}."):
+        return f"{DECODER_LAYERS}.{path.removeprefix(f'{DECODER_LAYERS}.').split('.')[0]}"
+    return ""
+
+
+def _assign(graph: fx.Graph, regions: Mapping[str, int]) -> dict[fx.Node, int]:
+    """Return the part of every operator: that of its module, or of the last operator that it reads."""
+    numbers: dict[fx.Node, int] = {}
+    free = list(graph.find_nodes(op="placeholder", target="text_length"))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            read = [numbers[source] for source in node.all_input_nodes if source in numbers]
+            numbers[node] = max([regions.get(_layer(module_path(node)), 0), *read])
+            if all(source in free or source.op == "get_attr" for source in node.all_input_nodes):
+                free.append(node)
+    for node in reversed(free[1:]):  # masks and positions are computed where they are read, rather than handed over
+        behind = [numbers[user] for user in node.users if user in numbers]
+        numbers[node] = min(behind, default=numbers[node])
+    return numbers
+
+
+def _piece(
+    gm: fx.GraphModule,
+    label: str,
+    number: int,
+    numbers: Mapping[fx.Node, int],
+    named: Mapping[fx.Node, str],
+    crossing: Mapping[fx.Node, str],
+) -> Piece:
+    mine = [node for node in gm.graph.nodes if numbers.get(node) == number]
+    read = dict.fromkeys(source for node in mine for source in node.all_input_nodes if numbers.get(source) != number)
+    taken = [node for node in gm.graph.nodes if node in read and node.op != "get_attr"]
+    given = [node for node in named if numbers.get(node) == number]
+    given += [node for node in mine if node in crossing and node not in named]
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    for node in taken:
+        values[node] = graph.placeholder(node.name)
+        values[node].meta = {"val": node.meta["val"]}
+    for node in _with_tensors(gm.graph, mine):
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(tuple(values[node] for node in given))
+    return Piece(
+        name=label,
+        graph=copy_graph(fx.GraphModule(gm, graph)),
+        inputs=tuple(crossing.get(node, str(node.target)) for node in taken),
+        outputs=tuple(named.get(node, node.name) for node in given),
+        handed_on=frozenset(crossing[node] for node in mine if node in crossing),
+    )
+
+
+def _with_tensors(graph: fx.Graph, mine: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return `mine` and the tensors of the graph that they read, in graph order."""
+    inside = set(mine)
+    return [
+        node for node in graph.nodes if node in inside or (node.op == "get_attr" and not inside.isdisjoint(node.users))
+    ]

@@ -1,0 +1,214 @@
+"""An ONNX file to a TensorRT or TensorRT-RTX engine, by one path for both; needs neither torch nor onnx.
+
+Networks are strongly typed: the casts in the file are the precision, and no flag of the builder changes it. All shapes
+are static, so there are no optimisation profiles.
+"""
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
+from evla_compile.errors import EvlaError, ExportError
+from evla_compile.exporters.build_progress import watching
+from evla_compile.manifest import TensorSpec
+from evla_compile.memory import available_memory
+from evla_compile.tensorrt_library import find_flavour, import_flavour, make_logger
+
+MEMORY_FACTOR = 3.2
+"""Peak memory of a build over the bytes of its weights, as measured with TensorRT-RTX 1.7."""
+
+BASE_BYTES = 700_000_000
+"""Memory that a build takes beside that."""
+
+_JETSON_MARK = Path("/etc/nv_tegra_release")
+_OUT_OF_MEMORY = re.compile(r"out.?of.?memory|bad_alloc|insufficient (memory|workspace)|cannot allocate", re.IGNORECASE)
+_NO_KERNEL = "could not find any implementation"
+_NEW_OPERATORS = ("Attention", "RMSNormalization")
+_DTYPES = MappingProxyType(
+    {
+        "BOOL": "bool",
+        "UINT8": "uint8",
+        "INT32": "int32",
+        "INT64": "int64",
+        "HALF": "float16",
+        "FLOAT": "float32",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltEngine:
+    """What the builder's network was."""
+
+    layers: int
+    """Layers that the parser made of the file."""
+    attentions: int
+    """Inputs of attention among them, which may be decomposed where no dedicated kernel fits."""
+    inputs: tuple[TensorSpec, ...]
+    """What it takes."""
+    outputs: tuple[TensorSpec, ...]
+    """What it yields."""
+
+
+def to_tensorrt(model: Path, engine: Path, settings: EngineSettings, *, progress: bool = False) -> BuiltEngine:
+    """Build an engine.
+
+    Args:
+        model: the ONNX file, its external data beside it.
+        engine: where to write the engine.
+        settings: what to build it for.
+        progress: whether to draw progress bars on standard error.
+
+    Raises:
+        EvlaError: the library is missing or too old, or memory is short, before or during the build.
+        ExportError: the parser refuses a node, which the message names, a shape is dynamic, or the builder fails.
+        ValueError: the library does not have a setting.
+    """
+    flavour = find_flavour(settings)
+    trt = import_flavour(flavour)
+    check_memory(model, settings)
+    said = make_logger(trt)
+    builder = trt.Builder(said)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, model, said, flavour)
+    built = BuiltEngine(
+        layers=network.num_layers,
+        attentions=_allow_decomposition(trt, network),
+        inputs=_signature(network.get_input, network.num_inputs, model),
+        outputs=_signature(network.get_output, network.num_outputs, model),
+    )
+    config = _configure(trt, builder, settings)
+    with watching(trt, config, f"Building {engine.name}", shown=progress):
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise build_error(model, said.errors, flavour)
+    with engine.open("wb") as file:
+        file.write(plan)
+    if settings.timing_cache is not None:
+        _write_timing_cache(config, settings.timing_cache)
+    return built
+
+
+def check_memory(model: Path, settings: EngineSettings) -> None:
+    """Refuse a build that would run out of memory, before it starts.
+
+    Raises:
+        EvlaError: the message says what it needs, what there is, and what to do.
+    """
+    data = model.with_name(f"{model.name}.data")
+    weights = sum(file.stat().st_size for file in (model, data) if file.exists())
+    needed = round(MEMORY_FACTOR * weights) + BASE_BYTES
+    limit = settings.memory_bytes if settings.memory_bytes is not None else available_memory()
+    if limit is None or needed <= limit:
+        return
+    raise EvlaError(
+        f"building {model.name} takes about {needed / 1e9:.1f} GB ({MEMORY_FACTOR} times its {weights / 1e9:.1f} GB of"
+        f" weights, and {BASE_BYTES / 1e9:.1f}), and {limit / 1e9:.1f} GB are free: export it in more parts (parts="
+        " beside precision=, or evla compile --parts), add swap, or build on a larger machine"
+    )
+
+
+def _parse(trt: Any, network: Any, model: Path, said: Any, flavour: Flavour) -> None:
+    parser = trt.OnnxParser(network, said)
+    if parser.parse_from_file(str(model)):
+        return
+    name = f"{FLAVOUR_NAMES[flavour]} {trt.__version__}"
+    if any(_OUT_OF_MEMORY.search(error) for error in said.errors):
+        raise build_error(model, said.errors, flavour)
+    if not parser.num_errors or not parser.get_error(0).node_operator():
+        raise ExportError(f"{name} cannot read {model}: {_reasons(said.errors)}")
+    error = parser.get_error(0)
+    module, _, _ = error.node_name().rpartition("/")
+    hint = ": export with an opset that has no such operator, opset=20 for instance"
+    raise ExportError(
+        f"{name} refuses the {error.node_operator()} node {error.node_name()!r} of {module or 'the graph itself'} in"
+        f" {model.name}: {_first_line(error.desc())}{hint if error.node_operator() in _NEW_OPERATORS else ''}"
+    )
+
+
+def _reasons(errors: list[str]) -> str:
+    return " / ".join(map(_first_line, errors[:3])) or "it gave no reason"
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+
+
+def _allow_decomposition(trt: Any, network: Any) -> int:
+    """Let attention be computed by several kernels where no dedicated one fits, as in float32; return their number."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    if kind is None:
+        return 0  # older libraries have no attention layers, and so none that must be decomposed
+    found = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            found += 1
+    return found
+
+
+def _signature(get: Any, count: int, model: Path) -> tuple[TensorSpec, ...]:
+    specs = []
+    for index in range(count):
+        tensor = get(index)
+        shape = tuple(tensor.shape)
+        if any(size < 1 for size in shape):
+            raise ExportError(
+                f"{model.name}: {tensor.name} has the dynamic shape {list(shape)}, and engines are static: export the"
+                " policy by evla_compile, or fix the file's shapes"
+            )
+        dtype = _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+        specs.append(TensorSpec(name=tensor.name, dtype=dtype, shape=shape))
+    return tuple(specs)
+
+
+def _configure(trt: Any, builder: Any, settings: EngineSettings) -> Any:
+    config = builder.create_builder_config()
+    if settings.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+    if settings.optimization_level is not None:
+        config.builder_optimization_level = settings.optimization_level
+    if settings.compute_capabilities:
+        config.num_compute_capabilities = len(settings.compute_capabilities)
+        for index, capability in enumerate(settings.compute_capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+    if settings.hardware_compatible:
+        if platform.machine() == "aarch64" and _JETSON_MARK.exists():
+            raise ValueError(
+                "hardware_compatible=True: TensorRT has no such engines on a Jetson; build on every robot, or copy an"
+                " engine between modules of one kind with one JetPack"
+            )
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if settings.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.timing_cache is not None:
+        known = settings.timing_cache.read_bytes() if settings.timing_cache.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    return config
+
+
+def _write_timing_cache(config: Any, path: Path) -> None:
+    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    new.write_bytes(bytes(config.get_timing_cache().serialize()))
+    new.replace(path)
+
+
+def build_error(model: Path, errors: list[str], flavour: Flavour) -> EvlaError:
+    """Return the error for a build that failed, from what the library said; a lack of memory is called that."""
+    name, reasons = FLAVOUR_NAMES[flavour], _reasons(errors)
+    if any(_OUT_OF_MEMORY.search(error) for error in errors):
+        return EvlaError(
+            f"{name} ran out of memory building {model.name} ({reasons}): export it in more parts, in half precision,"
+            " lower the workspace, add swap, or build on a larger machine"
+        )
+    advice = ""
+    if any(_NO_KERNEL in error.lower() for error in errors):
+        advice = "; it also says so when memory is short: try a smaller workspace, more parts, or a larger machine"
+    return ExportError(f"{name} cannot build {model.name}: {reasons}{advice}")
