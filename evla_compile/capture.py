@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from evla_compile.config import CompileConfig
 from evla_compile.graph import copy_graph, fake_mode, propagate, remove_dead_nodes, replace_tensor
-from evla_compile.model.policy import CogACT
+from evla_compile.model.policy import CogACT, NoisePrediction
 from evla_compile.model.upstream import UpstreamCogACT
 from evla_compile.sites import (
     ACTION_MODEL,
@@ -50,9 +50,11 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     dynamic: tuple[dict[int, Dim] | None, ...] = ({}, {1: text}, {}, {}, {}, None)
     twin = _without_weights(policy)
     with torch.no_grad():  # otherwise the rotary tables come out wrapped in a set_grad_enabled operator
-        exported = torch.export.export(twin, (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False)
+        exported = torch.export.export(
+            NoisePrediction(twin), (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False
+        )
     gm = _flat_graph(exported)
-    _mark_stages(gm)
+    mark_stages(gm)
     state = policy.state_dict()
     for name in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & state.keys()):
         replace_tensor(gm, name, state[name])
@@ -111,7 +113,7 @@ def _flat_graph(exported: ExportedProgram) -> fx.GraphModule:
     gm = exported.module(check_guards=False)
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"torch.export returned a {type(gm).__name__}, expected a GraphModule")
-    _clean(gm)
+    clean(gm)
     return gm
 
 
@@ -131,7 +133,7 @@ def _name_steps(graph: fx.Graph) -> None:
         node.meta["nn_module_stack"] = {path: (path, path)}
 
 
-def _clean(gm: fx.GraphModule) -> None:
+def clean(gm: fx.GraphModule) -> None:
     """Drop what export adds around the arithmetic: metadata assertions, no-op casts, copies of constants."""
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
@@ -152,8 +154,8 @@ def _clean(gm: fx.GraphModule) -> None:
             del node.meta["nn_module_stack"]
 
 
-def _mark_stages(gm: fx.GraphModule) -> None:
-    """Name the values that verification compares."""
+def mark_stages(gm: fx.GraphModule) -> None:
+    """Name the values of a captured policy that verification compares."""
     nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
     nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
     for layer in decoder_layers(gm.graph):

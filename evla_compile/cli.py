@@ -313,6 +313,43 @@ def verify(
     )
 
 
+@app.command()
+def doctor(
+    work: Annotated[
+        Literal["compile", "run", "build"], typer.Argument(help="What is going to be done on this machine.")
+    ] = "run",
+    artifact: Annotated[Path | None, typer.Option(metavar="DIR", help="The compiled policy that it is about.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Without an artifact: small, base, large or a RUN_DIR. Needs torch.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Of that size: {', '.join(sorted(evla.PRESETS))}, dense.")] = None,
+    precision: Annotated[Precision, typer.Option(help="Of that size's export.")] = "float32",
+    provider: Annotated[Provider | None, typer.Option(help="For run: where to compute.")] = None,
+    flavour: Annotated[Flavour | None, typer.Option(help="For build: the library.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check whether this machine can do a piece of work, and say what to do about what it lacks.
+
+    Exit status 0: it can. 1: it cannot. 2: the question was wrong.
+    """
+    from evla_compile.doctor import examine, make_request, stored_bytes
+    from evla_compile.tables import findings_table
+
+    weight_bytes = None if size is None else stored_bytes(size, preset, precision)
+    request = make_request(work, provider=provider, flavour=flavour, artifact=artifact, weight_bytes=weight_bytes)
+    with _step("look at this machine"):
+        found = examine(request, artifact if artifact is not None and artifact.is_dir() else Path())
+    failed = [finding.check for finding in found if finding.status == "failed"]
+    if as_json:
+        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in found]}))
+    else:
+        _console().print(findings_table(found))
+        what = request.describe()
+        _console().print(f"cannot {what}: see {', '.join(failed)}" if failed else f"can {what}")
+    if failed:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _step(what: str, *, spinner: bool = True) -> Iterator[None]:
     """Show on standard error what is being done, and after it how long it took."""

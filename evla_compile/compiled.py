@@ -1,19 +1,21 @@
 """The result of a compilation: a policy whose graph is rewritten and static, ready to run or to export."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import Tensor, fx
 
 from evla_compile import host
 from evla_compile.calibration import Frame
 from evla_compile.config import OPSET, CompileConfig, Precision
 from evla_compile.engine_settings import EngineSettings
-from evla_compile.graph import materialize
+from evla_compile.errors import EvlaError
+from evla_compile.graph import materialize, weights
 from evla_compile.host import CameraFrame, Predictor
 from evla_compile.model.policy import ModelSizes
 from evla_compile.passes import ExposeStages
@@ -21,6 +23,9 @@ from evla_compile.plan import Plan
 from evla_compile.processor import Processor
 from evla_compile.report import CompileReport
 from evla_compile.sites import INPUT_NAMES
+
+Sampler: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Image, input ids, text length and noise -> raw samples."""
 
 
 class CompiledPolicy(Predictor):
@@ -115,6 +120,36 @@ class CompiledPolicy(Predictor):
         values = (results,) if isinstance(results, torch.Tensor) else results
         return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
 
+    def to_torch(self, mode: Literal["eager", "inductor", "cudagraphs"] = "inductor") -> Sampler:
+        """Return the graph as a function of torch tensors, for programs that run torch.
+
+        It takes `image`, `input_ids`, `text_length` and `noise` as tensors on the policy's device, in the shapes and
+        dtypes of `outputs`, and returns raw samples float32 [B,A,F]. Deferred weights are computed, once for all.
+
+        Args:
+            mode: "eager" runs operator by operator, "inductor" compiles at the first call, "cudagraphs" launches what
+                Inductor compiled as one CUDA graph as well, on a GPU.
+
+        Raises:
+            EvlaError: "cudagraphs" without a GPU.
+            ValueError: another mode.
+        """
+        if mode not in ("eager", "inductor", "cudagraphs"):
+            raise ValueError(f"mode={mode!r}: expected 'eager', 'inductor' or 'cudagraphs'")
+        device = next(tensor.device for _, tensor in weights(self.graph))
+        if mode == "cudagraphs" and device.type != "cuda":
+            raise EvlaError(
+                f"mode='cudagraphs' needs a GPU, and this policy is on {device}: load it with device='cuda'"
+            )
+        materialize(self.graph)
+        self._deferred = False
+        if mode == "eager":
+            return _Sampler(self.graph)
+        kind = "reduce-overhead" if mode == "cudagraphs" else "default"
+        return _Sampler(
+            torch.compile(self.graph, fullgraph=True, dynamic=False, mode=kind), copied=mode == "cudagraphs"
+        )
+
     def exposing(self, stages: tuple[str, ...]) -> fx.GraphModule:
         """Return the graph with `stages` as its outputs, made once for each choice.
 
@@ -161,15 +196,18 @@ class CompiledPolicy(Predictor):
         precision: Precision = "float32",
         parts: int = 1,
         engine: EngineSettings | None = None,
+        packaging: Literal["exported", "aoti"] = "exported",
         progress: bool = True,
     ) -> None:
-        """Write the policy to a file or folder that `evla_compile.runtime.load` reads, whole or not at all.
+        """Write the policy to a file or folder, whole or not at all.
+
+        `evla_compile.runtime.load` reads all of them but a `.pt2`, which is for programs that run torch.
 
         Weights are read, cut and cast one at a time, as they are written.
 
         Args:
             path: an `X.onnx`, with `X.manifest.json` and so on beside it, an `X.engine`, with the ONNX file that it was
-                built from beside it too, or a folder for all of them.
+                built from beside it too, an `X.pt2` alone, or a folder for all of them.
             opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default.
             stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
             precision: dtype of weights and matrix products of vision, projector and decoder. Below float32 the chain of
@@ -177,6 +215,8 @@ class CompiledPolicy(Predictor):
             parts: graphs to split the policy into, for builders and devices with little memory: 2 are perception and
                 action, more cut the decoder.
             engine: for an `X.engine`, how to build it; None for the defaults of `EngineSettings`.
+            packaging: for an `X.pt2`, whether to write an ExportedProgram or, for machines like this one, an
+                AOTInductor package.
             progress: whether to draw progress bars on standard error for what takes long.
 
         Raises:
@@ -188,6 +228,13 @@ class CompiledPolicy(Predictor):
             ValueError: the opset cannot be written, or a setting is out of range.
             VerificationError: a stage leaves the tolerance of `precision`.
         """
+        if Path(path).suffix == ".pt2":
+            from evla_compile.exporters.to_pt2 import to_pt2  # noqa: PLC0415
+
+            if parts != 1 or engine is not None:
+                raise ValueError("parts= and engine= are not for a .pt2: leave them out")
+            to_pt2(self, Path(path), packaging=packaging, stages=tuple(stages), precision=precision)
+            return
         # The exporter takes a second to import.
         from evla_compile.exporters.artifact import ExportSettings, export_artifact  # noqa: PLC0415
 
@@ -195,6 +242,19 @@ class CompiledPolicy(Predictor):
             opset=opset, stages=tuple(stages), precision=precision, parts=parts, engine=engine, progress=progress
         )
         export_artifact(self, path, settings)
+
+
+class _Sampler:
+    """A graph that is run without gradients."""
+
+    def __init__(self, run: Callable[..., Tensor], *, copied: bool = False) -> None:
+        self._run, self._copied = run, copied
+
+    def __call__(self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> Tensor:
+        with torch.no_grad():
+            samples = self._run(image, input_ids, text_length, noise)
+            # A CUDA graph writes every result to the same place.
+            return samples.clone() if self._copied else samples
 
 
 def _to_numpy(value: torch.Tensor) -> NDArray[Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from evla_compile.checkpoint import Checkpoint
     from evla_compile.demo import DemoResult, Latency
+    from evla_compile.doctor_checks import Finding
     from evla_compile.estimate import Estimate
     from evla_compile.report import CompileReport
     from evla_compile.runtime.latency import LatencySummary
@@ -226,6 +227,15 @@ def call_table(latency: Sequence["LatencySummary"]) -> RenderableType:
         table.add_row(summary.kind, str(summary.count), *times)
     notes = [f"{summary.kind}: {summary.includes}." for summary in latency]
     return Group(table, *notes, "The first call, which warms everything up, is in none of the other figures.")
+
+
+def findings_table(findings: Sequence["Finding"]) -> Table:
+    """Return what the doctor found, and what to do about it."""
+    table = _table(None, "check", "", "found", "what to do")
+    table.columns[0].no_wrap = True
+    for finding in findings:
+        table.add_row(finding.check, finding.status, finding.found, finding.remedy or "")
+    return table
 
 
 def stage_table(found: "Verification") -> Table:

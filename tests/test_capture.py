@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from evla_compile.capture import TIMESTEP, capture, example_inputs
 from evla_compile.config import CompileConfig
 from evla_compile.graph import weights
-from evla_compile.model.policy import CogACT
+from evla_compile.model.policy import CogACT, NoisePrediction
 from evla_compile.sites import (
     ACTION_MODEL,
     DECODER_LAYERS,
@@ -36,7 +36,7 @@ def test_the_graph_equals_the_policy_at_every_text_length(
     image, _, _, noise = small_inputs
     input_ids = torch.randint(1, 64, (2, text_tokens), generator=torch.Generator().manual_seed(text_tokens))
     inputs = image, input_ids, torch.tensor([4, text_tokens]), noise, TIME
-    assert torch.equal(small_graph(*inputs), small_policy(*inputs, cfg_scale=1.5))
+    assert torch.equal(small_graph(*inputs), NoisePrediction(small_policy)(*inputs, cfg_scale=1.5))
 
 
 def test_without_guidance_only_the_conditional_half_is_captured(
@@ -46,7 +46,7 @@ def test_without_guidance_only_the_conditional_half_is_captured(
     small_inputs: Inputs,
 ) -> None:
     inputs = *small_inputs, TIME
-    assert torch.equal(small_unguided_graph(*inputs), small_policy(*inputs, cfg_scale=1.0))
+    assert torch.equal(small_unguided_graph(*inputs), NoisePrediction(small_policy)(*inputs, cfg_scale=1.0))
     assert [_action_tokens(graph).meta["val"].shape[0] for graph in (small_graph, small_unguided_graph)] == [4, 2]
 
 
@@ -78,7 +78,7 @@ def test_the_text_length_is_the_only_symbol_and_is_read_once(small_graph: fx.Gra
 def test_a_text_budget_that_equals_another_size_stays_symbolic(small_policy: CogACT, small_inputs: Inputs) -> None:
     graph = capture(small_policy, CompileConfig.dense(text_tokens=16, batch_size=2))  # 16 patches
     inputs = *small_inputs, TIME
-    assert torch.equal(graph(*inputs), small_policy(*inputs, cfg_scale=1.5))
+    assert torch.equal(graph(*inputs), NoisePrediction(small_policy)(*inputs, cfg_scale=1.5))
 
 
 def test_nothing_but_arithmetic_is_left(small_graph: fx.GraphModule) -> None:
@@ -129,7 +129,7 @@ def test_a_bfloat16_policy_is_captured_as_it_runs(
     small_bfloat16_policy: CogACT, small_bfloat16_graph: fx.GraphModule, small_inputs: Inputs
 ) -> None:
     inputs = *small_inputs, TIME
-    assert torch.equal(small_bfloat16_graph(*inputs), small_bfloat16_policy(*inputs, cfg_scale=1.5))
+    assert torch.equal(small_bfloat16_graph(*inputs), NoisePrediction(small_bfloat16_policy)(*inputs, cfg_scale=1.5))
     angles = [n for n in small_bfloat16_graph.graph.nodes if is_call(n, aten.cos.default, aten.sin.default)]
     assert angles
     assert all(n.meta["val"].dtype == torch.float32 for n in angles)

@@ -420,15 +420,15 @@ def test_this_machine_s_gpu_is_found_or_is_not_there() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_real_engine_runs_and_equals_its_graph(small_policy: CogACT, tmp_path: Path) -> None:
-    """The small policy, built for the GPU of this machine, against what its torch graph returned."""
+def test_a_real_engine_runs_and_equals_its_graph(tiny_policy: CogACT, tmp_path: Path) -> None:
+    """The golden policy, built for the GPU of this machine, against what its torch graph returned."""
     found = find_gpu()
     assert found is not None
     settings = EngineSettings()
     if find_flavour(settings) == "tensorrt_rtx":
         settings = replace(settings, compute_capabilities=(found.compute_capability,))
     target = tmp_path / "policy.engine"
-    evla.compile(small_policy, CompileConfig.dense(text_tokens=9, batch_size=2)).export(target, engine=settings)
+    evla.compile(tiny_policy, CompileConfig.dense(ddim_steps=2)).export(target, engine=settings)
     verified = evla.verify(target)
     assert dict(verified.errors)["samples"] <= verified.tolerance
     policy, again = load(target), load(target, cuda_graph=True)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.flops import Convention, flops_by_part, graph_flops, node_flops, part_of, product_flops, shape_of
-from evla_compile.model.policy import CogACT
+from evla_compile.model.policy import CogACT, NoisePrediction
 from evla_compile.passes import NarrowLastLayer, SelectTokens
 from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, nodes_under
 from evla_compile.sizes import published_sizes
@@ -143,7 +143,7 @@ def test_matrix_products_count_as_torchs_own_counter_does(
 ) -> None:
     # torch leaves fused attention on a CPU out; its plain form is two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        small_policy(*small_inputs, torch.tensor([30.0]), cfg_scale=1.5)
+        NoisePrediction(small_policy)(*small_inputs, torch.tensor([30.0]), cfg_scale=1.5)
     assert products(small_graph.graph.nodes) == counter.get_total_flops() > 0
 
 

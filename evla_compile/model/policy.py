@@ -5,7 +5,7 @@ dimensions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -66,22 +66,21 @@ class Projector(nn.Module):
         return out
 
 
-class CogACT(nn.Module):
-    """The dense policy; its submodules carry the key names of CogACT's checkpoints.
+class _Modules(nn.Module):
+    """The parts of a CogACT policy, under the key names of its checkpoints."""
 
-    Attributes:
-        sizes: sizes of every part.
-        processor: host-side tokenizer, image preparation and action statistics.
-    """
-
-    def __init__(self, sizes: ModelSizes, processor: Processor) -> None:
+    def __init__(
+        self,
+        vision_backbone: VisionBackbone,
+        projector: Projector,
+        llm_backbone: LanguageBackbone,
+        action_model: ActionModel,
+    ) -> None:
         super().__init__()
-        self.sizes = sizes
-        self.processor = processor
-        self.vision_backbone = VisionBackbone(sizes.dino, sizes.siglip)
-        self.projector = Projector(sizes.projector)
-        self.llm_backbone = LanguageBackbone(sizes.language)
-        self.action_model = ActionModel(sizes.action)
+        self.vision_backbone = vision_backbone
+        self.projector = projector
+        self.llm_backbone = llm_backbone
+        self.action_model = action_model
 
     def cognition(self, image: Tensor, input_ids: Tensor, text_length: Tensor) -> Tensor:
         """Return the cognition feature [B,1,D]: the final hidden state, after the norm, of each row's EOS.
@@ -95,10 +94,17 @@ class CogACT(nn.Module):
         hidden = self.llm_backbone(patches, input_ids)
         return cognition_token(hidden, text_length, input_ids.shape[1])
 
+
+class NoisePrediction(_Modules):
+    """One noise prediction of a policy, whose modules it shares: what `capture` records."""
+
+    def __init__(self, policy: "CogACT") -> None:
+        super().__init__(policy.vision_backbone, policy.projector, policy.llm_backbone, policy.action_model)
+
     def forward(
         self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor, timestep: Tensor, cfg_scale: float
     ) -> Tensor:
-        """Return the noise predicted at one denoising step, [B,A,F]; this is what `capture` records.
+        """Return the noise predicted at one denoising step, [B,A,F].
 
         Args:
             image: uint8 [B,S,S,3].
@@ -111,6 +117,48 @@ class CogACT(nn.Module):
         condition = self.cognition(image, input_ids, text_length)
         predicted: Tensor = self.action_model(noise, timestep, condition, cfg_scale)
         return predicted
+
+
+class CogACT(_Modules):
+    """The dense policy; its submodules carry the key names of CogACT's checkpoints.
+
+    `policy.compile(backend="evla", options={"config": ..., "plan": ...})` lets every later call, `predict_action` among
+    them, run compiled. `torch.compile(policy, backend="evla", ...)` returns a module of which the call alone is
+    compiled: its `predict_action` is this policy's own and stays eager.
+
+    Attributes:
+        sizes: sizes of every part.
+        processor: host-side tokenizer, image preparation and action statistics.
+    """
+
+    def __init__(self, sizes: ModelSizes, processor: Processor) -> None:
+        super().__init__(
+            VisionBackbone(sizes.dino, sizes.siglip),
+            Projector(sizes.projector),
+            LanguageBackbone(sizes.language),
+            ActionModel(sizes.action),
+        )
+        self.sizes = sizes
+        self.processor = processor
+
+    def forward(
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        text_length: Tensor,
+        noise: Tensor,
+        *,
+        ddim_steps: int = DDIM_STEPS,
+        cfg_scale: float = CFG_SCALE,
+    ) -> Tensor:
+        """Return raw samples float32 [B,A,F] of the whole policy; see `sample`. This is what torch.compile compiles.
+
+        Raises:
+            ValueError: `ddim_steps` has no integer stride.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            _mark_text_dynamic(input_ids)
+        return self.sample(image, input_ids, text_length, noise, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
 
     @torch.no_grad()
     def sample(
@@ -210,6 +258,19 @@ class CogACT(nn.Module):
     ) -> NDArray[np.float32]:
         device = next(self.parameters()).device
         image_, ids, length, x = (torch.from_numpy(a).to(device) for a in (image, input_ids, text_length, noise))
-        samples = self.sample(image_, ids, length, x, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+        samples = self(image_, ids, length, x, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
         array: NDArray[np.float32] = samples.cpu().numpy()
         return array
+
+
+def _mark(input_ids: Tensor) -> None:
+    torch._dynamo.mark_dynamic(input_ids, 1, min=4, max=2048)
+
+
+_mark_text_dynamic: Callable[[Tensor], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]  # torch left it so
+    _mark, reason="CogACT marks the text length dynamic here: leave out fullgraph=True"
+)
+"""Lets Dynamo keep the text length symbolic, which the rewrites of the sequence need.
+
+Only a tensor that enters a graph can be marked, so the graph is broken here: what follows is captured as one.
+"""

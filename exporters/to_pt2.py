@@ -1,0 +1,89 @@
+"""A compiled policy to a `.pt2` file, for programs that run torch: an ExportedProgram, or an AOTInductor package."""
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from evla_compile import __version__
+from evla_compile.artifact import check_space
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import Precision
+from evla_compile.errors import ArtifactError, ExportError
+from evla_compile.exporters.lift import to_exported_program
+from evla_compile.exporters.precision import lower
+from evla_compile.exporters.split import split
+from evla_compile.graph import copy_graph, materialize, weights
+from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
+from evla_compile.sites import INPUT_NAMES
+
+Packaging: TypeAlias = Literal["exported", "aoti"]
+"""A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
+
+DESCRIPTION = "evla_compile.json"
+"""Name of the extra file in an ExportedProgram that says what it is."""
+
+
+def to_pt2(
+    compiled: CompiledPolicy, path: Path, *, packaging: Packaging, stages: tuple[str, ...], precision: Precision
+) -> None:
+    """Write a policy's finished graph, which takes `INPUT_NAMES` in order and returns a tuple, `samples` first.
+
+    All weights are held in memory while the file is written. An ExportedProgram is read by `torch.export.load`, an
+    AOTInductor package by `torch._inductor.aoti_load_package`, on a machine of the kind that wrote it.
+
+    Args:
+        compiled: the policy.
+        path: the file.
+        packaging: what to write.
+        stages: outputs behind `samples`.
+        precision: dtype of matrix products outside the action head.
+
+    Raises:
+        ArtifactError: the file cannot be written, or the disk is full.
+        ExportError: the graph cannot be lowered, or no C++ compiler is there.
+        ValueError: `packaging` is unknown.
+    """
+    if packaging not in ("exported", "aoti"):
+        raise ValueError(f"packaging={packaging!r}: expected 'exported' or 'aoti'")
+    if packaging == "aoti" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise ExportError("AOTInductor needs a C++ compiler and found none: apt install g++")
+    outputs = (SAMPLES, *stages)
+    exposed, _ = ExposeStages(stages=outputs)(compiled.graph)
+    (piece,) = lower(split(exposed, outputs, 1), precision, compiled.plan.ranges)
+    graph = copy_graph(piece.graph)
+    check_space(path, sum(tensor.numel() * tensor.element_size() for _, tensor in weights(graph)))
+    materialize(graph)
+    about = {
+        "created_by": __version__,
+        "config": compiled.config.to_json(),
+        "plan": compiled.plan.to_json(),
+        "inputs": list(INPUT_NAMES),
+        "outputs": list(outputs),
+        "precision": precision,
+    }
+    new = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.pt2")
+    try:
+        if packaging == "exported":
+            torch.export.save(to_exported_program(graph), new, extra_files={DESCRIPTION: json.dumps(about)})
+        else:
+            torch._inductor.aoti_compile_and_package(_traced(graph), package_path=os.fspath(new))
+        new.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _traced(gm: fx.GraphModule) -> ExportedProgram:
+    """Trace a graph anew: AOTInductor takes what torch.export itself made, with example inputs."""
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    inputs = tuple(torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in values)
+    with torch.no_grad():
+        return torch.export.export(gm, inputs, strict=False)

@@ -1,0 +1,143 @@
+"""Compiled policies for programs that run torch: `.pt2` files and `to_torch`, read back and compared."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import evla_compile as evla
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import CompileConfig
+from evla_compile.engine_settings import EngineSettings
+from evla_compile.errors import ArtifactError, EvlaError, ExportError
+from evla_compile.exporters.to_pt2 import DESCRIPTION
+from evla_compile.model.policy import CogACT
+from evla_compile.sites import INPUT_NAMES
+from evla_compile.tolerances import relative_error
+
+CONFIG = CompileConfig(
+    keep_layers=(0, 1, 3),
+    mlp_keep=1.0,
+    visual_tokens=7,
+    key_tokens=2,
+    cache_interval=2,
+    ddim_steps=5,
+    text_tokens=9,
+    batch_size=2,
+)
+JIT = "ignore:.*torch.jit:DeprecationWarning"  # within Inductor
+
+
+@pytest.fixture(scope="module")
+def compiled(small_policy: CogACT) -> CompiledPolicy:
+    return evla.compile(small_policy, CONFIG)
+
+
+def samples(compiled: CompiledPolicy, inputs: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = compiled.graph(*inputs)
+    return found
+
+
+def test_an_exported_program_is_read_back(
+    compiled: CompiledPolicy, small_inputs: Sequence[Tensor], tmp_path: Path
+) -> None:
+    compiled.export(tmp_path / "policy.pt2")
+    extra = {DESCRIPTION: ""}
+    module = torch.export.load(tmp_path / "policy.pt2", extra_files=extra).module()
+    with torch.no_grad():
+        (found,) = module(*small_inputs)
+    assert torch.equal(found, samples(compiled, small_inputs))
+    about = json.loads(extra[DESCRIPTION])
+    assert CompileConfig.from_json(about["config"]) == CONFIG
+    assert about["inputs"] == list(INPUT_NAMES)
+    assert about["outputs"] == ["samples"]
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.pt2"]
+
+
+def test_stages_and_precision_reach_the_file(
+    compiled: CompiledPolicy, small_inputs: Sequence[Tensor], tmp_path: Path
+) -> None:
+    compiled.export(tmp_path / "policy.pt2", stages=("kept_patches",), precision="bfloat16")
+    program = torch.export.load(tmp_path / "policy.pt2")
+    with torch.no_grad():
+        found, kept = program.module()(*small_inputs)
+    assert kept.shape == (2, 7)
+    assert 0 < relative_error(found.numpy(), samples(compiled, small_inputs).numpy()) < 0.1
+    assert {tensor.dtype for tensor in program.state_dict.values()} >= {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.filterwarnings(JIT)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # within torch.export
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_an_aotinductor_package_is_read_back(
+    compiled: CompiledPolicy, small_inputs: Sequence[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    compiled.export(tmp_path / "policy.pt2", packaging="aoti")
+    run = torch._inductor.aoti_load_package(str(tmp_path / "policy.pt2"))
+    (found,) = run(*small_inputs)
+    assert relative_error(found.numpy(), samples(compiled, small_inputs).numpy()) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "policy.pt2"]
+
+
+@pytest.mark.filterwarnings(JIT)
+@pytest.mark.parametrize("mode", ["eager", "inductor"])
+def test_a_function_of_torch_tensors_returns_the_samples(
+    mode: str, compiled: CompiledPolicy, small_inputs: Sequence[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    run = compiled.to_torch(mode)  # type: ignore[arg-type]  # parametrized by text
+    image, ids, length, noise = small_inputs
+    for shift in (0.0, 1.0):
+        found = run(image, ids, length, noise + shift)
+        expected = samples(compiled, (image, ids, length, noise + shift))
+        assert relative_error(found.numpy(), expected.numpy()) < 1e-5
+        assert not found.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_cuda_graphs_return_results_of_their_own(small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    policy = evla.compile(small_policy.cuda(), CONFIG)
+    run = policy.to_torch("cudagraphs")
+    image, ids, length, noise = (tensor.cuda() for tensor in small_inputs)
+    first = run(image, ids, length, noise)
+    kept = first.clone()
+    second = run(image, ids, length, noise + 1)
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+
+
+# Refusals
+
+
+def test_what_a_pt2_does_not_have_is_refused(
+    compiled: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="packaging='onnx': expected 'exported' or 'aoti'"):
+        compiled.export(tmp_path / "policy.pt2", packaging="onnx")  # type: ignore[arg-type]  # the point
+    for settings in ({"parts": 2}, {"engine": EngineSettings()}):
+        with pytest.raises(ValueError, match=r"parts= and engine= are not for a \.pt2"):
+            compiled.export(tmp_path / "policy.pt2", **settings)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ExportError, match=r"AOTInductor needs a C\+\+ compiler .*apt install g\+\+"):
+        compiled.export(tmp_path / "policy.pt2", packaging="aoti")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused(compiled: CompiledPolicy, tmp_path: Path) -> None:
+    with pytest.raises((ArtifactError, OSError), match="absent"):
+        compiled.export(tmp_path / "absent" / "policy.pt2")
+
+
+def test_modes_that_are_not_there_are_refused(compiled: CompiledPolicy) -> None:
+    with pytest.raises(ValueError, match="mode='fast': expected 'eager', 'inductor' or 'cudagraphs'"):
+        compiled.to_torch("fast")  # type: ignore[arg-type]  # the point
+    if not torch.cuda.is_available():
+        with pytest.raises(EvlaError, match="mode='cudagraphs' needs a GPU"):
+            compiled.to_torch("cudagraphs")
