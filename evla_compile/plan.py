@@ -35,7 +35,7 @@ class Plan:
     mlp_neurons: tuple[tuple[int, ...], ...]
     """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
     ranges: tuple[tuple[str, float], ...] = ()
-    """Largest absolute input or output observed in each linear layer, convolution and attention, by module path; empty
+    """Largest absolute input or output observed in each linear layer and attention, by module path; empty
     if not measured. What float16 can hold is decided by it."""
     frames: int
     """Observations measured; 0 where the configuration left nothing to measure."""

@@ -82,13 +82,15 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
             f"parts={parts}: this graph has {len(layers)} decoder layers and {'an' if ACTION in sizes else 'no'} action"
             f" head; expected at most {len(layers) + 1} parts"
         )
-    total = sum(size for path, size in sizes.items() if path != ACTION)
-    before, regions = sizes.get("", 0), {ACTION: parts - 1}
+    regions, number = {ACTION: parts - 1}, 0
+    left, filled = sum(size for path, size in sizes.items() if path != ACTION), sizes.get("", 0)
     for position, path in enumerate(layers):
-        wanted = int(before / total * (parts - 1))
-        left = len(layers) - position  # every part gets at least one layer
-        regions[path] = max(min(wanted, parts - 2, position), parts - 1 - left)
-        before += sizes[path]
+        wanted = parts - 1 - number  # parts that are not closed yet, and get equal shares of what is left
+        begun = position > 0 and filled > 0
+        if wanted > 1 and begun and (filled + sizes[path] / 2 > left / wanted or len(layers) - position < wanted):
+            left, filled, number = left - filled, 0, number + 1
+        regions[path] = number
+        filled += sizes[path]
     return regions
 
 

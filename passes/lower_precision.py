@@ -24,7 +24,6 @@ FLOAT16_LIMIT = float(torch.finfo(torch.float16).max) / 2
 
 _OPERANDS: Mapping[object, tuple[int, ...]] = {
     aten.linear.default: (0, 1, 2),
-    aten.conv2d.default: (0, 1, 2),
     aten.scaled_dot_product_attention.default: (0, 1, 2, 3),
     aten.embedding.default: (0,),
 }
@@ -45,11 +44,12 @@ _MOVES = (
 
 @dataclass(frozen=True, kw_only=True)
 class LowerPrecision(GraphPass):
-    """Compute linear layers, convolutions and attention of vision, projector and decoder in `dtype`, lossy.
+    """Compute linear layers and attention of vision, projector and decoder in `dtype`, lossy.
 
     Their weights and the token embedding are stored in it (DESIGN: precision). Everything else stays float32, with
-    casts in front of and behind each of them: the residual stream, norms, activations, rotary tables, the scores and
-    distances that select visual tokens, the cognition feature, the action head and the sampler. A strongly typed
+    casts in front of and behind each of them: the patch embeddings (ONNX has bfloat16 convolutions from opset 22 on
+    only), the residual stream, norms, activations, rotary tables, the scores and distances that select visual tokens,
+    the cognition feature, the action head and the sampler. A strongly typed
     TensorRT network obeys these casts, and no builder may move them. float16 overflows at 65504: it is refused for
     every layer of which `ranges` does not show that it stays below half of that. Refuses a graph without such a layer,
     and one that is not float32.
@@ -73,7 +73,7 @@ class LowerPrecision(GraphPass):
         """Cast the operands of every lowered operator, and its result back."""
         sites = list(lowered_sites(gm.graph))
         if not sites:
-            raise PassError(f"nothing to lower: no linear layer, convolution or attention under {', '.join(LOWERED)}")
+            raise PassError(f"nothing to lower: no linear layer or attention under {', '.join(LOWERED)}")
         if self.dtype == "float16":
             check_ranges(sites, dict(self.ranges))
         return _Lowering(gm, getattr(torch, self.dtype)).lower(sites)

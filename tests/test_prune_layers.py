@@ -12,7 +12,7 @@ from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import PassError
 from evla_compile.graph import measure, weights
-from evla_compile.model.policy import CogACT
+from evla_compile.model.policy import CogACT, NoisePrediction
 from evla_compile.passes import PruneLayers
 from evla_compile.sites import DECODER_LAYERS, decoder_layers, is_call, nodes_under
 
@@ -34,7 +34,7 @@ def test_it_equals_the_policy_without_the_layers(
 ) -> None:
     pruned, report = PruneLayers(keep=kept)(small_graph)
     inputs = *small_inputs, TIME
-    assert torch.equal(pruned(*inputs), with_layers(small_policy, kept)(*inputs, cfg_scale=1.5))
+    assert torch.equal(pruned(*inputs), NoisePrediction(with_layers(small_policy, kept))(*inputs, cfg_scale=1.5))
     assert (report.changes, report.exact) == (4 - len(kept), False)
 
 

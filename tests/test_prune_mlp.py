@@ -12,7 +12,7 @@ from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import PassError
 from evla_compile.graph import copy_graph, measure, weights
-from evla_compile.model.policy import CogACT
+from evla_compile.model.policy import CogACT, NoisePrediction
 from evla_compile.passes import PruneLayers, PruneMLP
 from evla_compile.sites import DECODER_LAYERS, decoder_layers
 
@@ -40,7 +40,7 @@ def test_it_equals_the_sliced_policy_and_has_its_operators_and_weights(
 ) -> None:
     oracle, inputs = with_neurons(small_policy), (*small_inputs, TIME)
     pruned, report = PruneMLP(neurons=NEURONS)(small_graph)
-    assert torch.equal(pruned(*inputs), oracle(*inputs, cfg_scale=1.5))
+    assert torch.equal(pruned(*inputs), NoisePrediction(oracle)(*inputs, cfg_scale=1.5))
     assert (report.changes, report.exact) == (3, False)
     assert report.after == measure(pruned) == measure(capture(oracle, small_config))
 
@@ -58,7 +58,7 @@ def test_it_composes_with_pruned_layers(
     pruned, _ = PruneMLP(neurons=NEURONS)(PruneLayers(keep=(0, 1, 3))(small_graph)[0])
     oracle, inputs = with_neurons(small_policy), (*small_inputs, TIME)
     del oracle.llm_backbone.llm.model.layers[2]
-    assert torch.equal(pruned(*inputs), oracle(*inputs, cfg_scale=1.5))
+    assert torch.equal(pruned(*inputs), NoisePrediction(oracle)(*inputs, cfg_scale=1.5))
 
 
 def test_the_input_graph_is_untouched(
