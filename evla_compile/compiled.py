@@ -208,7 +208,7 @@ class CompiledPolicy(Predictor):
         Args:
             path: an `X.onnx`, with `X.manifest.json` and so on beside it, an `X.engine`, with the ONNX file that it was
                 built from beside it too, an `X.pt2` alone, or a folder for all of them.
-            opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default.
+            opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default. A `.pt2` has none.
             stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
             precision: dtype of weights and matrix products of vision, projector and decoder. Below float32 the chain of
                 graphs is held against this one, stage by stage, on the recorded frames before anything is written.

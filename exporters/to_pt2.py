@@ -16,12 +16,13 @@ from evla_compile.artifact import check_space
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import Precision
 from evla_compile.errors import ArtifactError, ExportError
+from evla_compile.exporters.artifact import record_cases
 from evla_compile.exporters.lift import to_exported_program
-from evla_compile.exporters.precision import lower
+from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import split
 from evla_compile.graph import copy_graph, materialize, weights
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
-from evla_compile.sites import INPUT_NAMES
+from evla_compile.sites import INPUT_NAMES, verified_stages
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
 """A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
@@ -49,12 +50,15 @@ def to_pt2(
         ArtifactError: the file cannot be written, or the disk is full.
         ExportError: the graph cannot be lowered, or no C++ compiler is there.
         ValueError: `packaging` is unknown.
+        VerificationError: a stage leaves the tolerance of `precision`.
     """
     if packaging not in ("exported", "aoti"):
         raise ValueError(f"packaging={packaging!r}: expected 'exported' or 'aoti'")
     if packaging == "aoti" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ExportError("AOTInductor needs a C++ compiler and found none: apt install g++")
     outputs = (SAMPLES, *stages)
+    if precision != "float32":
+        _check_precision(compiled, precision)
     exposed, _ = ExposeStages(stages=outputs)(compiled.graph)
     (piece,) = lower(split(exposed, outputs, 1), precision, compiled.plan.ranges)
     graph = copy_graph(piece.graph)
@@ -79,6 +83,14 @@ def to_pt2(
         raise ArtifactError(f"{path} cannot be written: {error}") from error
     finally:
         new.unlink(missing_ok=True)
+
+
+def _check_precision(compiled: CompiledPolicy, precision: Precision) -> None:
+    """Hold the graph in lower precision against the float32 one, stage by stage, on the recorded frames."""
+    names = (SAMPLES, *verified_stages(compiled.graph.graph))
+    pieces = lower(split(compiled.exposing(names), names, 1), precision, compiled.plan.ranges)
+    cases = record_cases(compiled, (SAMPLES,), names[1:])
+    compare(pieces, cases, precision, compiled.config.text_tokens)
 
 
 def _traced(gm: fx.GraphModule) -> ExportedProgram:

@@ -1,6 +1,7 @@
 """torch.compile(policy, backend="evla"): what it returns, when it compiles, and what it refuses."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,80 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(Exception) as caught:  # noqa: PT011 (Dynamo wraps it in an error of its own)
         fast(*small_inputs)
     assert message in refusal(kind, caught.value)
+
+
+def scaled(policy: CogACT, factor: float) -> CogACT:
+    """A policy of the same form with other weights."""
+    other = deepcopy(policy)
+    other.load_state_dict({name: tensor * factor for name, tensor in policy.state_dict().items()})
+    return other
+
+
+def small_error(fast: Callable[..., Tensor], policy: CogACT, inputs: Sequence[Tensor]) -> float:
+    found, expected = fast(*inputs, ddim_steps=5), policy.sample(*inputs, ddim_steps=5)
+    return relative_error(found.numpy(), expected.numpy())
+
+
+TWO_ROWS: Any = {  # torch types options without the objects that a backend may take
+    "config": CompileConfig.dense(text_tokens=9, batch_size=2, ddim_steps=5),
+    "mode": "eager",
+}
+
+
+def test_policies_of_the_same_form_keep_their_own_weights(small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    policies = small_policy, scaled(small_policy, 1.1)
+    fast = [torch.compile(policy, backend="evla", options=TWO_ROWS) for policy in policies]
+    for call, policy in (*zip(fast, policies, strict=True), (fast[0], policies[0])):
+        assert small_error(call, policy, small_inputs) < 1e-5
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["in place", "assigned"])
+def test_new_weights_of_a_policy_arrive(assign: bool, small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    policy = deepcopy(small_policy)
+    fast = torch.compile(policy, backend="evla", options=TWO_ROWS)
+    assert small_error(fast, policy, small_inputs) < 1e-5
+    policy.load_state_dict(scaled(policy, 1.1).state_dict(), assign=assign)
+    assert small_error(fast, policy, small_inputs) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["steps", "batch"])
+def test_the_right_call_runs_behind_a_refused_one(
+    wrong: str, small_policy: CogACT, small_inputs: Sequence[Tensor]
+) -> None:
+    fast = torch.compile(small_policy, backend="evla", options=TWO_ROWS)
+    refused = small_inputs if wrong == "steps" else [torch.cat([tensor, tensor]) for tensor in small_inputs]
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        fast(*refused, ddim_steps=10 if wrong == "steps" else 5)
+    assert "the policy was called with" in refusal(ValueError, caught.value)
+    assert small_error(fast, small_policy, small_inputs) < 1e-5
+
+
+def test_another_guidance_scale_behind_the_first_is_refused(
+    small_policy: CogACT, small_inputs: Sequence[Tensor]
+) -> None:
+    fast = torch.compile(small_policy, backend="evla", options=TWO_ROWS)
+    fast(*small_inputs, ddim_steps=5)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        fast(*small_inputs, ddim_steps=5, cfg_scale=2.0)
+    assert "torch._dynamo.reset()" in refusal(ValueError, caught.value)
+
+
+@pytest.mark.parametrize("extra", ["tensor", "number", "output"])
+def test_what_surrounds_the_policy_is_refused(extra: str, small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    def step(
+        image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor, other: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        samples = small_policy.sample(image, input_ids, text_length, noise, ddim_steps=5)
+        return (samples, samples + 1) if extra == "output" else samples + other
+
+    fast = torch.compile(step, backend="evla", options=TWO_ROWS)
+    image, input_ids, text_length, noise = small_inputs
+    torch._dynamo.mark_dynamic(input_ids, 1)
+    if extra == "number":  # Dynamo makes a number an input once it has changed
+        fast(image, input_ids, text_length, noise, 2)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        fast(image, input_ids, text_length, noise, torch.ones(7) if extra == "tensor" else 3)
+    assert "compiles a CogACT policy alone" in refusal(UnsupportedModelError, caught.value)
 
 
 def test_another_module_is_refused() -> None:

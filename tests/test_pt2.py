@@ -3,17 +3,21 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import evla_compile as evla
+from evla_compile import tolerances
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import ArtifactError, EvlaError, ExportError
+from evla_compile.exporters.artifact import record_cases
 from evla_compile.exporters.to_pt2 import DESCRIPTION
 from evla_compile.model.policy import CogACT
 from evla_compile.sites import INPUT_NAMES
@@ -60,15 +64,24 @@ def test_an_exported_program_is_read_back(
 
 
 def test_stages_and_precision_reach_the_file(
-    compiled: CompiledPolicy, small_inputs: Sequence[Tensor], tmp_path: Path
+    tiny_policy: CogACT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled.export(tmp_path / "policy.pt2", stages=("kept_patches",), precision="bfloat16")
+    config = CompileConfig(
+        keep_layers=(0, 1, 2, 4), mlp_keep=1.0, visual_tokens=40, cache_interval=2, ddim_steps=5, cfg_scale=1.0
+    )
+    policy = evla.compile(tiny_policy, config)
+    policy.export(tmp_path / "policy.pt2", stages=("kept_patches",), precision="bfloat16")
     program = torch.export.load(tmp_path / "policy.pt2")
+    inputs = [torch.from_numpy(array) for array in record_cases(policy, ("samples",))[0].inputs.values()]
     with torch.no_grad():
-        found, kept = program.module()(*small_inputs)
-    assert kept.shape == (2, 7)
-    assert 0 < relative_error(found.numpy(), samples(compiled, small_inputs).numpy()) < 0.1
+        found, kept = program.module()(*inputs)
+    assert kept.shape == (1, 40)
+    assert 0 < relative_error(found.numpy(), samples(policy, inputs).numpy()) < 0.03
     assert {tensor.dtype for tensor in program.state_dict.values()} >= {torch.bfloat16, torch.float32}
+    monkeypatch.setattr(tolerances, "TOLERANCES", replace(tolerances.TOLERANCES, bfloat16_features=1e-5))
+    with pytest.raises(evla.VerificationError, match="in bfloat16: patches is"):
+        policy.export(tmp_path / "other.pt2", precision="bfloat16")
+    assert not (tmp_path / "other.pt2").exists()
 
 
 @pytest.mark.filterwarnings(JIT)
@@ -83,6 +96,17 @@ def test_an_aotinductor_package_is_read_back(
     (found,) = run(*small_inputs)
     assert relative_error(found.numpy(), samples(compiled, small_inputs).numpy()) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "policy.pt2"]
+
+
+def test_a_tensor_that_another_compiled_policy_was_called_with_is_taken(
+    compiled: CompiledPolicy, small_policy: CogACT, small_inputs: Sequence[Tensor]
+) -> None:
+    """The policy marks its text length dynamic, a mark that stays with the tensor."""
+    options: dict[str, Any] = {"config": CONFIG, "mode": "eager"}
+    fast = torch.compile(small_policy, backend="evla", options=options)
+    static = torch.compile(compiled.graph, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        assert torch.allclose(fast(*small_inputs, ddim_steps=5), static(*small_inputs), atol=1e-5)
 
 
 @pytest.mark.filterwarnings(JIT)

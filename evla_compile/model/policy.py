@@ -157,7 +157,7 @@ class CogACT(_Modules):
             ValueError: `ddim_steps` has no integer stride.
         """
         if torch.compiler.is_dynamo_compiling():
-            _mark_text_dynamic(input_ids)
+            _mark_sizes(image, input_ids, text_length, noise)
         return self.sample(image, input_ids, text_length, noise, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
 
     @torch.no_grad()
@@ -263,14 +263,17 @@ class CogACT(_Modules):
         return array
 
 
-def _mark(input_ids: Tensor) -> None:
-    torch._dynamo.mark_dynamic(input_ids, 1, min=4, max=2048)
+def _mark(image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> None:
+    for tensor in (image, text_length, noise):
+        torch._dynamo.mark_static(tensor)
+    torch._dynamo.mark_static(input_ids, 0)
+    torch._dynamo.maybe_mark_dynamic(input_ids, 1)  # the mark stays with the tensor, which other graphs may make static
 
 
-_mark_text_dynamic: Callable[[Tensor], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]  # torch left it so
+_mark_sizes: Callable[[Tensor, Tensor, Tensor, Tensor], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]  # torch left it so
     _mark, reason="CogACT marks the text length dynamic here: leave out fullgraph=True"
 )
-"""Lets Dynamo keep the text length symbolic, which the rewrites of the sequence need.
+"""Lets Dynamo keep the text length symbolic, which the rewrites of the sequence need, and no other size.
 
 Only a tensor that enters a graph can be marked, so the graph is broken here: what follows is captured as one.
 """
