@@ -316,36 +316,50 @@ def verify(
 @app.command()
 def doctor(
     work: Annotated[
-        Literal["compile", "run", "build"], typer.Argument(help="What is going to be done on this machine.")
-    ] = "run",
+        Literal["compile", "run", "build"] | None, typer.Argument(help="What is going to be done on this machine.")
+    ] = None,
     artifact: Annotated[Path | None, typer.Option(metavar="DIR", help="The compiled policy that it is about.")] = None,
     size: Annotated[
         str | None, typer.Option(help="Without an artifact: small, base, large or a RUN_DIR. Needs torch.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Of that size: {', '.join(sorted(evla.PRESETS))}, dense.")] = None,
-    precision: Annotated[Precision, typer.Option(help="Of that size's export.")] = "float32",
+    precision: Annotated[Precision | None, typer.Option(help="Of that size's export; float32 by default.")] = None,
     provider: Annotated[Provider | None, typer.Option(help="For run: where to compute.")] = None,
-    flavour: Annotated[Flavour | None, typer.Option(help="For build: the library.")] = None,
+    flavour: Annotated[Flavour | None, typer.Option(help="For build and to run an engine: the library.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check whether this machine can do a piece of work, and say what to do about what it lacks.
 
-    Exit status 0: it can. 1: it cannot. 2: the question was wrong.
+    Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
+    here and what can be done with it, and 1 says that something installed is broken.
     """
-    from evla_compile.doctor import examine, make_request, stored_bytes
-    from evla_compile.tables import findings_table
+    from evla_compile.doctor import examine, stored_bytes, survey_machine
+    from evla_compile.doctor_request import make_request
+    from evla_compile.tables import findings_table, survey_summary
 
-    weight_bytes = None if size is None else stored_bytes(size, preset, precision)
+    if work is None:
+        if any(given is not None for given in (artifact, size, preset, precision, provider, flavour)):
+            raise ValueError("expected compile, run or build in front of these options: evla doctor run --artifact DIR")
+        with _step("look at this machine"):
+            found = survey_machine()
+        if as_json:
+            print(json.dumps(found.to_json()))
+        else:
+            _console().print(survey_summary(found))
+        raise typer.Exit(any(finding.status == "failed" for finding in found.findings))
+    if size is None and (preset is not None or precision is not None):
+        raise ValueError("--preset and --precision describe --size: give it too, or leave them out")
+    weight_bytes = None if size is None else stored_bytes(size, preset, precision or "float32")
     request = make_request(work, provider=provider, flavour=flavour, artifact=artifact, weight_bytes=weight_bytes)
     with _step("look at this machine"):
-        found = examine(request, artifact if artifact is not None and artifact.is_dir() else Path())
-    failed = [finding.check for finding in found if finding.status == "failed"]
+        findings = examine(request)
+    failed = [finding.check for finding in findings if finding.status == "failed"]
     if as_json:
-        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in found]}))
+        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in findings]}))
     else:
-        _console().print(findings_table(found))
+        _console().print(findings_table(findings))
         what = request.describe()
-        _console().print(f"cannot {what}: see {', '.join(failed)}" if failed else f"can {what}")
+        _console().print(f"cannot {what}: see {', '.join(failed)}" if failed else f"can {what}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 

@@ -1,21 +1,16 @@
 """`evla doctor`: falsifiable checks of what a piece of work needs on this machine, each with its remedy; no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
-from evla_compile.artifact import find_manifest
 from evla_compile.config import CompileConfig, Precision
+from evla_compile.doctor_capacity import check_artifact, check_disk, check_engine, check_memory
 from evla_compile.doctor_checks import (
-    Finding,
-    Request,
-    Work,
-    check_artifact,
-    check_disk,
     check_driver,
-    check_engine,
+    check_export,
     check_gpu,
-    check_import,
-    check_memory,
     check_provider,
     check_python,
     check_runtime_packages,
@@ -23,19 +18,38 @@ from evla_compile.doctor_checks import (
     check_torch,
     check_transformers,
 )
-from evla_compile.doctor_facts import Facts, collect
-from evla_compile.engine_settings import Flavour
-from evla_compile.manifest import read_manifest
+from evla_compile.doctor_facts import DISTRIBUTIONS, PROGRAMS, Facts, collect
+from evla_compile.doctor_request import Finding, Request
+from evla_compile.engine_settings import FLAVOURS
 from evla_compile.runtime import Provider
 
 
-def examine(request: Request, folder: Path) -> list[Finding]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What is on a machine, and what can be done there."""
+
+    findings: tuple[Finding, ...]
+    """What every check found; what is not installed is absent, and only what is broken has failed."""
+    lacks: tuple[tuple[Request, tuple[str, ...]], ...]
+    """Each kind of work, and the checks that stand in its way: none where it can be done."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the survey as JSON-ready values."""
+        return {
+            "sound": all(finding.status != "failed" for finding in self.findings),
+            "findings": [finding.to_json() for finding in self.findings],
+            "works": [
+                {"command": request.command(), "can": not lacks, "lacks": list(lacks)} for request, lacks in self.lacks
+            ],
+        }
+
+
+def examine(request: Request) -> list[Finding]:
     """Look at this machine, and return what stands in the way of a piece of work and what does not.
 
-    Args:
-        request: the work.
-        folder: where files would be written.
+    Disk space is that of the artifact's folder, or of the current one.
     """
+    folder = request.place.parent if request.place is not None else Path()
     return list(findings(request, collect(request.imports, folder)))
 
 
@@ -45,59 +59,74 @@ def findings(request: Request, facts: Facts) -> Iterator[Finding]:
     if request.work == "compile":
         yield check_torch(facts)
         yield check_transformers(facts)
-        yield check_import("ONNX export", "onnxscript", facts, 'pip install "evla-compile"')
+        yield check_export(facts)
     if "onnxruntime" in request.imports:
         yield check_runtime_packages(request, facts)
         yield check_provider(request, facts)
     if request.flavour in request.imports:
-        yield check_tensorrt(request, facts)
+        yield check_tensorrt(request.flavour, facts)
     if request.needs_gpu:
         yield check_gpu(facts)
         if facts.gpu is not None:
-            yield check_driver(facts)
+            yield check_driver(request, facts)
     yield check_memory(request, facts)
     if request.work != "run":
         yield check_disk(request, facts)
-    if request.manifest is not None and request.place is not None:
+    if request.manifest is not None:
         yield check_artifact(request)
-        if request.work == "run" and request.provider == "engine" and facts.gpu is not None:
+        if request.work == "run" and request.provider == "engine":
             yield check_engine(request, facts)
 
 
-def make_request(
-    work: Work,
-    *,
-    provider: Provider | None,
-    flavour: Flavour | None,
-    artifact: Path | None,
-    weight_bytes: int | None,
-) -> Request:
-    """Return a request, completed by what an artifact says of itself.
+def survey_machine() -> Survey:
+    """Look at everything on this machine, and return what can be done here."""
+    return survey(collect(tuple(PROGRAMS), Path()))
 
-    Raises:
-        ArtifactError: there is no artifact where one was named, or its manifest is damaged.
-    """
-    if artifact is None:
-        return Request(
-            work=work,
-            provider=provider or "cpu",
-            flavour=flavour or "tensorrt",
-            weight_bytes=weight_bytes,
-        )
-    place = find_manifest(artifact)
-    manifest = read_manifest(place)
-    sizes = [sum(record.size for record in part.files) for part in manifest.parts]
-    chosen = provider or ("engine" if artifact.suffix == ".engine" else "cpu")
-    if chosen == "engine" and manifest.engine is not None:
-        sizes = [record.size for record in manifest.engine.files]
-    return Request(
-        work=work,
-        provider=chosen,
-        flavour=flavour or (manifest.engine.flavour if manifest.engine is not None else "tensorrt"),
-        manifest=manifest,
-        place=place,
-        weight_bytes=max(sizes) if work == "build" else sum(sizes),
+
+def survey(facts: Facts) -> Survey:
+    """Return what every check finds, and what can be done, from facts alone."""
+    lacks = []
+    for request in _kinds_of_work():
+        stands = (finding.check for finding in findings(request, facts) if finding.status == "failed")
+        lacks.append((request, tuple(stands)))
+    return Survey(findings=tuple(_inventory(facts)), lacks=tuple(lacks))
+
+
+def _kinds_of_work() -> Sequence[Request]:
+    providers = [provider for provider in get_args(Provider) if provider != "engine"]
+    return (
+        Request(work="compile"),
+        *(Request(work="run", provider=provider) for provider in providers),
+        *(Request(work="run", provider="engine", flavour=flavour) for flavour in FLAVOURS),
+        *(Request(work="build", flavour=flavour) for flavour in FLAVOURS),
     )
+
+
+def _inventory(facts: Facts) -> Iterator[Finding]:
+    """Yield what is installed, broken or absent."""
+    yield check_python(facts)
+    cpu = Request(work="run")
+    for name, finding in (
+        ("torch", check_torch(facts)),
+        ("transformers", check_transformers(facts)),
+        ("onnxscript", check_export(facts)),
+        ("onnxruntime", check_runtime_packages(cpu, facts)),
+        ("onnxruntime", check_provider(_installed_provider(facts), facts)),
+        *((flavour, check_tensorrt(flavour, facts)) for flavour in FLAVOURS),
+    ):
+        absent = not any(package in facts.packages for package in DISTRIBUTIONS[name])
+        yield replace(finding, status="absent") if absent and finding.status == "failed" else finding
+    gpu = check_gpu(facts)
+    yield replace(gpu, status="absent") if facts.driver is None and gpu.status == "failed" else gpu
+    yield check_memory(cpu, facts)
+    yield check_disk(cpu, facts)
+
+
+def _installed_provider(facts: Facts) -> Request:
+    """Return a run on what the installed ONNX Runtime is there for; without a GPU, that for GPUs computes on the CPU."""
+    if "onnxruntime-gpu" in facts.packages and facts.gpu is not None:
+        return Request(work="run", provider="cuda")
+    return Request(work="run", provider="openvino" if "onnxruntime-openvino" in facts.packages else "cpu")
 
 
 def stored_bytes(size: str, preset: str | None, precision: Precision) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,26 +15,42 @@ from evla_compile.errors import EvlaError
 from evla_compile.memory import available_memory
 from evla_compile.runtime.cuda import Gpu, find_gpu
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-openvino",
-    "onnxruntime-directml",
-    "tensorrt",
-    "tensorrt-cu13",
-    "tensorrt-cu12",
-    "tensorrt-rtx-cu13",
-    "cuda-bindings",
-    "numpy",
-    "tokenizers",
-    "Pillow",
-)
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+    "onnxscript": ("onnx", "onnxscript"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
+    "tensorrt": (
+        "tensorrt",
+        *(f"tensorrt-cu{major}{kind}" for major in (12, 13) for kind in ("", "-bindings", "-libs")),
+    ),
+    "tensorrt_rtx": (
+        "tensorrt-rtx",
+        *(f"tensorrt-rtx-cu{major}{kind}" for major in (12, 13) for kind in ("", "-bindings", "-libs")),
+    ),
+}
+"""Packages that bring each of `PROGRAMS`."""
+
+PACKAGES = (*(name for names in DISTRIBUTIONS.values() for name in names), "torchvision", "cuda-bindings")
 """Packages whose versions matter."""
+
+EXECUTION: Mapping[str, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+"""ONNX Runtime's names of its providers."""
+
+# An ONNX file of one Identity, in full since the package that writes such files is not on a robot.
+_IDENTITY = (
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a"
+    "0a08080112040a020801620f0a0179120a0a08080112040a02080142021011"
+)
+_SESSION = (
+    "import onnxruntime; session = onnxruntime.InferenceSession(bytes.fromhex('{model}'), providers=['{provider}'],"
+    " enable_fallback=0); found = {{'taken': session.get_providers()[0]}}"
+)
 
 PROGRAMS: Mapping[str, str] = {
     "torch": "import torch; found = {'version': torch.__version__, 'cuda': torch.version.cuda}",
@@ -44,15 +61,20 @@ PROGRAMS: Mapping[str, str] = {
     "onnxscript": "import onnx, onnxscript; found = {'version': onnxscript.__version__}",
     "onnxruntime": (
         "import onnxruntime; found = {'version': onnxruntime.__version__, 'providers':"
-        " ' '.join(onnxruntime.get_available_providers())}"
+        " ' '.join(onnxruntime.get_available_providers()), 'cuda': getattr(onnxruntime, 'cuda_version', '') or None}"
     ),
     "tensorrt": "import tensorrt; found = {'version': tensorrt.__version__}",
     "tensorrt_rtx": "import tensorrt_rtx; found = {'version': tensorrt_rtx.__version__}",
+    # ONNX Runtime offers a provider whose own libraries do not load, and then computes on the CPU: only a session tells.
+    **{f"session-{name}": _SESSION.format(model=_IDENTITY, provider=provider) for name, provider in EXECUTION.items()},
 }
-"""What is imported to see whether it can be, by a name for it."""
+"""What is run to see whether something can be imported and works, by a name for it."""
 
 _TIMEOUT = 180
 _JETSON = Path("/etc/nv_tegra_release")
+_DRIVER = Path("/proc/driver/nvidia/version")
+_MEMINFO = Path("/proc/meminfo")
+_MISSING = re.compile(r"(\S+\.so\S*): cannot open shared object file")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +85,8 @@ class Import:
     """Last line of its error; None where it worked."""
     found: Mapping[str, str | None] | None = None
     """What it says of itself."""
+    missing: tuple[str, ...] = ()
+    """Shared libraries that the loader did not find on the way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +107,12 @@ class Facts:
     """The first GPU."""
     gpu_error: str | None
     """Why it could not be looked for; None where it could."""
+    driver: str | None = None
+    """Version of NVIDIA's kernel driver, such as `580.65.06`; None where none is loaded."""
     memory: int | None
     """Bytes of memory that can be taken; None where the system does not tell."""
+    swap: int = 0
+    """Bytes of swap that are free."""
     disk: int
     """Bytes free on the disk in question."""
 
@@ -109,7 +137,9 @@ def collect(imports: Sequence[str], folder: Path) -> Facts:
         imports={name: try_import(name) for name in imports},
         gpu=gpu,
         gpu_error=gpu_error,
+        driver=driver_version(_DRIVER.read_text(encoding="ascii")) if _DRIVER.exists() else None,
         memory=available_memory(),
+        swap=free_swap(_MEMINFO.read_text(encoding="ascii")) if _MEMINFO.exists() else 0,
         disk=shutil.disk_usage(folder).free,
     )
 
@@ -127,10 +157,23 @@ def try_import(name: str) -> Import:
         )
     except subprocess.TimeoutExpired:
         return Import(error=f"still importing after {_TIMEOUT} s")
+    missing = tuple(dict.fromkeys(_MISSING.findall(done.stderr)))
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        return Import(error=lines[-1] if lines else f"ended with exit status {done.returncode}")
-    return Import(found=json.loads(done.stdout.splitlines()[-1]))
+        return Import(error=lines[-1] if lines else f"ended with exit status {done.returncode}", missing=missing)
+    return Import(found=json.loads(done.stdout.splitlines()[-1]), missing=missing)
+
+
+def driver_version(text: str) -> str | None:
+    """Return the version in the file that NVIDIA's kernel driver shows of itself; None if it is not there."""
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
+    return found.group() if found else None
+
+
+def free_swap(text: str) -> int:
+    """Return the bytes of free swap in /proc/meminfo's text."""
+    found = re.search(r"^SwapFree:\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found.group(1)) if found else 0
 
 
 def _is_installed(name: str) -> bool:

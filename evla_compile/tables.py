@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from evla_compile.checkpoint import Checkpoint
     from evla_compile.demo import DemoResult, Latency
-    from evla_compile.doctor_checks import Finding
+    from evla_compile.doctor import Survey
+    from evla_compile.doctor_request import Finding
     from evla_compile.estimate import Estimate
     from evla_compile.report import CompileReport
     from evla_compile.runtime.latency import LatencySummary
@@ -236,6 +237,15 @@ def findings_table(findings: Sequence["Finding"]) -> Table:
     for finding in findings:
         table.add_row(finding.check, finding.status, finding.found, finding.remedy or "")
     return table
+
+
+def survey_summary(found: "Survey") -> RenderableType:
+    """Return what the doctor found on a machine, and what can be done there."""
+    works = _table(None, "ask for more with", "", "stands in the way")
+    works.columns[0].no_wrap = True
+    for request, lacks in found.lacks:
+        works.add_row(request.command(), "cannot" if lacks else "can", ", ".join(lacks))
+    return Group(findings_table(found.findings), works)
 
 
 def stage_table(found: "Verification") -> Table:

@@ -386,6 +386,73 @@ def test_a_session_that_falls_back_to_the_cpu_is_refused(artifact: Path, monkeyp
     assert opened == [{"providers": providers, "enable_fallback": 0, "disabled_optimizers": []}]
 
 
+@pytest.mark.parametrize(
+    ("provider", "settings", "expected"),
+    [
+        (
+            "tensorrt",
+            {"cache": "engines"},
+            [
+                (
+                    "TensorrtExecutionProvider",
+                    {
+                        "trt_fp16_enable": "0",
+                        "trt_int8_enable": "0",
+                        "trt_engine_cache_enable": "1",
+                        "trt_engine_cache_path": "engines",
+                        "trt_timing_cache_enable": "1",
+                        "trt_timing_cache_path": "engines",
+                    },
+                ),
+                ("CUDAExecutionProvider", {"use_tf32": "0"}),
+            ],
+        ),
+        ("openvino", {}, [("OpenVINOExecutionProvider", {"device_type": "CPU", "precision": "ACCURACY"})]),
+    ],
+)
+def test_a_provider_is_asked_for_with_its_settings(
+    provider: Any,
+    settings: dict[str, Any],
+    expected: list[Any],
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Any] = []
+
+    def refuse(*_: object, providers: list[Any], **others: Any) -> SimpleNamespace:
+        opened.extend(providers)
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [name for name, _ in expected])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(EvlaError, match=f"provider='{provider}': expected {expected[0][0]}, but .* took CPUExecution"):
+        load(artifact, provider, **settings)
+    assert opened == expected
+    assert (tmp_path / "engines").is_dir() == ("cache" in settings)
+
+
+@pytest.mark.parametrize(
+    ("provider", "message"),
+    [
+        ("cuda", r"expected CUDAExecutionProvider, .*evla-compile\[gpu\]"),
+        ("tensorrt", r"expected TensorrtExecutionProvider, .*evla-compile\[gpu\]"),
+        ("openvino", r"expected OpenVINOExecutionProvider, .*evla-compile\[openvino\]"),
+    ],
+)
+def test_a_provider_that_is_not_installed_is_named_with_its_extra(provider: Any, message: str, artifact: Path) -> None:
+    if len(onnxruntime.get_available_providers()) > 2:
+        pytest.skip("this ONNX Runtime has more providers than a CPU's")
+    with pytest.raises(EvlaError, match=message):
+        load(artifact, provider)
+
+
+def test_a_cache_is_for_what_builds_something(artifact: Path) -> None:
+    with pytest.raises(ValueError, match="with provider='cpu', which builds nothing worth keeping"):
+        load(artifact, "cpu", cache="engines")
+
+
 # Without torch
 
 RUN = """

@@ -1,0 +1,144 @@
+"""The checks of `evla doctor` on room and on artifacts: memory, disk, hashes, an engine's GPU; no torch."""
+
+import math
+from pathlib import Path
+
+from evla_compile.artifact import check_files
+from evla_compile.doctor_facts import Facts
+from evla_compile.doctor_request import Finding, Request, failed, ok, warned
+from evla_compile.errors import EvlaError
+from evla_compile.manifest import Manifest
+from evla_compile.runtime.engine_match import check_match, require_engine
+
+BUILD_FACTOR, BUILD_BASE = 3.2, 700_000_000
+"""Memory of an engine build: so many times the weights of its graph, and so many bytes beside."""
+
+COMPILE_BYTES = 2_000_000_000
+"""Memory that compiling and exporting takes beside the mapped checkpoint, whatever its size; 1.3 GB were measured."""
+
+DISK_BYTES = 100_000_000
+"""Disk that an artifact takes beside its weights."""
+
+_MOST_PARTS = 6
+"""In more, the largest part stays the same: vision, which is not cut."""
+
+_NAME_IT = "name the policy: --artifact DIR, or --size base"
+
+
+def check_memory(request: Request, facts: Facts) -> Finding:
+    """The memory that the work takes is free: on the GPU for what runs there, else on the machine."""
+    if request.work == "compile":
+        return _check_compile_memory(facts)
+    free, where = _free_memory(request, facts)
+    if free is None:
+        return warned("memory", f"what is free {where} is unknown", None)
+    if request.weight_bytes is None:
+        return warned("memory", f"{_gigabytes(free)} {where}; what is needed is unknown", _NAME_IT)
+    if request.work == "build":
+        return _check_build_memory(request, free, facts.swap)
+    found = f"{_gigabytes(request.weight_bytes)} are needed, {_gigabytes(free)} {where}"
+    if request.weight_bytes <= free:
+        return ok("memory", found)
+    if request.provider == "cpu":
+        return failed("memory", found, "evla run --mapped, which leaves the weights in their file, or a smaller preset")
+    return failed("memory", found, "evla compile --precision bfloat16, or a smaller preset")
+
+
+def check_disk(request: Request, facts: Facts) -> Finding:
+    """There is room for what is written: every part's weights once."""
+    if request.total_bytes is None:
+        return warned("disk", f"{_gigabytes(facts.disk)} free; what is needed is unknown", _NAME_IT)
+    needed = request.total_bytes + DISK_BYTES
+    found = f"{_gigabytes(needed)} are needed, {_gigabytes(facts.disk)} free"
+    if needed > facts.disk:
+        return failed("disk", found, "make room, or choose a folder on another disk")
+    return ok("disk", found)
+
+
+def check_artifact(request: Request) -> Finding:
+    """The files that will be read are those that the manifest describes, byte by byte.
+
+    Raises:
+        ValueError: no artifact was named.
+    """
+    manifest, place = _known(request)
+    engines = manifest.engine.files if manifest.engine is not None else ()
+    if request.work == "run" and request.provider == "engine":
+        files = (*engines, manifest.tokenizer)
+    elif request.work == "build":
+        files = tuple(record for part in manifest.parts for record in part.files)
+    else:
+        files = tuple(record for record in manifest.files if record not in engines)
+    try:
+        check_files(files, place.parent)
+    except EvlaError as error:
+        return failed("artifact", str(error), "copy the artifact again, or compile the policy again")
+    return ok("artifact", f"{len(files)} files as the manifest says")
+
+
+def check_engine(request: Request, facts: Facts) -> Finding:
+    """There is an engine, for this GPU, library and platform.
+
+    Raises:
+        ValueError: no artifact was named.
+    """
+    manifest, place = _known(request)
+    tried = facts.imports[request.flavour]
+    rebuild = f"evla build {place.parent} --flavour {request.flavour}"
+    if request.flavour == "tensorrt_rtx" and facts.gpu is not None:
+        rebuild += f" --capability {facts.gpu.compute_capability}"
+    try:
+        record = require_engine(manifest, place)
+        if tried.found is None or facts.gpu is None:
+            return warned("engine", "what it is for cannot be compared: see the library and the GPU", None)
+        check_match(record, str(tried.found["version"]), facts.gpu, place)
+    except EvlaError as error:
+        return failed("engine", str(error), rebuild)
+    return ok("engine", "for this GPU, library and platform")
+
+
+def _check_compile_memory(facts: Facts) -> Finding:
+    if facts.memory is None:
+        return warned("memory", f"{_gigabytes(COMPILE_BYTES)} are needed; what is free is unknown", None)
+    free = facts.memory + facts.swap
+    found = f"{_gigabytes(COMPILE_BYTES)} are needed, {_gigabytes(free)} free with swap"
+    return (
+        ok("memory", found) if COMPILE_BYTES <= free else failed("memory", found, "close other programs, or add swap")
+    )
+
+
+def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
+    """Hold a build's estimate against memory; `evla build` leaves swap out unless it is told how much it may take."""
+    weights, total = request.weight_bytes or 0, request.total_bytes or 0
+    needed = round(BUILD_FACTOR * weights) + BUILD_BASE
+    found = f"{_gigabytes(needed)} are needed, {_gigabytes(free)} free"
+    if needed <= free:
+        return ok("memory", found)
+    target = "DIR" if request.place is None else request.place.parent
+    insist = f"evla build {target} --flavour {request.flavour} --memory-gb {math.ceil(needed / 1e9)}"
+    if needed <= free + swap:
+        return warned("memory", f"{found}, {_gigabytes(free + swap)} with swap: slow", insist)
+    remedy = f"add {_gigabytes(needed - free - swap)} of swap on a fast disk, and then {insist}"
+    room = (free - BUILD_BASE) / BUILD_FACTOR
+    # One part is the action head, and perception is cut into the others, about equal ones.
+    parts = max(2, math.ceil(1.1 * total / room) + 1) if room > 0 else _MOST_PARTS + 1
+    if parts <= _MOST_PARTS:
+        remedy = f"compile again with evla compile --parts {parts}; or {remedy}"
+    return failed("memory", found, remedy)
+
+
+def _free_memory(request: Request, facts: Facts) -> tuple[int | None, str]:
+    """Return the bytes that the work can take, and where; a Jetson's GPU takes them from the machine's memory."""
+    if request.needs_gpu and request.work == "run" and facts.jetson is None:
+        return (None if facts.gpu is None else facts.gpu.memory_bytes), "on the GPU"
+    return facts.memory, "free"
+
+
+def _known(request: Request) -> tuple[Manifest, Path]:
+    if request.manifest is None or request.place is None:
+        raise ValueError("this check needs an artifact")
+    return request.manifest, request.place
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
