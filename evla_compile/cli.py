@@ -5,13 +5,13 @@
 import json
 import shlex
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from evla_compile.engine_settings import EngineSettings, Flavour
 from evla_compile.errors import EvlaError
 from evla_compile.memory import PeakMemory, watching_memory
 from evla_compile.runtime import Provider
+
+if TYPE_CHECKING:
+    from evla_compile.doctor_request import Finding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -143,7 +146,7 @@ def compile_policy(
     _print_memory(peak)
     if check:
         with _step("verify it on ONNX Runtime"):
-            evla.verify(out)
+            evla.verify(out, provider="cpu")
     _console().print(compile_summary(compiled.report))
     _print_next(out, policy.processor.statistics)
 
@@ -333,35 +336,59 @@ def doctor(
     Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
     here and what can be done with it, and 1 says that something installed is broken.
     """
-    from evla_compile.doctor import examine, stored_bytes, survey_machine
+    from evla_compile.doctor import examine, stored_bytes
     from evla_compile.doctor_request import make_request
-    from evla_compile.tables import findings_table, survey_summary
+    from evla_compile.tables import findings_table
 
     if work is None:
         if any(given is not None for given in (artifact, size, preset, precision, provider, flavour)):
             raise ValueError("expected compile, run or build in front of these options: evla doctor run --artifact DIR")
-        with _step("look at this machine"):
-            found = survey_machine()
-        if as_json:
-            print(json.dumps(found.to_json()))
-        else:
-            _console().print(survey_summary(found))
-        raise typer.Exit(any(finding.status == "failed" for finding in found.findings))
+        _survey(as_json=as_json)
+        return
     if size is None and (preset is not None or precision is not None):
         raise ValueError("--preset and --precision describe --size: give it too, or leave them out")
     weight_bytes = None if size is None else stored_bytes(size, preset, precision or "float32")
     request = make_request(work, provider=provider, flavour=flavour, artifact=artifact, weight_bytes=weight_bytes)
     with _step("look at this machine"):
-        findings = examine(request)
-    failed = [finding.check for finding in findings if finding.status == "failed"]
+        found = examine(request)
+    failed = [finding.check for finding in found if finding.status == "failed"]
     if as_json:
-        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in findings]}))
+        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in found]}))
     else:
-        _console().print(findings_table(findings))
+        _console().print(findings_table(found))
+        _print_remedies(found)
         what = request.describe()
         _console().print(f"cannot {what}: see {', '.join(failed)}" if failed else f"can {what}", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
+
+
+def _survey(*, as_json: bool) -> None:
+    """Print what is on this machine and what can be done with it."""
+    from evla_compile.doctor import survey_machine
+    from evla_compile.tables import findings_table, works_table
+
+    with _step("look at this machine"):
+        found = survey_machine()
+    broken = [finding for finding in found.findings if finding.status == "failed"]
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        _console().print(findings_table(found.findings), works_table(found))
+        _print_remedies(broken)
+        _console().print(
+            f"broken: {', '.join(finding.check for finding in broken)}" if broken else "nothing that is here is broken"
+        )
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print_remedies(findings: Iterable["Finding"]) -> None:
+    from evla_compile.tables import remedies
+
+    lines = remedies(findings)
+    if lines:
+        _console().print("What to do:", *(f"  {line}" for line in lines), "", sep="\n", soft_wrap=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from evla_compile.config import CompileConfig, Precision
-from evla_compile.doctor_capacity import check_artifact, check_disk, check_engine, check_memory
+from evla_compile.doctor_capacity import check_artifact, check_disk, check_engine, check_memory, check_room
 from evla_compile.doctor_checks import (
     check_driver,
     check_export,
@@ -39,7 +39,7 @@ class Survey:
             "sound": all(finding.status != "failed" for finding in self.findings),
             "findings": [finding.to_json() for finding in self.findings],
             "works": [
-                {"command": request.command(), "can": not lacks, "lacks": list(lacks)} for request, lacks in self.lacks
+                {"work": request.arguments(), "can": not lacks, "lacks": list(lacks)} for request, lacks in self.lacks
             ],
         }
 
@@ -118,12 +118,11 @@ def _inventory(facts: Facts) -> Iterator[Finding]:
         yield replace(finding, status="absent") if absent and finding.status == "failed" else finding
     gpu = check_gpu(facts)
     yield replace(gpu, status="absent") if facts.driver is None and gpu.status == "failed" else gpu
-    yield check_memory(cpu, facts)
-    yield check_disk(cpu, facts)
+    yield check_room(facts)
 
 
 def _installed_provider(facts: Facts) -> Request:
-    """Return a run on what the installed ONNX Runtime is there for; without a GPU, that for GPUs computes on the CPU."""
+    """Return a run on what the installed ONNX Runtime is there for; without a GPU, that is the CPU."""
     if "onnxruntime-gpu" in facts.packages and facts.gpu is not None:
         return Request(work="run", provider="cuda")
     return Request(work="run", provider="openvino" if "onnxruntime-openvino" in facts.packages else "cpu")

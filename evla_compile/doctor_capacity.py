@@ -25,23 +25,29 @@ _MOST_PARTS = 6
 _NAME_IT = "name the policy: --artifact DIR, or --size base"
 
 
+def check_room(facts: Facts) -> Finding:
+    """What is free, whatever is going to be done."""
+    memory = "an unknown amount of" if facts.memory is None else _gigabytes(facts.memory)
+    return ok("room", f"free: {memory} memory, {_gigabytes(facts.swap)} swap, {_gigabytes(facts.disk)} disk")
+
+
 def check_memory(request: Request, facts: Facts) -> Finding:
     """The memory that the work takes is free: on the GPU for what runs there, else on the machine."""
-    if request.work == "compile":
-        return _check_compile_memory(facts)
     free, where = _free_memory(request, facts)
     if free is None:
         return warned("memory", f"what is free {where} is unknown", None)
+    if request.work == "compile":
+        return _check_compile_memory(free + facts.swap)
     if request.weight_bytes is None:
-        return warned("memory", f"{_gigabytes(free)} {where}; what is needed is unknown", _NAME_IT)
+        return warned("memory", f"{_gigabytes(free)} free {where}; what is needed is unknown", _NAME_IT)
     if request.work == "build":
         return _check_build_memory(request, free, facts.swap)
-    found = f"{_gigabytes(request.weight_bytes)} are needed, {_gigabytes(free)} {where}"
+    found = f"{_gigabytes(request.weight_bytes)} are needed, {_gigabytes(free)} free {where}"
     if request.weight_bytes <= free:
         return ok("memory", found)
-    if request.provider == "cpu":
-        return failed("memory", found, "evla run --mapped, which leaves the weights in their file, or a smaller preset")
-    return failed("memory", found, "evla compile --precision bfloat16, or a smaller preset")
+    mapped = "evla run --mapped, which leaves the weights in their file, or a smaller preset"
+    smaller = "evla compile --precision bfloat16, or a smaller preset"
+    return failed("memory", found, mapped if request.provider == "cpu" else smaller)
 
 
 def check_disk(request: Request, facts: Facts) -> Finding:
@@ -97,13 +103,10 @@ def check_engine(request: Request, facts: Facts) -> Finding:
     return ok("engine", "for this GPU, library and platform")
 
 
-def _check_compile_memory(facts: Facts) -> Finding:
-    if facts.memory is None:
-        return warned("memory", f"{_gigabytes(COMPILE_BYTES)} are needed; what is free is unknown", None)
-    free = facts.memory + facts.swap
+def _check_compile_memory(free: int) -> Finding:
     found = f"{_gigabytes(COMPILE_BYTES)} are needed, {_gigabytes(free)} free with swap"
     return (
-        ok("memory", found) if COMPILE_BYTES <= free else failed("memory", found, "close other programs, or add swap")
+        ok("memory", found) if free >= COMPILE_BYTES else failed("memory", found, "close other programs, or add swap")
     )
 
 
@@ -131,7 +134,7 @@ def _free_memory(request: Request, facts: Facts) -> tuple[int | None, str]:
     """Return the bytes that the work can take, and where; a Jetson's GPU takes them from the machine's memory."""
     if request.needs_gpu and request.work == "run" and facts.jetson is None:
         return (None if facts.gpu is None else facts.gpu.memory_bytes), "on the GPU"
-    return facts.memory, "free"
+    return facts.memory, "on the machine"
 
 
 def _known(request: Request) -> tuple[Manifest, Path]:

@@ -65,7 +65,7 @@ PROGRAMS: Mapping[str, str] = {
     ),
     "tensorrt": "import tensorrt; found = {'version': tensorrt.__version__}",
     "tensorrt_rtx": "import tensorrt_rtx; found = {'version': tensorrt_rtx.__version__}",
-    # ONNX Runtime offers a provider whose own libraries do not load, and then computes on the CPU: only a session tells.
+    # ONNX Runtime offers a provider whose own libraries do not load, and computes on the CPU: only a session tells.
     **{f"session-{name}": _SESSION.format(model=_IDENTITY, provider=provider) for name, provider in EXECUTION.items()},
 }
 """What is run to see whether something can be imported and works, by a name for it."""

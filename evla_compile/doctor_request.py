@@ -61,11 +61,11 @@ class Request:
             return f"build an engine of {about} with {FLAVOUR_NAMES[self.flavour]}"
         return "compile policies"
 
-    def command(self) -> str:
-        """Return the command that asks it of no policy in particular."""
+    def arguments(self) -> str:
+        """Return what asks `evla doctor` it, of no policy in particular."""
         provider = f" --provider {self.provider}" if self.work == "run" else ""
         engine = self.work == "build" or self.provider == "engine"
-        return f"evla doctor {self.work}{provider}" + (f" --flavour {self.flavour}" if engine else "")
+        return f"{self.work}{provider}" + (f" --flavour {self.flavour}" if engine else "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -230,27 +230,32 @@ def call_table(latency: Sequence["LatencySummary"]) -> RenderableType:
     return Group(table, *notes, "The first call, which warms everything up, is in none of the other figures.")
 
 
-def findings_table(findings: Sequence["Finding"]) -> Table:
-    """Return what the doctor found, and what to do about it."""
-    table = _table(None, "check", "", "found", "what to do")
+def findings_table(findings: Iterable["Finding"]) -> Table:
+    """Return what the doctor found."""
+    table = _table(None, "check", "", "found")
     table.columns[0].no_wrap = True
     for finding in findings:
-        table.add_row(finding.check, finding.status, finding.found, finding.remedy or "")
+        table.add_row(finding.check, finding.status, finding.found)
     return table
 
 
-def survey_summary(found: "Survey") -> RenderableType:
-    """Return what the doctor found on a machine, and what can be done there."""
-    works = _table(None, "ask for more with", "", "stands in the way")
-    works.columns[0].no_wrap = True
+def remedies(findings: Iterable["Finding"]) -> tuple[str, ...]:
+    """Return what to do about what the doctor found, a line each: commands in them are there to be copied whole."""
+    return tuple(f"{finding.check}: {finding.remedy}" for finding in findings if finding.remedy is not None)
+
+
+def works_table(found: "Survey") -> Table:
+    """Return what can be done on a machine, and what stands in the way of the rest."""
+    table = _table(None, "evla doctor ...", "", "what stands in the way")
+    table.columns[0].no_wrap = True
     for request, lacks in found.lacks:
-        works.add_row(request.command(), "cannot" if lacks else "can", ", ".join(lacks))
-    return Group(findings_table(found.findings), works)
+        table.add_row(request.arguments(), "cannot" if lacks else "can", ", ".join(lacks))
+    return table
 
 
 def stage_table(found: "Verification") -> Table:
     """Return how far every stage of an artifact is from the float32 torch graph."""
-    table = _table("Stages on ONNX Runtime, against the float32 torch graph", "stage", right=("relative error",))
+    table = _table("Against float32 torch", "stage", right=("relative error",))
     for name, error in found.stages:
         table.add_row(name, f"{error:.1e}")
     return table

@@ -188,6 +188,22 @@ def test_compile_takes_its_options_as_settings(artifact: Path) -> None:
     assert (config.mlp_keep, config.key_tokens, config.cfg_scale) == (0.75, 4, 1.5)
 
 
+def test_compile_writes_an_engine_in_half_precision(tiny_checkpoint: Path, frames: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13, which has wheels for x86-64 alone")
+    out = tmp_path / "policy.engine"
+    settings = ("--dense", "--ddim-steps", 1, "--precision", "float16", "--parts", 2)
+    outcome = evla("compile", tiny_checkpoint, "--calibration", frames, "--out", out, *settings)
+    assert not outcome.status, outcome.err
+    manifest = read_manifest(find_manifest(out))
+    assert manifest.engine is not None
+    assert [file.name for file in manifest.engine.files] == ["policy.perception.engine", "policy.action.engine"]
+    assert manifest.precision == "float16"
+    shown = evla("verify", tmp_path / "policy.manifest.json", "--stages")
+    assert not shown.status, shown.err
+    assert "layers.5" in shown.words
+    assert f"precision {manifest.precision} engine TensorRT-RTX" in evla("inspect", out.with_suffix(".onnx")).words
+
+
 def test_run_prints_the_actions_of_the_runtime(artifact: Path, photo: Path, frame: Image.Image) -> None:
     instruction = "pick up the [red] apple"
     outcome = evla("run", artifact, "--image", photo, "--instruction", instruction, "--unnorm-key", KEY, "--seed", "3")
