@@ -98,11 +98,11 @@ def check_tensorrt(flavour: Flavour, facts: Facts) -> Finding:
     """The flavour of TensorRT imports, and is new enough."""
     name, tried, oldest = FLAVOUR_NAMES[flavour], facts.imports[flavour], OLDEST_VERSIONS[flavour]
     if tried.found is None:
-        return failed(name, _why_absent(flavour, facts), _install_tensorrt(flavour, facts))
+        return failed(name, _why_absent(flavour, facts), _mend_tensorrt(flavour, facts))
     version = str(tried.found["version"])
     if numbers(version)[:2] < oldest:
         found = f"{version}, expected {oldest[0]}.{oldest[1]} or newer"
-        return failed(name, found, _install_tensorrt(flavour, facts))
+        return failed(name, found, REMEDIES[flavour])
     return ok(name, version)
 
 
@@ -184,16 +184,17 @@ def _why_absent(flavour: Flavour, facts: Facts) -> str:
     return f"{', '.join(installed)}: installed, and does not import: {error}" if installed else error
 
 
-def _install_tensorrt(flavour: Flavour, facts: Facts) -> str:
-    """Return what installs a flavour, or what mends an installation without its libraries.
+def _mend_tensorrt(flavour: Flavour, facts: Facts) -> str:
+    """Return what installs a flavour that does not import, or mends an installation without its libraries.
 
     On PyPI the libraries of TensorRT are a stub that fetches them from NVIDIA, and may leave the rest without them.
     """
     if facts.jetson is not None and flavour == "tensorrt":
         return "sudo apt install python3-libnvinfer, and python3 -m venv --system-site-packages: see docs/jetson.md"
     installed = [name for name in DISTRIBUTIONS[flavour] if name in facts.packages]
-    if installed:
-        major = "12" if any("cu12" in name for name in installed) else "13"
-        package = f"{'tensorrt' if flavour == 'tensorrt' else 'tensorrt-rtx'}-cu{major}"
-        return f"pip uninstall -y {' '.join(installed)} && pip install {_NVIDIA_INDEX} {package}"
-    return REMEDIES[flavour]
+    if not installed:
+        return REMEDIES[flavour]
+    if flavour == "tensorrt_rtx":
+        return f"pip uninstall -y {' '.join(installed)} && {REMEDIES[flavour]}"
+    major = "12" if any("cu12" in name for name in installed) else "13"
+    return f"pip uninstall -y {' '.join(installed)} && pip install {_NVIDIA_INDEX} tensorrt-cu{major}"

@@ -197,7 +197,7 @@ def _quiet_exporter() -> Iterator[None]:
 def _keep_module_paths(model: ir.Model) -> None:
     """Reduce the exporter's metadata, stack traces with local paths among it, to each node's module path and pass.
 
-    The path stands in the node's name too, which is all that other tools, TensorRT among them, say of a node.
+    Both stand in the node's name too, which is all that other tools, TensorRT among them, say of a node.
     """
     for number, node in enumerate(model.graph.all_nodes()):
         modules = _listed(node, "pkg.torch.onnx.name_scopes")
@@ -206,9 +206,11 @@ def _keep_module_paths(model: ir.Model) -> None:
         path = modules[-1] if modules else ""
         if path:
             node.metadata_props[_MODULE] = path
+        name = f"{node.op_type}_{number}"
         if kinds and kinds[-1].startswith(WRITTEN_BY):
             node.metadata_props[_PASS] = kinds[-1].removeprefix(WRITTEN_BY)
-        node.name = f"{path}/{node.op_type}_{number}"
+            name = f"{node.metadata_props[_PASS]}.{name}"
+        node.name = f"{path}/{name}"
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     for node in model.graph.all_nodes():

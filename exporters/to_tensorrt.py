@@ -123,10 +123,12 @@ def _parse(trt: Any, network: Any, model: Path, said: Any, flavour: Flavour) -> 
     if not parser.num_errors or not parser.get_error(0).node_operator():
         raise ExportError(f"{name} cannot read {model}: {_reasons(said.errors)}")
     error = parser.get_error(0)
-    module, _, _ = error.node_name().rpartition("/")
+    module, _, rest = error.node_name().rpartition("/")
+    writer, dot, _ = rest.rpartition(".")
+    origin = (module or "the graph itself") + (f", written by {writer}," if dot else "")
     hint = ": export with an opset that has no such operator, opset=20 for instance"
     raise ExportError(
-        f"{name} refuses the {error.node_operator()} node {error.node_name()!r} of {module or 'the graph itself'} in"
+        f"{name} refuses the {error.node_operator()} node {error.node_name()!r} of {origin} in"
         f" {model.name}: {_first_line(error.desc())}{hint if error.node_operator() in _NEW_OPERATORS else ''}"
     )
 

@@ -8,6 +8,7 @@ import sys
 import venv
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 from PIL import Image
 
 import evla_compile
-from evla_compile import cli, doctor_checks
-from evla_compile.doctor import findings, make_request
-from evla_compile.doctor_checks import Finding, Request
-from evla_compile.doctor_facts import Facts, Import, collect, try_import
+from evla_compile import cli, doctor_capacity
+from evla_compile.doctor import findings, survey
+from evla_compile.doctor_facts import Facts, Import, collect, driver_version, free_swap, try_import
+from evla_compile.doctor_request import Finding, Request, make_request
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import ArtifactError
 from evla_compile.model.policy import CogACT
@@ -35,30 +36,58 @@ FACTS = Facts(
         "torch": Import(found={"version": "2.13.0+cpu", "cuda": None}),
         "transformers": Import(found={"version": "5.23.0"}),
         "onnxscript": Import(found={"version": "0.7.2"}),
-        "onnxruntime": Import(found={"version": "1.32.0", "providers": "CPUExecutionProvider"}),
+        "onnxruntime": Import(found={"version": "1.32.0", "providers": "CPUExecutionProvider", "cuda": None}),
+        "session-cpu": Import(found={"taken": "CPUExecutionProvider"}),
+        "session-cuda": Import(found={"taken": "CPUExecutionProvider"}),
+        "session-tensorrt": Import(found={"taken": "CPUExecutionProvider"}),
+        "session-openvino": Import(found={"taken": "CPUExecutionProvider"}),
         "tensorrt": Import(found={"version": "10.13.0"}),
         "tensorrt_rtx": Import(found={"version": "1.7.1.116"}),
     },
     gpu=ADA,
     gpu_error=None,
+    driver="580.65.06",
     memory=20_000_000_000,
     disk=50_000_000_000,
 )
-COMPILE = Request(work="compile", weight_bytes=9_000_000_000)
-RUN = Request(work="run", weight_bytes=9_000_000_000)
+COMPILE = Request(work="compile", weight_bytes=9_000_000_000, total_bytes=9_000_000_000)
+RUN = Request(work="run", weight_bytes=9_000_000_000, total_bytes=9_000_000_000)
 CUDA = replace(RUN, provider="cuda")
 ENGINE = replace(RUN, provider="engine")
-BUILD = Request(work="build", weight_bytes=5_000_000_000)
+BUILD = Request(work="build", weight_bytes=5_000_000_000, total_bytes=9_000_000_000)
 NVISION = "RuntimeError: operator torchvision::nms does not exist"
+NO_GPU = replace(FACTS, gpu=None, driver=None)
+GPU_RUNTIME = {
+    "version": "1.31.1",
+    "providers": "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvider",
+    "cuda": "13.0",
+}
 
 
-def changed(**imports: Import) -> Facts:
-    return replace(FACTS, imports={**FACTS.imports, **imports})
+def changed(imports: dict[str, Import], **facts: Any) -> Facts:
+    return replace(FACTS, imports={**FACTS.imports, **imports}, **facts)
 
 
-@pytest.mark.parametrize("request_", [COMPILE, RUN, BUILD, replace(BUILD, flavour="tensorrt_rtx"), ENGINE])
-def test_a_machine_that_has_everything_can(request_: Request) -> None:
-    found = list(findings(request_, FACTS))
+CUDA_RUNTIME = changed(
+    {"onnxruntime": Import(found=GPU_RUNTIME), "session-cuda": Import(found={"taken": "CUDAExecutionProvider"})},
+    packages={"onnxruntime-gpu": "1.31.1"},
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "facts"),
+    [
+        (COMPILE, FACTS),
+        (RUN, FACTS),
+        (RUN, NO_GPU),
+        (CUDA, CUDA_RUNTIME),
+        (BUILD, FACTS),
+        (replace(BUILD, flavour="tensorrt_rtx"), NO_GPU),
+        (ENGINE, FACTS),
+    ],
+)
+def test_a_machine_that_has_everything_can(request_: Request, facts: Facts) -> None:
+    found = list(findings(request_, facts))
     assert {finding.status for finding in found} == {"ok"}
     assert all(finding.remedy is None for finding in found)
 
@@ -69,22 +98,34 @@ def test_a_machine_that_has_everything_can(request_: Request) -> None:
         (RUN, replace(FACTS, python=(3, 10)), "Python", "3.10", "install Python 3.11 or newer"),
         (
             COMPILE,
-            changed(torch=Import(error="No module named 'torch'")),
+            changed({"torch": Import(error="No module named 'torch'")}),
             "PyTorch",
             "No module",
             "pip install torch==",
         ),
-        (COMPILE, changed(torch=Import(found={"version": "2.6.0", "cuda": None})), "PyTorch", "2.6.0, expected", "pip"),
-        (COMPILE, changed(torch=Import(found={"version": "2.16.0", "cuda": None})), "PyTorch", "2.11 to 2.15", "pip"),
         (
             COMPILE,
-            replace(changed(transformers=Import(error=NVISION)), packages={"torchvision": "0.28.0"}),
-            "transformers",
-            "torchvision 0.28.0 is of another build than torch",
-            "pip uninstall torchvision",
+            changed({"torch": Import(found={"version": "2.6.0", "cuda": None})}),
+            "PyTorch",
+            "2.6.0, expected",
+            "pip",
         ),
-        (COMPILE, changed(transformers=Import(error="No module")), "transformers", "No module", "pip install"),
-        (COMPILE, changed(onnxscript=Import(error="No module")), "ONNX export", "No module", "pip install"),
+        (
+            COMPILE,
+            changed({"torch": Import(found={"version": "2.16.0", "cuda": None})}),
+            "PyTorch",
+            "2.11 to 2.15",
+            "pip",
+        ),
+        (
+            COMPILE,
+            replace(changed({"transformers": Import(error=NVISION)}), packages={"torchvision": "0.28.0"}),
+            "transformers",
+            "torchvision 0.28.0, which nothing here needs, is of another build than torch",
+            "pip uninstall -y torchvision",
+        ),
+        (COMPILE, changed({"transformers": Import(error="No module")}), "transformers", "No module", "pip install"),
+        (COMPILE, changed({"onnxscript": Import(error="No module")}), "ONNX export", "No module", "pip install"),
         (
             RUN,
             replace(FACTS, packages={"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}),
@@ -107,42 +148,121 @@ def test_a_machine_that_has_everything_can(request_: Request) -> None:
             "not OpenVINOExecutionProvider",
             "pip install onnxruntime-openvino",
         ),
-        (RUN, changed(onnxruntime=Import(error="ImportError: libonnx")), "ONNX Runtime", "libonnx", "pip uninstall -y"),
-        (BUILD, changed(tensorrt=Import(error="No module")), "TensorRT", "No module", "evla-compile[tensorrt]"),
+        (
+            RUN,
+            changed({"onnxruntime": Import(error="ImportError: libonnx")}),
+            "ONNX Runtime",
+            "libonnx",
+            "pip uninstall -y",
+        ),
+        (
+            CUDA,  # offered, and yet its libraries do not load
+            changed(
+                {
+                    "onnxruntime": Import(found=GPU_RUNTIME),
+                    "session-cuda": Import(found={"taken": "CPUExecutionProvider"}, missing=("libcublasLt.so.13",)),
+                },
+                packages={"onnxruntime-gpu": "1.31.1"},
+            ),
+            "ONNX Runtime",
+            "offers CUDAExecutionProvider, which does not load: libcublasLt.so.13 not found",
+            "LD_LIBRARY_PATH",
+        ),
+        (
+            CUDA,
+            replace(CUDA_RUNTIME, gpu=replace(ADA, driver_version="12.6")),
+            "CUDA driver",
+            "supports CUDA 12.6, onnxruntime-gpu needs 13.0",
+            "a driver for CUDA 13: 580 or newer",
+        ),
+        (BUILD, changed({"tensorrt": Import(error="No module")}), "TensorRT", "No module", "evla-compile[tensorrt]"),
         (
             BUILD,
-            changed(tensorrt=Import(found={"version": "8.6.1"})),
+            changed({"tensorrt": Import(found={"version": "8.6.1"})}),
             "TensorRT",
             "expected 10.3 or newer",
             "pip install",
         ),
         (
             replace(BUILD, flavour="tensorrt_rtx"),
-            changed(tensorrt_rtx=Import(found={"version": "1.1.0"})),
+            changed({"tensorrt_rtx": Import(found={"version": "1.1.0"})}),
             "TensorRT-RTX",
             "expected 1.4 or newer",
             "evla-compile[rtx]",
         ),
-        (BUILD, replace(FACTS, gpu=None), "GPU", "the driver is missing, or shows no GPU", "until nvidia-smi lists"),
-        (BUILD, replace(FACTS, gpu=None, gpu_error="no cuda-bindings"), "GPU", "no cuda-bindings", "cuda-bindings"),
         (
-            ENGINE,
+            BUILD,  # the part of the package that PyPI holds, without the libraries that it fetches from NVIDIA
+            changed(
+                {"tensorrt": Import(error="ImportError: libnvonnxparser.so.11: cannot open shared object file")},
+                packages={"tensorrt-cu13": "11.4.0", "tensorrt-cu13-bindings": "11.4.0"},
+            ),
+            "TensorRT",
+            "tensorrt-cu13 11.4.0, tensorrt-cu13-bindings 11.4.0: installed, and does not import: ImportError",
+            "pip uninstall -y tensorrt-cu13 tensorrt-cu13-bindings &&"
+            " pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13",
+        ),
+        (
+            BUILD,
+            changed({"tensorrt": Import(error="No module")}, jetson="# R39 (release), REVISION: 2.0"),
+            "TensorRT",
+            "No module",
+            "sudo apt install python3-libnvinfer",
+        ),
+        (BUILD, NO_GPU, "GPU", "no driver of NVIDIA's is loaded", "until nvidia-smi lists"),
+        (BUILD, replace(FACTS, gpu=None), "GPU", "the driver 580.65.06 shows no GPU", "docker run --gpus all"),
+        (
+            BUILD,
+            replace(FACTS, gpu=None, gpu_error="no cuda-bindings", driver="540.4.0"),
+            "GPU",
+            "no cuda-bindings",
+            'pip install "cuda-bindings==12.*"',
+        ),
+        (
+            BUILD,
+            replace(FACTS, gpu=None, driver="540.4.0", packages={"cuda-bindings": "13.5.0"}),
+            "GPU",
+            "the driver 540.4.0 is for CUDA 12, and cuda-bindings 13.5.0 calls a newer one",
+            'pip install "cuda-bindings==12.*"',
+        ),
+        (
+            replace(ENGINE, flavour="tensorrt_rtx"),
             replace(FACTS, gpu=replace(ADA, driver_version="12.6")),
             "CUDA driver",
-            "supports CUDA 12.6, 13.0 is needed",
-            "a driver for CUDA 13, or the packages for CUDA 12",
+            "supports CUDA 12.6, tensorrt-rtx-cu13 needs 13.0",
+            "a driver for CUDA 13: 580 or newer",
         ),
-        (RUN, replace(FACTS, memory=8_000_000_000), "memory", "9.0 GB are needed, 8.0 GB free", "evla run --mapped"),
+        (
+            RUN,
+            replace(FACTS, memory=8_000_000_000, swap=9_000_000_000),  # ONNX Runtime's check does not count on swap
+            "memory",
+            "9.0 GB are needed, 8.0 GB free on the machine",
+            "evla run --mapped",
+        ),
         (COMPILE, replace(FACTS, memory=1_000_000_000), "memory", "2.0 GB are needed", "add swap"),
-        (BUILD, replace(FACTS, memory=16_000_000_000), "memory", "16.7 GB are needed, 16.0 GB free", "in more parts"),
+        (
+            BUILD,
+            replace(FACTS, memory=12_000_000_000, swap=2_000_000_000),
+            "memory",
+            "16.7 GB are needed, 12.0 GB free",
+            "compile again with evla compile --parts 4; or add 2.7 GB of swap on a fast disk, and then evla build DIR"
+            " --flavour tensorrt --memory-gb 17",
+        ),
         (
             ENGINE,
             replace(FACTS, gpu=replace(ADA, memory_bytes=8_000_000_000)),
             "memory",
-            "9.0 GB are needed, 8.0 GB on the GPU",
+            "9.0 GB are needed, 8.0 GB free on the GPU",
+            "a smaller preset",
+        ),
+        (
+            ENGINE,  # whose GPU has all of the machine's memory, of which others took some
+            replace(FACTS, jetson="# R39 (release), REVISION: 2.0", memory=8_000_000_000),
+            "memory",
+            "9.0 GB are needed, 8.0 GB free on the machine",
             "a smaller preset",
         ),
         (COMPILE, replace(FACTS, disk=9_000_000_000), "disk", "9.1 GB are needed, 9.0 GB free", "make room"),
+        (BUILD, replace(FACTS, disk=6_000_000_000), "disk", "9.1 GB are needed, 6.0 GB free", "make room"),
     ],
 )
 def test_what_is_lacking_is_found_with_its_remedy(
@@ -154,7 +274,38 @@ def test_what_is_lacking_is_found_with_its_remedy(
     assert remedy in (failed[check].remedy or "")
 
 
-@pytest.mark.parametrize("request_", [replace(RUN, weight_bytes=None), replace(BUILD, weight_bytes=None)])
+def test_a_build_that_fits_with_swap_is_a_warning_with_the_command_that_insists() -> None:
+    facts = replace(FACTS, memory=12_000_000_000, swap=8_000_000_000)
+    found = {finding.check: finding for finding in findings(replace(BUILD, flavour="tensorrt_rtx"), facts)}
+    assert found["memory"].status == "warning"
+    assert found["memory"].remedy == "evla build DIR --flavour tensorrt_rtx --memory-gb 17"
+
+
+def test_parts_that_would_not_help_are_not_proposed() -> None:
+    facts = replace(FACTS, memory=4_000_000_000)  # vision alone takes more
+    found = {finding.check: finding for finding in findings(BUILD, facts)}
+    assert "--parts" not in (found["memory"].remedy or "")
+
+
+def test_a_torch_too_new_for_the_driver_is_a_warning_since_compiling_needs_no_gpu() -> None:
+    torch = Import(found={"version": "2.13.0", "cuda": "13.0"})
+    facts = changed({"torch": torch}, gpu=replace(ADA, driver_version="12.8"))
+    found = {finding.check: finding for finding in findings(COMPILE, facts)}
+    assert found["PyTorch"].status == "warning"
+    assert "2.13.0 is for CUDA 13.0, the driver supports 12.8" in found["PyTorch"].found
+
+
+def test_a_library_that_does_not_say_which_cuda_it_needs_is_not_held_against_one() -> None:
+    facts = replace(FACTS, gpu=replace(ADA, driver_version="12.6"))  # JetPack's TensorRT is no package of pip's
+    found = {finding.check: finding for finding in findings(ENGINE, facts)}
+    assert found["CUDA driver"].status == "ok"
+    assert "TensorRT does not say which it needs" in found["CUDA driver"].found
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [replace(RUN, weight_bytes=None), replace(BUILD, weight_bytes=None, total_bytes=None)],
+)
 def test_an_unknown_size_is_a_warning_that_says_how_to_name_it(request_: Request) -> None:
     found = {finding.check: finding for finding in findings(request_, FACTS)}
     assert found["memory"].status == "warning"
@@ -169,8 +320,68 @@ def test_a_system_that_does_not_tell_its_memory_is_a_warning() -> None:
 def test_builds_take_what_the_builder_says() -> None:
     from evla_compile.exporters import to_tensorrt  # noqa: PLC0415  (the doctor must not need it)
 
-    assert doctor_checks.BUILD_FACTOR == to_tensorrt.MEMORY_FACTOR
-    assert doctor_checks.BUILD_BASE == to_tensorrt.BASE_BYTES
+    assert doctor_capacity.BUILD_FACTOR == to_tensorrt.MEMORY_FACTOR
+    assert doctor_capacity.BUILD_BASE == to_tensorrt.BASE_BYTES
+
+
+# Everything at once
+
+
+def test_a_survey_says_what_can_be_done_and_calls_nothing_broken_that_is_absent() -> None:
+    absent = {name: Import(error="No module") for name in ("torch", "transformers", "onnxscript", "tensorrt")}
+    facts = changed(absent, packages={"onnxruntime": "1.32.0", "tensorrt-rtx-cu13": "1.7.1"}, gpu=None, driver=None)
+    found = survey(facts)
+    status = {finding.check: finding.status for finding in found.findings}
+    assert status["ONNX Runtime"] == status["TensorRT-RTX"] == "ok"
+    assert {status[name] for name in ("PyTorch", "transformers", "ONNX export", "TensorRT", "GPU")} == {"absent"}
+    can = [request.arguments() for request, lacks in found.lacks if not lacks]
+    assert can == ["run --provider cpu", "build --flavour tensorrt_rtx"]
+    lacks = {request.arguments(): names for request, names in found.lacks}
+    assert lacks["compile"] == ("PyTorch", "transformers", "ONNX export")
+    assert lacks["run --provider engine --flavour tensorrt_rtx"] == ("GPU",)
+
+
+@pytest.mark.parametrize(
+    ("facts", "broken"),
+    [
+        (replace(FACTS, packages={"onnxruntime": "1.32.0", "onnxruntime-directml": "1.32"}), "ONNX Runtime's packages"),
+        (
+            changed(
+                {"transformers": Import(error=NVISION)},
+                packages={"onnxruntime": "1.32.0", "transformers": "5.23.0", "torchvision": "0.28.0"},
+            ),
+            "transformers",
+        ),
+        (
+            changed({"tensorrt": Import(error="libnvinfer")}, packages={"onnxruntime": "1", "tensorrt-cu13": "11"}),
+            "TensorRT",
+        ),
+        (
+            changed({"onnxruntime": Import(found=GPU_RUNTIME)}, packages={"onnxruntime-gpu": "1.31.1"}),
+            "ONNX Runtime",
+        ),
+        (replace(FACTS, gpu=None), "GPU"),
+    ],
+)
+def test_a_survey_tells_what_is_installed_and_broken(facts: Facts, broken: str) -> None:
+    assert [finding.check for finding in survey(facts).findings if finding.status == "failed"] == [broken]
+
+
+# Questions
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"work": "compile", "provider": "engine"}, "--provider engine with compile: it is for evla doctor run"),
+        ({"work": "run", "flavour": "tensorrt"}, "--flavour tensorrt: it is for evla doctor build, and run --provider"),
+        ({"work": "compile", "artifact": Path("policy")}, "--artifact policy: it is for run and build"),
+        ({"work": "run", "artifact": Path("policy"), "weight_bytes": 5}, "leave it or --size out"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_request(**arguments)
 
 
 # Artifacts
@@ -191,9 +402,7 @@ def artifact(tiny_policy: CogACT, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def request_for(artifact: Path, **settings: Any) -> Request:
-    given: dict[str, Any] = {"provider": None, "flavour": None, "weight_bytes": None} | settings
-    work = given.pop("work", "run")
-    return make_request(work, artifact=artifact, **given)
+    return make_request(settings.pop("work", "run"), artifact=artifact, **settings)
 
 
 def test_an_artifact_tells_its_size_and_flavour(artifact: Path) -> None:
@@ -211,7 +420,34 @@ def test_an_engine_is_held_against_the_gpu(artifact: Path) -> None:
     (failed,) = [finding for finding in findings(request, other) if finding.status == "failed"]
     assert failed.check == "engine"
     assert "built for GPUs of compute capability 8.9, and this is NVIDIA H200, 9.0" in failed.found
-    assert failed.remedy == f"evla build {artifact} --flavour tensorrt_rtx"
+    assert failed.remedy == f"evla build {artifact} --flavour tensorrt_rtx --capability 9.0"
+
+
+def test_an_engine_of_the_other_flavour_is_not_asked_for(artifact: Path) -> None:
+    with pytest.raises(ValueError, match=r"the engine in .* is of tensorrt_rtx"):
+        request_for(artifact, provider="engine", flavour="tensorrt")
+    assert request_for(artifact, work="build", flavour="tensorrt").flavour == "tensorrt"
+
+
+def test_an_artifact_without_engine_has_none_to_run(artifact: Path) -> None:
+    request = request_for(artifact, provider="engine")
+    assert request.manifest is not None
+    bare = replace(request, manifest=replace(request.manifest, engine=None))
+    for facts in (FACTS, NO_GPU):  # it is said where there is no GPU, too
+        failed = [finding for finding in findings(bare, facts) if finding.status == "failed"]
+        assert "holds no engine" in failed[-1].found
+        assert failed[-1].remedy is not None
+        assert failed[-1].remedy.startswith(f"evla build {artifact} --flavour tensorrt_rtx")
+
+
+def test_a_build_weighs_its_largest_part_in_memory_and_all_of_them_on_disk(tiny_policy: CogACT, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    evla_compile.compile(tiny_policy, evla_compile.CompileConfig.dense(ddim_steps=1)).export(folder, parts=2)
+    sizes = [
+        sum(path.stat().st_size for path in folder.glob(f"model.{part}.onnx*")) for part in ("perception", "action")
+    ]
+    request = request_for(folder, work="build", flavour="tensorrt_rtx")
+    assert (request.weight_bytes, request.total_bytes) == (max(sizes), sum(sizes))
 
 
 def test_a_changed_file_is_found(artifact: Path, tmp_path: Path) -> None:
@@ -236,9 +472,16 @@ def test_a_folder_without_artifact_is_refused(tmp_path: Path) -> None:
 def test_this_machine_is_looked_at(tmp_path: Path) -> None:
     facts = collect(("onnxruntime",), tmp_path)
     assert facts.python == sys.version_info[:2]
-    assert facts.packages["numpy"] == np.__version__
+    assert facts.packages["onnxruntime"] == metadata.version("onnxruntime")
     assert "CPUExecutionProvider" in str((facts.imports["onnxruntime"].found or {})["providers"])
     assert facts.disk > 0
+
+
+@pytest.mark.parametrize("name", ["session-cpu", "session-cuda"])
+def test_a_session_tells_where_it_computes(name: str) -> None:
+    pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+    taken = (try_import(name).found or {})["taken"]
+    assert taken == "CPUExecutionProvider" or name == "session-cuda"  # on a GPU's machine it may be taken
 
 
 @pytest.mark.parametrize(
@@ -248,6 +491,31 @@ def test_this_machine_is_looked_at(tmp_path: Path) -> None:
 def test_an_import_that_fails_or_crashes_is_told(program: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(try_import.__globals__["PROGRAMS"], "toy", program)
     assert error in (try_import("toy").error or "")
+
+
+def test_a_library_that_the_loader_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "with error: libcublas.so.13: cannot open shared object file: No such file or directory"
+    monkeypatch.setitem(
+        try_import.__globals__["PROGRAMS"], "toy", f"import sys; print({said!r}, file=sys.stderr); found = {{}}"
+    )
+    assert try_import("toy").missing == ("libcublas.so.13",)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", "535.183.01"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build", "540.4.0"),
+        ("something else", None),
+    ],
+)
+def test_the_drivers_version_is_read(text: str, version: str | None) -> None:
+    assert driver_version(text) == version
+
+
+def test_free_swap_is_read() -> None:
+    assert free_swap("SwapTotal:  8388604 kB\nSwapFree:        1000 kB\n") == 1_024_000
+    assert free_swap("MemFree: 5 kB\n") == 0
 
 
 def evla(*arguments: object) -> tuple[int, str]:
@@ -273,6 +541,9 @@ def test_the_exit_status_says_whether_it_can(artifact: Path) -> None:
     assert "cannot run" in out
     assert "pip uninstall -y" in " ".join(out.split())
     assert evla("doctor", "fly")[0] == 2
+    assert evla("doctor", "compile", "--provider", "engine")[0] == 2
+    assert evla("doctor", "run", "--preset", "l22-t56")[0] == 2
+    assert evla("doctor", "--artifact", artifact)[0] == 2
     assert evla("doctor", "run", "--artifact", artifact.parent)[0] == 2
 
 
@@ -282,6 +553,21 @@ def test_it_prints_json(artifact: Path) -> None:
     assert status == 0
     assert found["can"] is True
     assert [Finding(**entry).status for entry in found["findings"]] == ["ok"] * len(found["findings"])
+
+
+def test_commands_in_remedies_stay_whole(artifact: Path) -> None:
+    _, out = evla("doctor", "run", "--artifact", artifact, "--provider", "cuda")
+    assert any(line.endswith("pip install onnxruntime-gpu") for line in out.splitlines())
+
+
+def test_without_work_it_shows_what_is_here() -> None:
+    status, out = evla("doctor", "--json")
+    found = json.loads(out)
+    assert status == (0 if found["sound"] else 1)
+    assert [entry["work"] for entry in found["works"]][:2] == ["compile", "run --provider cpu"]
+    assert found["works"][1] == {"work": "run --provider cpu", "can": True, "lacks": []}
+    _, shown = evla("doctor")
+    assert "run --provider engine --flavour tensorrt_rtx" in shown
 
 
 def test_a_size_without_artifact_is_estimated() -> None:

@@ -97,6 +97,16 @@ def test_an_unsupported_operator_is_named_with_its_module(tmp_path: Path) -> Non
     assert not (tmp_path / "unknown.engine").exists()
 
 
+def test_an_unsupported_operator_of_a_pass_is_named_with_the_pass(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Det", ["x"], ["d"], name="select_tokens/SelectTokens.Det_0"),
+        helper.make_node("Add", ["x", "d"], ["y"], name="select_tokens/SelectTokens.Add_1"),
+    ]
+    model = save(tmp_path / "unknown.onnx", nodes, shape=[1, 4, 4])
+    with pytest.raises(ExportError, match=r"Det node .* of select_tokens, written by SelectTokens, in unknown"):
+        to_tensorrt(model, tmp_path / "unknown.engine", RTX)
+
+
 def test_a_dynamic_dimension_is_refused(tmp_path: Path) -> None:
     model = save(tmp_path / "dynamic.onnx", [helper.make_node("Relu", ["x"], ["y"])], shape=["batch", 8])
     with pytest.raises(ExportError, match=r"dynamic\.onnx: x has the dynamic shape \[-1, 8\], and engines are static"):
