@@ -66,7 +66,7 @@ def findings(request: Request, facts: Facts) -> Iterator[Finding]:
     if request.flavour in request.imports:
         yield check_tensorrt(request.flavour, facts)
     if request.needs_gpu:
-        yield check_gpu(facts)
+        yield check_gpu(request, facts)
         if facts.gpu is not None:
             yield check_driver(request, facts)
     yield check_memory(request, facts)
@@ -116,7 +116,7 @@ def _inventory(facts: Facts) -> Iterator[Finding]:
     ):
         absent = not any(package in facts.packages for package in DISTRIBUTIONS[name])
         yield replace(finding, status="absent") if absent and finding.status == "failed" else finding
-    gpu = check_gpu(facts)
+    gpu = check_gpu(Request(work="build"), facts)
     yield replace(gpu, status="absent") if facts.driver is None and gpu.status == "failed" else gpu
     yield check_room(facts)
 

@@ -90,7 +90,11 @@ def check_provider(request: Request, facts: Facts) -> Finding:
         return failed("ONNX Runtime", f"{version} offers {offered}, not {wanted}", _install(request, facts))
     if session.found is None or session.found["taken"] != wanted:
         reason = f"{', '.join(session.missing)} not found" if session.missing else session.error or "it says not why"
-        return failed("ONNX Runtime", f"{version} offers {wanted}, which does not load: {reason}", _libraries(request))
+        return failed(
+            "ONNX Runtime",
+            f"{version} offers {wanted}, which does not load: {reason}",
+            _libraries(request, tried.found.get("cuda")),
+        )
     return ok("ONNX Runtime", f"{version} computes on {wanted}")
 
 
@@ -106,8 +110,8 @@ def check_tensorrt(flavour: Flavour, facts: Facts) -> Finding:
     return ok(name, version)
 
 
-def check_gpu(facts: Facts) -> Finding:
-    """There is a GPU, and it can be called from Python."""
+def check_gpu(request: Request, facts: Facts) -> Finding:
+    """There is a GPU, and it can be called from Python; ONNX Runtime calls it by itself."""
     if facts.gpu is not None:
         gpu = facts.gpu
         return ok("GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.1f} GB")
@@ -115,7 +119,10 @@ def check_gpu(facts: Facts) -> Finding:
     bindings = facts.packages.get("cuda-bindings")
     if facts.gpu_error is not None:
         package = "cuda-bindings" if cuda is None else f'"cuda-bindings=={cuda}.*"'
-        return failed("GPU", facts.gpu_error, "nvidia-smi" if bindings else f"pip install {package}")
+        remedy = "nvidia-smi says why" if bindings else f"pip install {package}"
+        if request.provider in ("cuda", "tensorrt"):
+            return warned("GPU", f"which one is unknown: {facts.gpu_error}", remedy)
+        return failed("GPU", facts.gpu_error, remedy)
     if cuda is not None and bindings is not None and numbers(bindings)[0] > cuda:
         found = f"the driver {facts.driver} is for CUDA {cuda}, and cuda-bindings {bindings} calls a newer one"
         return failed("GPU", found, f'pip install "cuda-bindings=={cuda}.*"')
@@ -170,12 +177,13 @@ def _install(request: Request, facts: Facts) -> str:
     return f"{removal}pip install {wanted}"
 
 
-def _libraries(request: Request) -> str:
-    if request.provider == "cuda":
-        return "install the CUDA and cuDNN 9 of that version where the loader looks (LD_LIBRARY_PATH)"
-    if request.provider == "tensorrt":
-        return "install the CUDA, cuDNN 9 and TensorRT of that version where the loader looks (LD_LIBRARY_PATH)"
-    return f"pip install --force-reinstall {_RUNTIME_OF.get(request.provider, 'onnxruntime')}"
+def _libraries(request: Request, cuda: str | None) -> str:
+    """Return what brings the libraries that a provider loads."""
+    if request.provider not in ("cuda", "tensorrt"):
+        return f"pip install --force-reinstall {_RUNTIME_OF.get(request.provider, 'onnxruntime')}"
+    names = f"CUDA {numbers(cuda)[0]}" if cuda is not None else "CUDA"
+    names += ", cuDNN 9 and TensorRT 10" if request.provider == "tensorrt" else " and cuDNN 9"
+    return f"install {names} from NVIDIA's apt or dnf repository, or add their folders to LD_LIBRARY_PATH"
 
 
 def _why_absent(flavour: Flavour, facts: Facts) -> str:

@@ -241,7 +241,11 @@ def findings_table(findings: Iterable["Finding"]) -> Table:
 
 def remedies(findings: Iterable["Finding"]) -> tuple[str, ...]:
     """Return what to do about what the doctor found, a line each: commands in them are there to be copied whole."""
-    return tuple(f"{finding.check}: {finding.remedy}" for finding in findings if finding.remedy is not None)
+    checks: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.remedy is not None:
+            checks.setdefault(finding.remedy, []).append(finding.check)
+    return tuple(f"{', '.join(names)}: {remedy}" for remedy, names in checks.items())
 
 
 def works_table(found: "Survey") -> Table:

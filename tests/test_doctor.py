@@ -166,7 +166,7 @@ def test_a_machine_that_has_everything_can(request_: Request, facts: Facts) -> N
             ),
             "ONNX Runtime",
             "offers CUDAExecutionProvider, which does not load: libcublasLt.so.13 not found",
-            "LD_LIBRARY_PATH",
+            "install CUDA 13 and cuDNN 9",
         ),
         (
             CUDA,
@@ -295,6 +295,14 @@ def test_a_torch_too_new_for_the_driver_is_a_warning_since_compiling_needs_no_gp
     assert "2.13.0 is for CUDA 13.0, the driver supports 12.8" in found["PyTorch"].found
 
 
+def test_onnx_runtime_needs_no_cuda_bindings() -> None:
+    facts = replace(CUDA_RUNTIME, gpu=None, gpu_error="No module named 'cuda'", driver="580.65.06")
+    found = {finding.check: finding for finding in findings(CUDA, facts)}
+    assert found["GPU"].status == "warning"
+    assert found["GPU"].remedy == 'pip install "cuda-bindings==13.*"'
+    assert "failed" not in {finding.status for finding in found.values()}
+
+
 def test_a_library_that_does_not_say_which_cuda_it_needs_is_not_held_against_one() -> None:
     facts = replace(FACTS, gpu=replace(ADA, driver_version="12.6"))  # JetPack's TensorRT is no package of pip's
     found = {finding.check: finding for finding in findings(ENGINE, facts)}
@@ -421,6 +429,12 @@ def test_an_engine_is_held_against_the_gpu(artifact: Path) -> None:
     assert failed.check == "engine"
     assert "built for GPUs of compute capability 8.9, and this is NVIDIA H200, 9.0" in failed.found
     assert failed.remedy == f"evla build {artifact} --flavour tensorrt_rtx --capability 9.0"
+
+
+def test_without_a_gpu_the_engine_is_not_to_blame(artifact: Path) -> None:
+    found = {finding.check: finding for finding in findings(request_for(artifact, provider="engine"), NO_GPU)}
+    assert found["GPU"].status == "failed"
+    assert found["engine"].status == "warning"
 
 
 def test_an_engine_of_the_other_flavour_is_not_asked_for(artifact: Path) -> None:
