@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import (
     ArtifactError,
     CalibrationError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from evla_compile.compiled import CompiledPolicy
     from evla_compile.devices import DEVICES, Device, find_device
     from evla_compile.estimate import Estimate, estimate_upstream, estimates, quick_estimates
+    from evla_compile.exporters.build import build_engine
     from evla_compile.pipeline import compile
     from evla_compile.plan import Plan
     from evla_compile.sizes import published_sizes
@@ -41,6 +43,7 @@ __all__ = [
     "CompileConfig",
     "CompiledPolicy",
     "Device",
+    "EngineSettings",
     "Estimate",
     "EvlaError",
     "ExportError",
@@ -50,6 +53,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "__version__",
+    "build_engine",
     "calibrate",
     "compile",
     "estimate_upstream",
@@ -70,6 +74,7 @@ _HOMES = {
     "Estimate": "estimate",
     "Frame": "calibration",
     "Plan": "plan",
+    "build_engine": "exporters.build",
     "calibrate": "calibration",
     "compile": "pipeline",
     "estimate_upstream": "estimate",
