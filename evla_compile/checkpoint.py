@@ -14,7 +14,14 @@ from evla_compile.errors import CheckpointError, EvlaError, UnsupportedModelErro
 from evla_compile.mapped_archive import map_tensors, read_archive
 from evla_compile.memory import available_memory
 from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.processor import BLANK_ID, PAD_ID, ActionStatistics, Processor, read_statistics
+from evla_compile.processor import (
+    BLANK_ID,
+    PAD_ID,
+    WORD_BOUNDARY,
+    ActionStatistics,
+    Processor,
+    read_statistics,
+)
 from evla_compile.run_directory import find_checkpoint, find_tokenizer, naming, read_json, read_text
 from evla_compile.sizes import check_joints, infer_sizes
 
@@ -88,6 +95,7 @@ def load(
             image_side=checkpoint.sizes.image_side,
             pad_id=checkpoint.pad_id,
         )
+        _check_vocabulary(processor, checkpoint.sizes.language.vocabulary)
     with torch.device("meta"):
         model = CogACT(checkpoint.sizes, processor)
     with naming(checkpoint.file):
@@ -170,11 +178,22 @@ def _read_settings(file: Path) -> Mapping[str, Any]:
     return settings
 
 
-def _pad_id(given: object, vocabulary: int) -> int:
-    if vocabulary <= BLANK_ID:
-        raise UnsupportedModelError(
-            f"the embedding has {vocabulary} rows: expected more than {BLANK_ID}, which every prompt of Llama-2 needs"
+def _check_vocabulary(processor: Processor, vocabulary: int) -> None:
+    """Refuse a tokenizer that numbers pieces otherwise than the policy's: nothing else would tell."""
+    blank = processor.blank_id
+    if vocabulary > BLANK_ID and blank != BLANK_ID:
+        raise CheckpointError(
+            f"the tokenizer gives {WORD_BOUNDARY!r} the id {blank}, not {BLANK_ID}, and the embedding has {vocabulary}"
+            " rows, like Llama-2's: give Llama-2's tokenizer.json, as in openvla/openvla-7b"
         )
+    if processor.vocabulary > vocabulary or blank >= vocabulary:
+        raise CheckpointError(
+            f"the tokenizer has {processor.vocabulary} pieces and gives {WORD_BOUNDARY!r} the id {blank}, but the"
+            f" embedding has {vocabulary} rows: give the tokenizer.json that the policy was trained with"
+        )
+
+
+def _pad_id(given: object, vocabulary: int) -> int:
     if given is None and vocabulary <= PAD_ID:
         raise UnsupportedModelError(
             f"the embedding has {vocabulary} rows, so CogACT's padding id {PAD_ID} is not among them; add"

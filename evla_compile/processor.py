@@ -27,11 +27,12 @@ BLANK_ID = 29871
 """Id of Llama-2's lone word-boundary piece, appended to every prompt: training saw it before the end token."""
 EOS_ID = 2
 """Id appended last; the hidden state at its position conditions the action head (the cognition token)."""
+WORD_BOUNDARY = "\u2581"
+"""The piece that stands for the start of a word."""
 PAD_ID = 32000
 """Id that fills a prompt up to the text budget: CogACT's extra row behind Llama-2's vocabulary."""
 
 _WHOLE_ACTION = (True,) * ACTION_WIDTH
-_WORD_BOUNDARY = "\u2581"
 _REFUSED_MARKERS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
@@ -83,6 +84,8 @@ class Processor:
         statistics: action statistics by dataset name.
         image_side: side in pixels of the square image that the vision towers take.
         pad_id: token id that fills a prompt up to its budget; any row of the embedding will do.
+        vocabulary: pieces of the tokenizer, special ones included.
+        blank_id: the tokenizer's id of the lone word-boundary piece, which stands before the end token.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Processor:
         """Parse the tokenizer; the arguments become the attributes.
 
         Raises:
-            CheckpointError: the tokenizer cannot be parsed, or numbers its tokens otherwise than Llama-2's.
+            CheckpointError: the tokenizer cannot be parsed, or numbers the start and the end otherwise than Llama-2's.
             ValueError: `image_side` or `pad_id` is out of range.
         """
         if image_side < 1:
@@ -108,6 +111,9 @@ class Processor:
         self.image_side = image_side
         self.pad_id = pad_id
         self._tokenizer = _read_tokenizer(tokenizer_json)
+        self.vocabulary = self._tokenizer.get_vocab_size()
+        blank = self._tokenizer.token_to_id(WORD_BOUNDARY)
+        self.blank_id = BLANK_ID if blank is None else blank
 
     def image(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Squash a frame of any size to uint8 [S,S,3] with PIL's bicubic filter; the aspect ratio is not kept.
@@ -137,7 +143,7 @@ class Processor:
                 raise ValueError(
                     f"instruction={instruction!r} contains {marker!r}, which a prompt reserves for itself; remove it"
                 )
-        return [*self._tokenizer.encode(PROMPT.format(instruction=text)).ids, BLANK_ID, EOS_ID]
+        return [*self._tokenizer.encode(PROMPT.format(instruction=text)).ids, self.blank_id, EOS_ID]
 
     def text(self, instruction: str, budget: int) -> tuple[NDArray[np.int64], int]:
         """Return the prompt's ids right-padded to int64 [T], and how many of them are real.
@@ -241,10 +247,9 @@ def _read_tokenizer(text: str) -> Tokenizer:
     start = tokenizer.encode("").ids[:1]
     if start != [BOS_ID]:
         raise CheckpointError(f"the tokenizer starts a text with the ids {start}, not with BOS {BOS_ID}: {advice}")
-    for token, expected in (("</s>", EOS_ID), (_WORD_BOUNDARY, BLANK_ID)):
-        found = tokenizer.token_to_id(token)
-        if found not in (None, expected):
-            raise CheckpointError(f"the tokenizer gives {token!r} the id {found}, not {expected}: {advice}")
+    end = tokenizer.token_to_id("</s>")
+    if end not in (None, EOS_ID):
+        raise CheckpointError(f"the tokenizer gives '</s>' the id {end}, not {EOS_ID}: {advice}")
     return tokenizer
 
 

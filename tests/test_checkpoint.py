@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer, models, processors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -439,9 +440,33 @@ def test_a_padding_id_outside_the_embedding_is_refused(run: Path, pad_id: object
         load(run)
 
 
-def test_an_embedding_too_small_for_any_prompt_is_refused(run: Path, stored: Groups) -> None:
-    with pytest.raises(UnsupportedModelError, match="512 rows: expected more than 29871"):
-        load(rewrite(run, stored, shrink_vocabulary(512)))
+def small_tokenizer(**vocabulary: int) -> bytes:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **vocabulary}, "<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return str(tokenizer.to_str()).encode()
+
+
+def test_a_tokenizer_with_more_pieces_than_the_embedding_has_rows_is_refused(run: Path, stored: Groups) -> None:
+    rewrite(run, stored, shrink_vocabulary(512))
+    configure(run, pad_id=0)
+    with pytest.raises(CheckpointError, match=r"tokenizer has 32000 pieces.*the embedding has 512 rows"):
+        load(run)
+
+
+def test_a_policy_with_a_tokenizer_of_its_own_is_loaded(run: Path, stored: Groups) -> None:
+    rewrite(run, stored, shrink_vocabulary(5))
+    configure(run, pad_id=0)
+    replace(run / "tokenizer.json", small_tokenizer(**{"\u2581": 3, "lift": 4}))
+    assert load(run).processor.prompt_ids("lift")[-2:] == [3, 2]
+    replace(run / "tokenizer.json", small_tokenizer(lift=3))
+    with pytest.raises(CheckpointError, match=r"gives '\u2581' the id 29871, but the embedding has 5 rows"):
+        load(run)
+
+
+def test_a_foreign_tokenizer_beside_llama_2s_embedding_is_refused(run: Path) -> None:
+    replace(run / "tokenizer.json", small_tokenizer(**{"\u2581": 28705}))
+    with pytest.raises(CheckpointError, match=r"id 28705, not 29871.*Llama-2's tokenizer.json"):
+        load(run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])

@@ -231,7 +231,6 @@ def test_settings_of_the_tokenizers_last_use_are_ignored() -> None:
         ({"<unk>": 0, "<s>": 1}, None, r"starts a text with the ids \[\]"),
         ({"<unk>": 0, "<s>": 5}, "<s>", r"starts a text with the ids \[5\]"),
         ({"<unk>": 0, "<s>": 1, "</s>": 3}, "<s>", "'</s>' the id 3, not 2"),
-        ({"<unk>": 0, "<s>": 1, "\u2581": 28705}, "<s>", "the id 28705, not 29871"),
     ],
 )
 def test_tokenizer_that_numbers_otherwise_than_llama_2_is_refused(
@@ -240,6 +239,18 @@ def test_tokenizer_that_numbers_otherwise_than_llama_2_is_refused(
     tokenizer = toy_tokenizer(vocabulary, start)
     with pytest.raises(CheckpointError, match=f"{message}.*Llama-2's tokenizer.json"):
         toy_processor(tokenizer)
+
+
+def test_the_lone_word_boundary_is_the_tokenizers_own() -> None:
+    tokenizer = toy_tokenizer({"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "lift": 4}, "<s>")
+    processor = toy_processor(tokenizer)
+    assert (processor.blank_id, processor.vocabulary) == (3, 5)
+    assert processor.prompt_ids("lift")[-2:] == [3, 2]
+
+
+def test_without_a_lone_word_boundary_the_id_is_llama_2s(toy: Processor) -> None:
+    assert toy.blank_id == 29871
+    assert toy.prompt_ids("lift")[-2:] == [29871, 2]
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[1]"])

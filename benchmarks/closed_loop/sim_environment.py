@@ -1,0 +1,157 @@
+"""A Meta-World task as CogACT sees it: camera frame in, action [7] out, everything decided by a seed.
+
+Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and the Debian packages named in docs/quality.md.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # read by mujoco when it is imported; no screen is needed
+
+import metaworld.policies
+import mujoco
+import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from numpy.typing import ArrayLike, NDArray
+from sim_tasks import SimTask
+
+from evla_compile.processor import ACTION_WIDTH, GRIPPER
+
+FRAME_SIDE = 224
+"""Side in pixels of a rendered frame; the policy's processor squashes it to what its towers take."""
+STEP_METRES = 0.01
+"""How far the gripper is sent by an environment action of 1 in one control step."""
+STATE_WIDTH = 9
+"""Numbers of `SimEnvironment.state`."""
+HALF_OPEN = (0.08, 0.12)
+"""Range in metres of a half-open window's slide, which travels 0.2 m; success is declared within 0.05 m of its end."""
+
+_CAMERA = "corner2"
+_CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY = (0.85, 0.2, 0.75), (0.0, 0.66, 0.17), 46.0
+_GOAL = slice(36, 39)  # of Meta-World's observation [39]
+
+
+class SimEnvironment:
+    """One task in MuJoCo: `reset(seed)`, `frame()`, `step(action)`; use it in a `with` block.
+
+    Actions are [7] in CogACT's order: translation of the gripper in metres, rotation (ignored: Meta-World's gripper
+    does not turn), gripper 1 for open and 0 for closed. Two runs with the same seed and the same actions are equal.
+
+    Attributes:
+        task: the task.
+        success: whether the task was done at any step since the reset.
+    """
+
+    def __init__(self, task: SimTask) -> None:
+        self.task = task
+        self.success = False
+        self._environment: Any = ALL_V3_ENVIRONMENTS[task.environment]()
+        # A goal drawn at every reset instead of one frozen by `set_task`, and told to the expert.
+        self._environment._freeze_rand_vec = False
+        self._environment.seeded_rand_vec = True  # else it would be drawn from NumPy's global generator
+        self._environment._set_task_called = True
+        self._environment._partially_observable = False
+        vars(self._environment).pop("sawyer_observation_space", None)
+        self._expert: Any = getattr(metaworld.policies, task.expert)()
+        self._renderer = _renderer(self._environment.model)
+        self._observation: NDArray[np.float64] = np.zeros(39)
+
+    def __enter__(self) -> Self:
+        """Return the environment."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the renderer."""
+        self._renderer.close()
+
+    def reset(self, seed: int, *, half_open: bool = False) -> None:
+        """Start the episode that the seed decides.
+
+        Args:
+            seed: whole number from 0 up.
+            half_open: start with the window half open, by an amount that the seed decides too.
+
+        Raises:
+            ValueError: `half_open` is asked of a task without a window.
+        """
+        if half_open and not self.task.half_open:
+            raise ValueError(f"half_open=True: {self.task.environment} has no window")
+        self._environment.seed(seed)
+        self._observation, _ = self._environment.reset()
+        self.success = False
+        if half_open:
+            slide = np.random.Generator(np.random.PCG64(seed)).uniform(*HALF_OPEN)
+            self._environment.data.joint("window_slide").qpos = slide
+            mujoco.mj_forward(self._environment.model, self._environment.data)
+            self._observation = self._environment._get_obs()
+
+    def frame(self) -> NDArray[np.uint8]:
+        """Return what the camera sees, uint8 [224,224,3]."""
+        self._renderer.update_scene(self._environment.data, _CAMERA)
+        pixels: NDArray[np.uint8] = self._renderer.render()
+        return pixels
+
+    def state(self) -> NDArray[np.float64]:
+        """Return the positions in metres of gripper, object and goal, [9]."""
+        return np.concatenate([self._observation[:3], self._observation[4:7], self._observation[_GOAL]])
+
+    def expert_action(self) -> NDArray[np.float64]:
+        """Return what the scripted expert does now, [7]; it sees the simulator's state instead of a frame."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its steps are longer than 1 and are clipped, as in the environment
+            wanted = np.clip(self._expert.get_action(self._observation), -1.0, 1.0)
+        action = np.zeros(ACTION_WIDTH)
+        action[:3] = STEP_METRES * wanted[:3]
+        action[GRIPPER] = float(wanted[3] <= 0.0)
+        return action
+
+    def step(self, action: ArrayLike) -> bool:
+        """Take one control step and return whether the task is done, now or before.
+
+        Raises:
+            ValueError: the action is not [7] finite numbers.
+        """
+        values = np.asarray(action, dtype=np.float64)
+        if values.shape != (ACTION_WIDTH,) or not np.isfinite(values).all():
+            raise ValueError(f"action={values.tolist()}: expected {ACTION_WIDTH} finite numbers")
+        grip = -1.0 if values[GRIPPER] > 0.5 else 1.0
+        command = np.clip([*(values[:3] / STEP_METRES), grip], -1.0, 1.0).astype(np.float32)
+        self._observation, _, _, _, info = self._environment.step(command)
+        self.success = self.success or bool(info["success"] > 0.0)
+        return self.success
+
+
+@contextmanager
+def open_environments(tasks: dict[str, SimTask]) -> Iterator[dict[str, SimEnvironment]]:
+    """Open an environment for each task and release them all at the end."""
+    opened: dict[str, SimEnvironment] = {}
+    try:
+        for name, task in tasks.items():
+            opened[name] = SimEnvironment(task)
+        yield opened
+    finally:
+        for environment in opened.values():
+            environment.__exit__()
+
+
+def _renderer(model: Any) -> Any:
+    """Return a renderer of the camera that shows gripper and object well, without what makes software rendering slow.
+
+    The stock view is far away and upside down; shadows and antialiasing would take 130 ms a frame.
+    """
+    camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, _CAMERA)
+    backward = np.subtract(_CAMERA_POSITION, _CAMERA_TARGET)
+    backward /= np.linalg.norm(backward)
+    right = np.cross((0.0, 0.0, 1.0), backward)
+    right /= np.linalg.norm(right)
+    axes = np.stack([right, np.cross(backward, right), backward], axis=1)
+    mujoco.mju_mat2Quat(model.cam_quat[camera], axes.reshape(-1))
+    model.cam_pos[camera], model.cam_fovy[camera] = _CAMERA_POSITION, _CAMERA_FOVY
+    model.vis.quality.offsamples = 0
+    renderer = mujoco.Renderer(model, FRAME_SIDE, FRAME_SIDE)
+    for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        renderer.scene.flags[flag] = 0
+    return renderer
