@@ -12,12 +12,19 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || $(PYTHON) -c \
 	'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=3); print("$(CPU_INDEX)")' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+# Software OpenGL, with which MuJoCo renders without a screen or a GPU.
+SIM_PACKAGES := libegl1 libegl-mesa0 libgles2 libgl1 libgl1-mesa-dri libosmesa6
+SIM := $(VENV)/.sim
+AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
+
+.PHONY: help install sim demo test check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install the package with what its tests need
+
+sim: $(SIM) ## add the simulator of benchmarks/closed_loop: Meta-World, MuJoCo and Debian's OpenGL libraries
 
 demo: $(INSTALLED) ## compile, verify and run a small policy, without network
 	$(BIN)/evla demo
@@ -42,4 +49,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
 	$(PIP) -e '.[cpu,dev]'
+	touch $@
+
+$(SIM): $(INSTALLED)
+	dpkg -s $(SIM_PACKAGES) >/dev/null 2>&1 || { $(AS_ROOT) apt-get update && \
+		$(AS_ROOT) apt-get install -y --no-install-recommends $(SIM_PACKAGES); } || { \
+		echo "install your system's packages of EGL and OSMesa (Debian: $(SIM_PACKAGES)), then make sim again"; exit 1; }
+	$(PIP) -e '.[cpu,dev,sim]'
 	touch $@

@@ -122,7 +122,40 @@ def _read_frame(listing: Path, number: int, line: str) -> Frame:
     return Frame(image, instruction)
 
 
-class _Observer(fx.Interpreter):
+class LayerObserver(fx.Interpreter):
+    """Runs a graph with decoder layers and measures the importance of each on the way, over all runs.
+
+    Attributes:
+        positions: which positions of the sequence are compared; the paper's score takes all.
+    """
+
+    def __init__(self, graph: fx.GraphModule, positions: slice = slice(None)) -> None:
+        super().__init__(graph)
+        self.positions = positions
+        layers = decoder_layers(graph.graph)
+        self._first = layers[0].entry
+        self._exits = {layer.exit: place for place, layer in enumerate(layers)}
+        self._cosines: list[list[float]] = [[] for _ in layers]
+        self._hidden: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node, and measure it where it ends a layer."""
+        result = super().run_node(n)
+        if n is self._first:
+            self._hidden = result
+        elif n in self._exits and self._hidden is not None:
+            before, after = (states[:, self.positions].float() for states in (self._hidden, result))
+            cosine = functional.cosine_similarity(before, after, dim=-1)
+            self._cosines[self._exits[n]].append(cosine.mean().item())
+            self._hidden = result
+        return result
+
+    def importance(self) -> tuple[float, ...]:
+        """Return 1 - the mean cosine of every layer's input and output, in their order."""
+        return tuple(1.0 - sum(values) / len(values) for values in self._cosines)
+
+
+class _Observer(LayerObserver):
     """Runs the perception half of the captured graph and takes both measures on the way."""
 
     def __init__(self, policy: CogACT) -> None:
@@ -130,17 +163,13 @@ class _Observer(fx.Interpreter):
         super().__init__(graph)
         self._policy = policy
         layers = decoder_layers(graph.graph)
-        self._first = layers[0].entry
-        self._exits = {layer.exit: layer.index for layer in layers}
         self._gated = {argument(layer.named("mlp.down_proj"), 0): layer.index for layer in layers}
         self._downs = [argument(layer.named("mlp.down_proj"), 1) for layer in layers]
-        self._cosines: list[list[float]] = [[] for _ in layers]
         self._activity: list[Tensor] = [torch.zeros(policy.sizes.language.mlp_width) for _ in layers]
         self._sites = list(lowered_sites(graph.graph))
         read = [value for site in self._sites for value in float_operands(site) if value.op != "get_attr"]
         self._largest: dict[fx.Node, float] = dict.fromkeys([*self._sites, *read], 0.0)
         self._tokens = 0
-        self._hidden: Tensor | None = None
 
     def observe(self, image: CameraFrame, instruction: str) -> None:
         """Measure one observation, its prompt unpadded."""
@@ -170,19 +199,9 @@ class _Observer(fx.Interpreter):
                     " the checkpoint is damaged, or was loaded in a dtype that it overflows"
                 )
             self._largest[n] = max(self._largest[n], largest)
-        if n is self._first:
-            self._hidden = result
-        elif n in self._exits and self._hidden is not None:
-            cosine = functional.cosine_similarity(self._hidden.float(), result.float(), dim=-1)
-            self._cosines[self._exits[n]].append(cosine.mean().item())
-            self._hidden = result
-        elif n in self._gated:
+        if n in self._gated:
             self._activity[self._gated[n]] += result[0].float().abs().sum(0).cpu()
         return result
-
-    def importance(self) -> tuple[float, ...]:
-        """Return 1 - the mean cosine of every layer."""
-        return tuple(1.0 - sum(values) / len(values) for values in self._cosines)
 
     def ranges(self) -> tuple[tuple[str, float], ...]:
         """Return the largest absolute input or output of every layer that could be lowered, by its module path."""

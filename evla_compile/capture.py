@@ -85,6 +85,24 @@ def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphM
     return copy_graph(gm)
 
 
+def capture_decoder(model: nn.Module, example_ids: torch.Tensor) -> fx.GraphModule:
+    """Return the graph of any model of token ids whose Llama layers stand at `DECODER_LAYERS`.
+
+    It is for trying the rewrites of the decoder on other language models; `CogACT` is captured by `capture`.
+
+    Args:
+        model: takes ids int64 [B,T] as `input_ids` and returns one tensor.
+        example_ids: ids of any content, whose batch stays fixed and whose length is symbolic in the graph.
+    """
+    with torch.no_grad():
+        exported = torch.export.export(
+            model, (example_ids,), dynamic_shapes=({1: Dim("text", min=4, max=2048)},), strict=False
+        )
+    gm = _flat_graph(exported)
+    propagate(gm)
+    return copy_graph(gm)
+
+
 def example_inputs(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tuple[torch.Tensor, ...]:
     """Return zero-filled inputs of the shapes that `capture` records, on the policy's device."""
     batch, sizes = config.batch_size, policy.sizes

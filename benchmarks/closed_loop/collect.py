@@ -16,6 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -46,7 +47,8 @@ def demonstrate(environment: SimEnvironment, seed: int, side: int) -> Episode | 
     """Return the expert's episode of a seed, frames squashed to `side` pixels; None where the expert fails."""
     generator = np.random.Generator(np.random.PCG64([seed, *environment.task.environment.encode()]))
     environment.reset(seed, half_open=environment.task.half_open and seed % HALF_OPEN_SHARE == 0)
-    frames, steps, states, actions = [], [], [], []
+    frames, steps, states = [], [], []
+    actions: list[NDArray[np.float64]] = []
     while not environment.success and len(actions) < MAX_DEMONSTRATION_STEPS:
         step = len(actions)
         if step % FRAME_EVERY == 0:

@@ -1,6 +1,6 @@
 """A Meta-World task as CogACT sees it: camera frame in, action [7] out, everything decided by a seed.
 
-Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and the Debian packages named in docs/quality.md.
+Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and the Debian packages named in docs/closed_loop.md.
 """
 
 import os
@@ -97,6 +97,14 @@ class SimEnvironment:
     def state(self) -> NDArray[np.float64]:
         """Return the positions in metres of gripper, object and goal, [9]."""
         return np.concatenate([self._observation[:3], self._observation[4:7], self._observation[_GOAL]])
+
+    def window_slide(self) -> float:
+        """Return how far a window is open, 0 to 0.2 metres.
+
+        Raises:
+            KeyError: the task has no window.
+        """
+        return float(self._environment.data.joint("window_slide").qpos[0])
 
     def expert_action(self) -> NDArray[np.float64]:
         """Return what the scripted expert does now, [7]; it sees the simulator's state instead of a frame."""

@@ -3,7 +3,7 @@
 Shape legend: N frames of an episode, L steps of it, S image side in pixels, A action steps of a chunk.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,7 @@ class Episode:
     def save(self, file: Path) -> None:
         """Write the episode, whole or not at all."""
         partial = file.with_suffix(".partial.npz")
-        np.savez_compressed(
-            partial, frames=self.frames, steps=self.steps, actions=self.actions, states=self.states
-        )
+        np.savez_compressed(partial, frames=self.frames, steps=self.steps, actions=self.actions, states=self.states)
         partial.replace(file)
 
     @classmethod
@@ -61,18 +59,22 @@ class Demonstrations:
     """Episodes of each task."""
 
 
-def load_demonstrations(folder: Path, limit: int | None = None) -> Demonstrations:
+def load_demonstrations(
+    folder: Path, names: Collection[str] = tuple(TASKS), limit: int | None = None
+) -> Demonstrations:
     """Read the episodes that collect.py wrote, `folder/TASK/SEED.npz`, in the order of their names.
 
     Args:
         folder: what collect.py was given.
+        names: which tasks.
         limit: the most episodes of a task; None for all.
 
     Raises:
         FileNotFoundError: a task has no episodes; the message names the command that makes them.
     """
     parts: list[tuple[str, Episode]] = []
-    for task in TASKS:
+    tasks = [task for task in TASKS if task in names]
+    for task in tasks:
         files = sorted((folder / task).glob("[0-9]*.npz"))[:limit]
         if not files:
             raise FileNotFoundError(f"{folder / task}: no episodes; run benchmarks/closed_loop/collect.py {folder}")
@@ -83,8 +85,8 @@ def load_demonstrations(folder: Path, limit: int | None = None) -> Demonstration
         chunks=np.concatenate([_chunks(episode.actions, episode.steps) for _, episode in parts]),
         states=np.concatenate([episode.states for _, episode in parts]),
         actions=np.concatenate([episode.actions[: episode.steps[-1] + 1] for _, episode in parts]),
-        rows={task: np.flatnonzero(owners == task) for task in TASKS},
-        episodes={task: sum(owner == task for owner, _ in parts) for task in TASKS},
+        rows={task: np.flatnonzero(owners == task) for task in tasks},
+        episodes={task: sum(owner == task for owner, _ in parts) for task in tasks},
     )
 
 

@@ -36,8 +36,6 @@ TEXT_TOKENS = 28
 """Text budget of training; any that holds the prompts gives the same policy."""
 WARM_UP_STEPS = 200
 """Steps over which the learning rate rises."""
-DECAY_SHARE = 0.25
-"""Share of the steps, at the end, over which the learning rate falls to zero."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +61,11 @@ class TrainingData:
     prompts: dict[str, list[tuple[NDArray[np.int64], int]]]
     """Padded token ids [T] and their number, for every instruction of each task."""
 
-    def batch(self, generator: np.random.Generator, size: int, device: torch.device) -> list[Tensor]:
-        """Return image, ids, text length, chunk and state of a batch; every task is equally likely."""
-        tasks = generator.choice(list(TASKS), size)
+    def batch(
+        self, generator: np.random.Generator, size: int, device: torch.device, among: Sequence[str]
+    ) -> list[Tensor]:
+        """Return image, ids, text length, chunk and state of a batch; every name in `among` is equally likely."""
+        tasks = generator.choice(list(among), size)
         rows = np.array([generator.choice(self.demonstrations.rows[task]) for task in tasks])
         texts = [self.prompts[task][generator.integers(len(self.prompts[task]))] for task in tasks]
         arrays: list[NDArray[Any]] = [
@@ -82,14 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, or go on training."""
     given = _parser().parse_args(arguments)
     team = Team(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
-    device = torch.device(given.device, int(os.environ.get("LOCAL_RANK", "0")) if given.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if given.device == "cuda" else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(given.threads)
     if team.size > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     console = Console(quiet=team.rank > 0, soft_wrap=True)
     with console.status("reading the demonstrations"):
-        demonstrations = load_demonstrations(given.demonstrations)
+        demonstrations = load_demonstrations(given.demonstrations, given.tasks)
     side = demonstrations.frames.shape[1]
     statistics = action_statistics(demonstrations.actions)
     processor = Processor(
@@ -98,7 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = _prepare(demonstrations, processor)
     console.print(f"{len(data.chunks)} frames of {dict(demonstrations.episodes)} episodes, {side} px")
     torch.manual_seed(given.seed)
-    policy = TrainingPolicy(demo_sizes(VOCABULARY, CHUNK), processor, draws=given.draws).to(device)
+    policy = TrainingPolicy(
+        demo_sizes(VOCABULARY, CHUNK),
+        processor,
+        draws=given.draws,
+        layer_drop=given.layer_drop,
+        patch_drop=given.patch_drop,
+    ).to(device)
     parameters = sum(parameter.numel() for parameter in policy.policy.parameters())
     console.print(f"{parameters / 1e6:.1f} M parameters, {team.size} processes, batch {team.size * given.batch}")
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -107,14 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distributed.destroy_process_group()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, steps: int, peak: float, decay_share: float) -> float:
     """Return the learning rate of a step from 0 up: a rise, a plateau that more steps can prolong, a linear fall."""
-    falling = max(1, round(DECAY_SHARE * steps))
+    falling = max(1, round(decay_share * steps))
     return peak * min(1.0, (step + 1) / WARM_UP_STEPS, (steps - step) / falling)
 
 
 def _train(
-    policy: TrainingPolicy, data: TrainingData, given: argparse.Namespace, team: Team, device: torch.device,
+    policy: TrainingPolicy,
+    data: TrainingData,
+    given: argparse.Namespace,
+    team: Team,
+    device: torch.device,
     console: Console,
 ) -> None:
     weights = dict(policy.named_parameters())
@@ -137,15 +147,16 @@ def _train(
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         console.print(f"going on from step {start}")
-    model = DistributedDataParallel(policy) if team.size > 1 else policy
+    # skipped layers have no gradients
+    model = DistributedDataParallel(policy, find_unused_parameters=given.layer_drop > 0) if team.size > 1 else policy
     since, began = start, perf_counter()
     for step in _progress(range(start, given.steps), console):
-        rate = learning_rate(step, given.steps, given.learning_rate)
+        rate = learning_rate(step, given.steps, given.learning_rate, given.decay_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # a step's batch depends on its number alone, so that a resumed training sees the same
         generator = np.random.Generator(np.random.PCG64([given.seed, step, team.rank]))
-        batch = data.batch(generator, given.batch, device)
+        batch = data.batch(generator, given.batch, device, given.tasks)
         loss, auxiliary = model(*batch, int(generator.integers(1 << 62)))
         optimizer.zero_grad()
         (loss + given.auxiliary * auxiliary).backward()
@@ -210,8 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16, help="frames of a step in each process")
     parser.add_argument("--draws", type=int, default=8, help="noise draws per frame (repeated diffusion steps)")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="its plateau")
+    parser.add_argument(
+        "--decay-share",
+        type=float,
+        default=0.25,
+        help="share of the steps, at the end, over which it falls to zero; 0 lets a longer run go on from this one",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="one named twice is drawn twice as often"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.05, help="of matrices")
     parser.add_argument("--auxiliary", type=float, default=1.0, help="weight of the auxiliary loss")
+    parser.add_argument("--layer-drop", type=float, default=0.0, help="share of steps that skip a decoder layer")
+    parser.add_argument("--patch-drop", type=float, default=0.0, help="share of steps that drop visual tokens")
     parser.add_argument("--average", type=float, default=0.998, help="decay of the moving average of the weights")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and noise")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")

@@ -86,7 +86,7 @@ class LanguageBackbone(nn.Module):
         return hidden
 
 
-def rotary_tables(hidden_BSD: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(hidden_BSD: Tensor, head_width: int, theta: float = ROPE_THETA) -> tuple[Tensor, Tensor]:
     """Return the rotary cosines and sines [1,S,head_width] in the dtype of the hidden states.
 
     The angles are always computed in float32, from no stored buffer: an `inv_freq` cast to bfloat16 along with the
@@ -94,7 +94,7 @@ def rotary_tables(hidden_BSD: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """
     device = hidden_BSD.device
     exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=device).to(torch.float32) / head_width
-    frequency = 1.0 / (ROPE_THETA**exponent)
+    frequency = 1.0 / (theta**exponent)
     position = torch.arange(hidden_BSD.shape[1], dtype=torch.int64, device=device).to(torch.float32)
     angle = position[None, :, None] * frequency[None, None, :]
     angle = torch.cat([angle, angle], dim=-1)

@@ -1,0 +1,275 @@
+"""Success of policies in Meta-World, compared episode by episode.
+
+    python benchmarks/closed_loop/evaluate.py --policy RUN --calibration FRAMES --variant dense --variant efficientvla
+    python benchmarks/closed_loop/evaluate.py --policy RUN --variant dense --variant mine=ARTIFACT --out FOLDER
+
+Every variant meets the same initial states with the same initial noises. A variant is a recipe by name (see --list),
+applied to the policy given by --policy, or something made before: NAME=PATH of a run directory, an artifact or an ONNX
+file. NAME@torch runs a recipe in torch instead of ONNX Runtime.
+
+With --out, results go to a folder and an evaluation that was stopped goes on where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from episode_strips import draw_strips
+from evaluation_report import draw_plot, summarize, to_markdown, variant_table
+from evaluation_variants import RECIPES, Prepared, Variant, parse_variant, prepare
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rollout import Deviation, EpisodeResult, Execution, Worker
+from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
+
+from evla_compile.calibration import Frame, read_frames
+from evla_compile.checkpoint import load
+from evla_compile.demo import describe_machine
+from evla_compile.errors import EvlaError
+from evla_compile.run_directory import find_checkpoint
+
+_VERSIONS = ("evla-compile", "metaworld", "mujoco", "numpy", "onnxruntime", "torch")
+_workers: list[Worker] = []  # the one of this process
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    variant: str
+    task: str
+    seed: int
+    deviations: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate, print the tables, and write them where --out says."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    console = Console(soft_wrap=True)
+    if given.list:
+        for name, recipe in RECIPES.items():
+            console.print(f"{name:20} {recipe}")
+        return 0
+    try:
+        variants = [parse_variant(text) for text in given.variant or ("dense", "efficientvla")]
+        names = [variant.name for variant in variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--variant: {', '.join(names)} are not all different")
+        for option, named in (("--reference", [given.reference or names[0]]), ("--strips", given.strips)):
+            if not set(named) <= set(names):
+                raise ValueError(f"{option} {' '.join(named)}: expected among {', '.join(names)}")
+        with _folder(given.out) as folder:
+            results, conditions = _evaluate(given, variants, folder, console)
+    except (EvlaError, ValueError) as error:
+        console.print(f"evaluate.py: {error}", style="red", markup=False)
+        return 2
+    reference = given.reference or names[0]
+    console.print(Markdown("\n".join(f"- {condition}" for condition in conditions)))
+    console.print(Markdown("\n".join(variant_table(results, reference))))
+    console.print(Markdown(to_markdown(results, reference, conditions).partition("Success by task")[2]))
+    if given.out is not None:
+        console.print(f"written to {given.out}: {', '.join(sorted(file.name for file in given.out.glob('*.*')))}")
+    return 0
+
+
+def _evaluate(
+    given: argparse.Namespace, variants: Sequence[Variant], folder: Path, console: Console
+) -> tuple[dict[str, Any], list[str]]:
+    source = given.policy
+    reference = given.reference or variants[0].name
+    execution = Execution(execute=None if given.execute == "ensemble" else int(given.execute), threads=1)
+    frames = [] if given.calibration is None else read_frames(given.calibration)
+    settings: dict[str, Any] = {
+        "policy": hashlib.sha256(find_checkpoint(source).read_bytes()).hexdigest(),
+        "calibration": _digest(frames),
+        "execution": asdict(execution),
+        "versions": {name: version(name) for name in _VERSIONS},
+        "max_steps": MAX_STEPS,
+    }
+    _check_settings(folder / "settings.json", settings)
+    prepared = _prepare(variants, source, frames, folder / "variants", console)
+    seeds = range(given.first_seed, given.first_seed + given.episodes)
+    # seeds outside, variants inside: whatever else the machine does meets all variants alike
+    work = [_Work(variant=v.name, task=task, seed=seed) for seed in seeds for task in given.tasks for v in variants]
+    extra = [
+        _Work(variant=reference, task=task, seed=seed, deviations=True)
+        for seed in seeds[: given.deviation_episodes]
+        for task in given.tasks
+    ]
+    episodes, deviations = _run([*work, *extra], prepared, execution, folder, given.workers, console)
+    results = summarize(episodes, deviations, prepared, reference)
+    conditions = [
+        f"{given.episodes} episodes a task, seeds {seeds[0]} to {seeds[-1]}, at most {MAX_STEPS} control steps;"
+        f" the variants share initial states and noises; reference: {reference}",
+        "a call each step, adaptive ensemble"
+        if execution.execute is None
+        else f"{execution.execute} of 16 actions of a chunk executed between two calls",
+        "ms a call: median, batch 1, from frame and instruction to actions, first call of an episode left out,"
+        f" {given.workers} processes beside each other, {describe_machine(execution.threads)}",
+        f"MuJoCo {version('mujoco')}, Meta-World {version('metaworld')}; policy sha256 {settings['policy'][:16]}",
+        f"{datetime.now(UTC):%Y-%m-%d}: {shlex.join(['python', *sys.argv])}",
+    ]
+    if given.out is not None:
+        document = {"settings": settings, "conditions": conditions, "reference": reference, "variants": results}
+        (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(to_markdown(results, reference, conditions), encoding="utf-8")
+        draw_plot(results, reference, folder / "results.png")
+        if given.strips:
+            with console.status("episode strips"):
+                shown = {name: prepared[name] for name in dict.fromkeys((reference, *given.strips))}
+                draw_strips(shown, execution, given.tasks, seeds[0], folder / "strips.png")
+    return results, conditions
+
+
+def _prepare(
+    variants: Sequence[Variant], source: Path, frames: Sequence[Frame], folder: Path, console: Console
+) -> dict[str, Prepared]:
+    policy = load(source)
+    prepared = {}
+    with _progress(console) as progress:
+        for variant in progress.track(variants, description="compile and export"):
+            prepared[variant.name] = prepare(variant, policy, source, frames, folder / variant.name)
+    return prepared
+
+
+def _run(
+    work: Sequence[_Work],
+    prepared: Mapping[str, Prepared],
+    execution: Execution,
+    folder: Path,
+    workers: int,
+    console: Console,
+) -> tuple[list[EpisodeResult], list[Deviation]]:
+    """Run what the folder does not hold yet, and return all that was asked for, in the order asked."""
+    kept = _Records(folder)
+    missing = [item for item in work if item not in kept.found]
+    # spawned, since neither a renderer nor ONNX Runtime survives a fork
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(min(workers, max(1, len(missing))), _start, (dict(prepared), execution)) as pool,
+        _progress(console) as progress,
+    ):
+        done = pool.imap_unordered(_do, missing)
+        for item, lines in progress.track(done, total=len(missing), description="episodes"):
+            kept.add(item, lines)
+    episodes = [EpisodeResult.from_json(kept.found[item][0]) for item in work if not item.deviations]
+    deviations = [
+        Deviation(**line)
+        for item in work
+        if item.deviations
+        for line in kept.found[item]
+        if line["variant"] in prepared
+    ]
+    return episodes, deviations
+
+
+class _Records:
+    """The lines of `episodes.jsonl`, by what they are the result of."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "episodes.jsonl"
+        self.found: dict[_Work, list[dict[str, Any]]] = {}
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        for line in lines:
+            entry = json.loads(line)
+            self.found[_Work(**entry["work"])] = entry["results"]
+
+    def add(self, item: _Work, results: list[dict[str, Any]]) -> None:
+        self.found[item] = results
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"work": asdict(item), "results": results}) + "\n")
+
+
+def _start(prepared: Mapping[str, Prepared], execution: Execution) -> None:
+    _workers.append(Worker(prepared, execution))
+
+
+def _do(item: _Work) -> tuple[_Work, list[dict[str, Any]]]:
+    (worker,) = _workers
+    if item.deviations:
+        return item, [asdict(found) for found in worker.deviations(item.variant, item.task, item.seed)]
+    return item, [worker.episode(item.variant, item.task, item.seed).to_json()]
+
+
+def _digest(frames: Sequence[Frame]) -> str:
+    found = hashlib.sha256()
+    for image, instruction in frames:
+        found.update(np.asarray(image).tobytes() + instruction.encode())
+    return found.hexdigest()
+
+
+def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
+    if not file.exists():
+        file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    differing = sorted(name for name in settings if found.get(name) != settings[name])
+    if differing:
+        raise ValueError(
+            f"{file.parent} holds an evaluation with other settings ({', '.join(differing)}): choose another --out"
+        )
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    if out is None:
+        with TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        yield out
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+def _execute(text: str) -> str:
+    if text != "ensemble" and not (text.isdecimal() and 1 <= int(text) <= 16):
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 to 16, or ensemble")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--policy", type=Path, required=True, help="run directory that recipes are applied to")
+    parser.add_argument("--calibration", type=Path, help="folder of frames with a frames.jsonl, for recipes that prune")
+    parser.add_argument("--variant", action="append", metavar="NAME[=PATH][@BACKEND]", help="may be repeated")
+    parser.add_argument("--reference", help="variant that the others are compared with (default: the first)")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes of each task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks")
+    parser.add_argument("--first-seed", type=int, default=EVALUATION_SEEDS, help="seed of the first episode")
+    parser.add_argument("--execute", type=_execute, default="8", help="actions of a chunk to execute, or ensemble")
+    parser.add_argument("--deviation-episodes", type=int, default=1, help="episodes of each task to compare actions on")
+    parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
+    parser.add_argument("--out", type=Path, help="folder for results; goes on with what it holds")
+    parser.add_argument(
+        "--strips", nargs="+", default=[], metavar="VARIANT", help="draw strips.png of the first episodes, for --out"
+    )
+    parser.add_argument("--list", action="store_true", help="list the recipes and stop")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

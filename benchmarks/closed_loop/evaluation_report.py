@@ -1,0 +1,152 @@
+"""Episodes to tables: success, paired differences, latency and deviation, as JSON, Markdown and a plot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from evaluation_variants import Prepared
+from paired_statistics import PairedDifference, Rate, paired_difference, success_rate
+from rollout import Deviation, EpisodeResult
+
+
+def summarize(
+    episodes: Sequence[EpisodeResult],
+    deviations: Sequence[Deviation],
+    prepared: Mapping[str, Prepared],
+    reference: str,
+) -> dict[str, Any]:
+    """Return the results by variant, JSON-ready.
+
+    Args:
+        episodes: what ran.
+        deviations: distances from the reference along its own episodes; may be empty.
+        prepared: the variants, in the order of the tables.
+        reference: the variant that the others are compared with, episode by episode.
+    """
+    by_variant = {name: [episode for episode in episodes if episode.variant == name] for name in prepared}
+    results = {}
+    for name, found in by_variant.items():
+        if not found:
+            continue
+        tasks = list(dict.fromkeys(episode.task for episode in found))
+        apart = [deviation.millimetres for deviation in deviations if deviation.variant == name]
+        results[name] = {
+            "config": prepared[name].config,
+            "flops": prepared[name].flops,
+            "noise": prepared[name].variant.noise,
+            "all": _row(found),
+            "tasks": {task: _row([episode for episode in found if episode.task == task]) for task in tasks},
+            "deviation_mm": mean(apart) if apart else None,
+            "paired": None if name == reference else asdict(_compare(by_variant[reference], found)),
+        }
+    return results
+
+
+def to_markdown(results: Mapping[str, Any], reference: str, conditions: Sequence[str]) -> str:
+    """Return the results as two Markdown tables: variants against the reference, and success by task."""
+    tasks = list(next(iter(results.values()))["tasks"])
+    lines = ["# Closed loop in Meta-World", "", *(f"- {condition}" for condition in conditions), ""]
+    lines += variant_table(results, reference)
+    lines += ["", "Success by task in %, with Wilson's 95 % interval:", ""]
+    lines += [f"| variant | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
+    for name, result in results.items():
+        cells = [_rate(Rate(**result["tasks"][task]["success"])) for task in tasks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def variant_table(results: Mapping[str, Any], reference: str) -> list[str]:
+    """Return the Markdown table of the variants over all tasks."""
+    lines = [
+        f"| variant | success % | against {reference}, points | lost / gained | McNemar's p | GFLOP | ms a call |"
+        " steps | actions apart, mm |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        row, paired = result["all"], result["paired"]
+        compared = ["", "", ""]
+        if paired is not None:
+            difference = PairedDifference(**paired)
+            ends = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+            compared = [
+                f"{100 * difference.difference:+.1f} {ends}",
+                f"{difference.lost} / {difference.gained}",
+                f"{difference.p_value:.2g}",
+            ]
+        cells = [
+            name,
+            _rate(Rate(**row["success"])),
+            *compared,
+            "" if result["flops"] is None else f"{result['flops'] / 1e9:.2f}",
+            f"{row['milliseconds']:.1f}",
+            f"{row['steps']:.0f}",
+            "" if result["deviation_mm"] is None else f"{result['deviation_mm']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def draw_plot(results: Mapping[str, Any], reference: str, file: Path) -> None:
+    """Draw success over FLOPs and over measured latency, with Wilson's intervals, as a PNG."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # of the extra `bench`
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    axes = (
+        (panels[0], "GFLOP a call", {name: _giga(result["flops"]) for name, result in results.items()}),
+        (panels[1], "ms a call (median)", {name: result["all"]["milliseconds"] for name, result in results.items()}),
+    )
+    for panel, label, places in axes:
+        shown = [name for name in results if places[name] is not None]
+        for name in shown:
+            rate = Rate(**results[name]["all"]["success"])
+            color = "black" if name == reference else "tab:red" if _is_control(name) else "tab:blue"
+            panel.errorbar(
+                places[name],
+                100 * rate.value,
+                yerr=[[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]],
+                fmt="o",
+                markersize=4,
+                linewidth=1,
+                color=color,
+            )
+            panel.annotate(
+                name, (places[name], 100 * rate.value), textcoords="offset points", xytext=(4, 3), fontsize=6
+            )
+        panel.set_xlabel(label)
+        panel.set_xlim(left=0)
+        panel.grid(visible=True, linewidth=0.3)
+    panels[0].set_ylabel("episodes solved, %")
+    panels[0].set_ylim(0, 100)
+    figure.savefig(file, dpi=120)
+
+
+def _row(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
+    times = [time for episode in episodes for time in episode.milliseconds]
+    return {
+        "success": asdict(success_rate(sum(episode.success for episode in episodes), len(episodes))),
+        "steps": mean(episode.steps for episode in episodes),
+        "milliseconds": float(np.median(times)) if times else None,
+        "milliseconds_p95": float(np.percentile(times, 95)) if times else None,
+        "calls_timed": len(times),
+    }
+
+
+def _compare(reference: Sequence[EpisodeResult], variant: Sequence[EpisodeResult]) -> PairedDifference:
+    outcomes = [{(e.task, e.seed): e.success for e in episodes} for episodes in (reference, variant)]
+    return paired_difference(outcomes[0], outcomes[1])
+
+
+def _rate(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+
+
+def _giga(flops: int | None) -> float | None:
+    return None if flops is None else flops / 1e9
+
+
+def _is_control(name: str) -> bool:
+    return name.startswith(("random-", "last-"))

@@ -1,0 +1,311 @@
+"""What can be evaluated: the named variants of a policy, and run directories, artifacts and ONNX files by path."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+import numpy as np
+import torch
+from layer_rules import LayerRule, kept_by_rule
+from numpy.typing import NDArray
+from PIL import Image
+
+from evla_compile import runtime
+from evla_compile.calibration import Frame, calibrate
+from evla_compile.capture import capture
+from evla_compile.checkpoint import load
+from evla_compile.compiled import CompiledPolicy
+from evla_compile.config import CompileConfig
+from evla_compile.graph import GraphPass, Value
+from evla_compile.model.policy import CogACT, ModelSizes
+from evla_compile.passes import SelectTokens
+from evla_compile.pipeline import build_passes
+from evla_compile.plan import Plan, plan_without_calibration
+from evla_compile.report import CompileReport
+from evla_compile.sites import input_node, mark_stage
+
+Backend: TypeAlias = Literal["onnx", "torch"]
+"""ONNX Runtime on the CPU, or the same graph in torch."""
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+aten = torch.ops.aten
+
+
+class Policy(Protocol):
+    """Frame and instruction in, action chunk out."""
+
+    def predict_action(
+        self,
+        image: Image.Image | NDArray[np.uint8],
+        instruction: str,
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+    ) -> NDArray[np.float64]:
+        """Return the action chunk [A,7]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a named variant is made of a policy; shares are of what the policy has."""
+
+    layers: float = 1.0
+    """Decoder layers kept."""
+    layer_rule: LayerRule = "importance"
+    """Which layers go."""
+    layer_seed: int = 0
+    """Which draw of "random"."""
+    mlp_keep: float = 1.0
+    """MLP neurons kept in each layer."""
+    tokens: float = 1.0
+    """Visual tokens kept."""
+    random_tokens: bool = False
+    """A control: tokens drawn anew in every call instead of chosen."""
+    cache_interval: int = 1
+    """Denoising steps between two recomputations of the action head."""
+    ddim_steps: int = 10
+    """Denoising steps."""
+    noise: int = 0
+    """Which set of initial noises the episodes use; all variants but those that measure its effect share set 0."""
+
+    def config(self, sizes: ModelSizes) -> CompileConfig:
+        """Return the compile settings for a policy of these sizes.
+
+        The key tokens keep the paper's proportion, 4 of 56.
+        """
+        layers, tokens = round(self.layers * sizes.language.layers), round(self.tokens * sizes.patches)
+        return CompileConfig(
+            keep_layers=None if layers == sizes.language.layers else layers,
+            mlp_keep=self.mlp_keep,
+            visual_tokens=None if tokens == sizes.patches else tokens,
+            key_tokens=max(1, round(tokens / 14)),
+            cache_interval=self.cache_interval,
+            ddim_steps=self.ddim_steps,
+        )
+
+
+PAPER = Recipe(layers=22 / 32, mlp_keep=0.75, tokens=56 / 256, cache_interval=5)
+"""The paper's headline row in proportion: 69 % of the layers, 75 % of the neurons, 22 % of the tokens, N = 5."""
+
+RECIPES: dict[str, Recipe] = {
+    "dense": Recipe(),
+    "dense-again": Recipe(),
+    "dense-noise-1": Recipe(noise=1),
+    "dense-noise-2": Recipe(noise=2),
+    "layers-11": Recipe(layers=11 / 12),
+    "layers-10": Recipe(layers=10 / 12),
+    "layers-9": Recipe(layers=9 / 12),
+    "layers-8": Recipe(layers=8 / 12),
+    "mlp-75": Recipe(mlp_keep=0.75),
+    "tokens-44": Recipe(tokens=112 / 256),
+    "tokens-22": Recipe(tokens=56 / 256),
+    "tokens-11": Recipe(tokens=28 / 256),
+    "cache-2": Recipe(cache_interval=2),
+    "cache-5": Recipe(cache_interval=5),
+    "cache-10": Recipe(cache_interval=10),
+    "ddim-5": Recipe(ddim_steps=5),
+    "layers-tokens": replace(PAPER, mlp_keep=1.0, cache_interval=1),
+    "layers-mlp": replace(PAPER, tokens=1.0, cache_interval=1),
+    "layers-mlp-cache": replace(PAPER, tokens=1.0),
+    "tokens-cache": replace(PAPER, layers=1.0, mlp_keep=1.0),
+    "efficientvla": PAPER,
+    "l28-t112": Recipe(layers=28 / 32, mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
+    "random-layers-1": Recipe(layers=8 / 12, layer_rule="random", layer_seed=1),
+    "random-layers-2": Recipe(layers=8 / 12, layer_rule="random", layer_seed=2),
+    "random-layers-3": Recipe(layers=8 / 12, layer_rule="random", layer_seed=3),
+    "last-layers": Recipe(layers=8 / 12, layer_rule="last"),
+    "random-tokens": Recipe(tokens=56 / 256, random_tokens=True),
+    "layers-8-keep-last": Recipe(layers=8 / 12, layer_rule="keep-last"),
+    "layers-8-cognition": Recipe(layers=8 / 12, layer_rule="cognition"),
+    "layers-8-greedy": Recipe(layers=8 / 12, layer_rule="greedy"),
+    "efficientvla-greedy": replace(PAPER, layer_rule="greedy"),
+}
+"""The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One thing to evaluate."""
+
+    name: str
+    """What it is called in tables: "dense", "efficientvla@torch", "mine"."""
+    backend: Backend
+    """What runs it."""
+    recipe: Recipe | None = None
+    """How it is made of the policy; None for something that was made before."""
+    path: Path | None = None
+    """A run directory, an artifact or an ONNX file; None for a recipe."""
+
+    @property
+    def noise(self) -> int:
+        """Which set of initial noises its episodes use."""
+        return 0 if self.recipe is None else self.recipe.noise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomTokens(SelectTokens):
+    """A control for SelectTokens: as many visual tokens, drawn anew in every call, lossy.
+
+    The draw is the order of the first numbers of the noise that the sampler starts from, so it is random over frames
+    and the same on every backend.
+    """
+
+    patches: int
+    """Visual tokens to draw from."""
+
+    def _choose(self, relevance: Value, patches: Value, width: int) -> Value:
+        noise = input_node(relevance.node.graph, "noise")
+        batch, chunk, actions = noise.meta["val"].shape
+        draw = aten.reshape.default(type(relevance)(noise, relevance.tracer), [batch, chunk * actions])
+        ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.patches), stable=True, dim=1)[1]
+        kept = aten.slice.Tensor(ranking, 1, 0, self.visual_tokens)
+        return mark_stage(aten.sort.default(kept, 1)[0], "kept_patches")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A variant that workers can open."""
+
+    variant: Variant
+    """The variant."""
+    policy: Path
+    """Run directory of the policy that it was made of."""
+    artifact: Path | None
+    """What `evla_compile.runtime.load` reads; None where torch runs it."""
+    plan: Path | None
+    """The plan of a recipe; None for a path."""
+    config: dict[str, Any]
+    """Compile settings, as JSON-ready values."""
+    flops: int | None
+    """Floating-point operations of one call; None where nothing tells."""
+
+    def open(self, threads: int) -> Policy:
+        """Load the policy, ready to run."""
+        if self.artifact is not None:
+            return runtime.load(self.artifact, threads=threads)
+        torch.set_num_threads(threads)
+        policy, recipe = load(self.policy), self.variant.recipe
+        return policy if recipe is None or self.plan is None else _compile(policy, recipe, Plan.load(self.plan))
+
+
+def parse_variant(text: str) -> Variant:
+    """Return the variant that a user names: NAME, NAME@BACKEND, or NAME=PATH and NAME=PATH@BACKEND.
+
+    Raises:
+        ValueError: the name is unknown, the path does not exist, or the backend does not run it.
+    """
+    before, _, backend = text.partition("@")
+    name, _, path = before.partition("=")
+    if backend not in ("", *BACKENDS):
+        raise ValueError(f"--variant {text}: expected one of {', '.join(BACKENDS)} behind the @")
+    if not path:
+        if name not in RECIPES:
+            raise ValueError(f"--variant {text}: expected NAME=PATH or one of {', '.join(RECIPES)}")
+        return Variant(name=text, backend=_backend(backend or "onnx"), recipe=RECIPES[name])
+    file = Path(path)
+    if not file.exists():
+        raise ValueError(f"--variant {text}: {file} does not exist")
+    is_run = (file / "checkpoints").is_dir()
+    chosen = _backend(backend or ("torch" if is_run else "onnx"))
+    if (chosen == "torch") != is_run:
+        raise ValueError(f"--variant {text}: torch runs run directories, ONNX Runtime runs artifacts and ONNX files")
+    label = f"{name}@{backend}" if backend else name
+    return Variant(name=label, backend=chosen, path=file)
+
+
+def prepare(variant: Variant, policy: CogACT, source: Path, frames: Sequence[Frame], folder: Path) -> Prepared:
+    """Compile and export a variant, once: what lies in the folder already is used again.
+
+    Args:
+        variant: the variant.
+        policy: the policy that recipes are applied to.
+        source: its run directory.
+        frames: calibration frames.
+        folder: where to; made if needed.
+
+    Raises:
+        EvlaError: it cannot be compiled or exported.
+    """
+    if variant.path is not None:
+        is_run = variant.backend == "torch"
+        config = {} if is_run else runtime.load(variant.path, threads=1).config.to_json()
+        return Prepared(
+            variant=variant,
+            policy=variant.path if is_run else source,
+            artifact=None if is_run else variant.path,
+            plan=None,
+            config=config,
+            flops=None,
+        )
+    if variant.recipe is None:
+        raise ValueError(f"variant {variant.name}: expected a recipe or a path")
+    folder.mkdir(parents=True, exist_ok=True)
+    notes, artifact, plan_file = folder / "variant.json", folder / "artifact", folder / "plan.json"
+    if not notes.exists():
+        plan = make_plan(policy, variant.recipe, frames)
+        compiled = _compile(policy, variant.recipe, plan, frames)
+        plan.save(plan_file)
+        if variant.backend == "onnx":
+            compiled.export(artifact, progress=False)
+        flops = compiled.report.passes[-1].after.flops
+        written = {"config": compiled.config.to_json(), "flops": flops, "keep_layers": list(plan.keep_layers)}
+        notes.write_text(json.dumps(written), encoding="utf-8")
+    written = json.loads(notes.read_text(encoding="utf-8"))
+    return Prepared(
+        variant=variant,
+        policy=source,
+        artifact=artifact if variant.backend == "onnx" else None,
+        plan=plan_file,
+        config=written["config"] | {"keep_layers": written["keep_layers"]},
+        flops=written["flops"],
+    )
+
+
+def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
+    """Measure the policy on the frames and return the plan of a recipe, its layer rule applied.
+
+    Raises:
+        EvlaError: the policy cannot be measured.
+    """
+    config = recipe.config(policy.sizes)
+    if config.keep_layers is None or isinstance(config.keep_layers, tuple) or recipe.layer_rule == "importance":
+        if config.keep_layers is None and config.mlp_keep == 1.0:
+            return plan_without_calibration(policy.sizes.language, config)
+        return calibrate(policy, frames, config, progress=False)
+    keep = kept_by_rule(policy, frames, recipe.layer_rule, config.keep_layers, seed=recipe.layer_seed)
+    return calibrate(policy, frames, replace(config, keep_layers=keep), progress=False)
+
+
+def _compile(policy: CogACT, recipe: Recipe, plan: Plan, frames: Sequence[Frame] = ()) -> CompiledPolicy:
+    """Compile as `evla_compile.compile` does, with the control in place of the selection where the recipe says so."""
+    config = replace(recipe.config(policy.sizes), keep_layers=plan.keep_layers)
+    graph, reports = capture(policy, config), []
+    for rewrite in build_passes(config, plan, policy.sizes):
+        graph, report = _controlled(rewrite, recipe, policy.sizes.patches)(graph)
+        reports.append(report)
+    return CompiledPolicy(
+        graph=graph,
+        config=config,
+        plan=plan,
+        sizes=policy.sizes,
+        processor=policy.processor,
+        report=CompileReport(config=config, passes=tuple(reports), deviations=()),
+        frames=tuple(frames)[:2],
+    )
+
+
+def _controlled(rewrite: GraphPass, recipe: Recipe, patches: int) -> GraphPass:
+    if not recipe.random_tokens or not isinstance(rewrite, SelectTokens):
+        return rewrite
+    return RandomTokens(
+        visual_tokens=rewrite.visual_tokens,
+        key_tokens=rewrite.key_tokens,
+        task_share=rewrite.task_share,
+        patches=patches,
+    )
+
+
+def _backend(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend == name)
