@@ -26,8 +26,9 @@ install: $(INSTALLED) ## create .venv and install the package with what its test
 
 sim: $(SIM) ## add the simulator of benchmarks/closed_loop: Meta-World, MuJoCo and Debian's OpenGL libraries
 
-demo: $(INSTALLED) ## compile, verify and run a small policy, without network
-	$(BIN)/evla demo
+demo: $(INSTALLED) ## compile, verify and run the small trained policy of the package into build/demo
+	rm -rf build/demo && mkdir -p build
+	$(BIN)/evla demo --out build/demo
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -17,7 +17,7 @@ from evla_compile.capture import capture
 from evla_compile.checkpoint import load
 from evla_compile.config import CompileConfig
 from evla_compile.demo import DEMO_CONFIG, describe_machine
-from evla_compile.demo_policy import DEMO_SIZES, demo_frames, write_run_directory
+from evla_compile.demo_policy import DEMO_POLICY, calibration_frames, demo_frame
 from evla_compile.model.policy import CogACT
 from evla_compile.pipeline import build_passes, compile
 from evla_compile.plan import Plan, plan_without_calibration
@@ -46,13 +46,12 @@ def main() -> None:
 
 def benchmark(folder: Path, threads: int) -> dict[str, Times]:
     """Return the times of the dense and of the compiled policy."""
-    write_run_directory(folder / "run", DEMO_SIZES)
-    policy = load(folder / "run")
+    policy = load(DEMO_POLICY)
     dense = CompileConfig.dense()
     capture(policy, dense)  # the first capture of a process also pays for what torch imports on the way
     measured: dict[str, Times] = {"compiled": {}, "dense": {}}
     with timing(measured["compiled"], "calibrate"):
-        plan = calibrate(policy, demo_frames(), DEMO_CONFIG, progress=False)
+        plan = calibrate(policy, calibration_frames(), DEMO_CONFIG, progress=False)
     time_variant(
         policy,
         dense,
@@ -80,7 +79,7 @@ def time_variant(policy: CogACT, config: CompileConfig, plan: Plan, artifact: Pa
     with timing(times, "load the runtime"):
         loaded = runtime.load(artifact, threads=threads)
     with timing(times, "first actions"):
-        loaded.predict_action(*demo_frames()[0])
+        loaded.predict_action(*demo_frame())
 
 
 @contextmanager

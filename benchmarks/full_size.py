@@ -25,7 +25,7 @@ from evla_compile.checkpoint import read_checkpoint
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.demo import describe_machine
-from evla_compile.demo_policy import demo_frames
+from evla_compile.demo_policy import demo_frame
 from evla_compile.estimate import skeleton
 from evla_compile.exporters.onnx_weights import without_data
 from evla_compile.exporters.to_onnx import to_model
@@ -93,7 +93,7 @@ def one_action_bfloat16(job: Job) -> Result:
     compiled = _timed(times, "compile, s", lambda: _compile(policy))
     weights = compiled.report.passes[-1].after.weight_bytes
     dataset = min(policy.processor.statistics)
-    actions = _timed(times, "one action, s", lambda: compiled.predict_action(*demo_frames()[0], dataset))
+    actions = _timed(times, "one action, s", lambda: compiled.predict_action(*demo_frame(), dataset))
     if actions.shape != (16, 7) or not np.isfinite(actions).all():
         raise RuntimeError(f"actions of shape {actions.shape}, expected [16, 7] of finite numbers")
     return {**times, "weights, GB": weights / 1e9}

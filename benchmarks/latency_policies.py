@@ -5,7 +5,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 import torch
 from latency_parts import Cost, Parts, costs_of, cut, upstream_costs
@@ -166,7 +166,7 @@ def random_weight(name: str, shape: torch.Size, *, seed: int, device: torch.devi
 
 def _processor(sizes: ModelSizes) -> Processor:
     """Return the host's side of a policy, which exports carry along; no call that is timed uses it."""
-    packed = resources.files("evla_compile") / "data" / "demo" / "tokenizer.json.xz"
+    packed = Path(__file__).parents[1] / "tests" / "data" / "tokenizer.json.xz"
     tokenizer = lzma.decompress(packed.read_bytes()).decode("utf-8")
     unscaled = ActionStatistics(low=(-1.0,) * ACTION_WIDTH, high=(1.0,) * ACTION_WIDTH)
     return Processor(

@@ -6,7 +6,6 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.demo_policy import DEMO_SIZES
 from evla_compile.model.action import ActionSizes
 from evla_compile.model.language import LanguageSizes
 from evla_compile.model.policy import ModelSizes
@@ -29,6 +28,19 @@ MID_SIZES = ModelSizes(
 )
 """CogACT-Base at a quarter of the width, for CPUs: vision and action head have the same shares of the FLOPs."""
 
+DEMO_SIZES = ModelSizes(
+    dino=TowerSizes(
+        width=192, depth=4, heads=3, mlp_width=768, patches=256, class_tokens=1, register_tokens=4, layer_scale=True
+    ),
+    siglip=TowerSizes(width=192, depth=4, heads=3, mlp_width=720, patches=256),
+    projector=(384, 768, 256, 256),
+    language=LanguageSizes(width=256, layers=12, heads=4, kv_heads=4, mlp_width=1024, vocabulary=32064),
+    action=ActionSizes(
+        width=192, depth=4, heads=4, mlp_width=768, condition_width=256, frequencies=256, chunk=16, action_width=7
+    ),
+)
+"""The smallest that has CogACT's frame, patches, vocabulary and action chunk."""
+
 SIZES: Mapping[str, ModelSizes] = MappingProxyType(
     {
         "small": published_sizes("small"),
@@ -38,7 +50,7 @@ SIZES: Mapping[str, ModelSizes] = MappingProxyType(
         "demo": DEMO_SIZES,
     }
 )
-"""Policies by name: the published ones, one for CPUs, and that of `evla demo`."""
+"""Policies by name: the published ones, and two for CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

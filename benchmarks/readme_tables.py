@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -120,6 +121,51 @@ def compile_and_export(results: Path) -> list[str]:
     return _table(("seconds", *names, "conditions"), cells, left=1)
 
 
+def closed_loop(name: str) -> Callable[[Path], list[str]]:
+    """Return what makes the table of success in simulation, variant by variant, of one results file."""
+    return lambda results: _closed_loop(_read(results / f"{name}.json"))
+
+
+def _closed_loop(data: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for name, found in data["variants"].items():
+        success, paired = found["all"]["success"], found["paired"]
+        rate = 100 * success["successes"] / success["episodes"]
+        cells.append(
+            [
+                f"`{name}`",
+                f"{rate:.1f} [{100 * success['low']:.0f}, {100 * success['high']:.0f}]",
+                f"{100 * paired['difference']:+.1f} [{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}]"
+                if paired
+                else "",
+                f"{paired['p_value']:.2g}" if paired else "",
+                f"{found['flops'] / 1e9:.2f}",
+                f"{found['all']['milliseconds']:.1f}",
+                f"{success['episodes']} episodes, {data['machine']}, {data['date']}",
+            ]
+        )
+    against = f"against {data['reference']}, points"
+    header = ("variant", "success %", against, "McNemar's p", "GFLOP", "ms a call", "conditions")
+    return _table(header, cells, left=1)
+
+
+def layer_redundancy(results: Path) -> list[str]:
+    """Return the perplexity of SmolLM2 with layers dropped by several rules."""
+    data = _read(results / "layer-redundancy-smollm2-135m.json")
+    cells = [
+        [
+            str(row["dropped"]),
+            *(f"{value:,.1f}" for value in (row["importance"], row["block"], median(row["random"]), row["last"])),
+            ", ".join(map(str, row["importance_layers"])),
+            data["conditions"][1],
+        ]
+        for row in data["rows"]
+    ]
+    cells.insert(0, ["0", *[f"{data['dense']:,.1f}"] * 4, "-", data["conditions"][1]])
+    kinds = ("least important", "contiguous block", "random, median", "last")
+    return _table(("dropped", *kinds, "the least important ones", "conditions"), cells, left=0)
+
+
 TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
     {
         "paper": paper,
@@ -128,6 +174,9 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "latency-mid": latency("latency-mid-cpu-float32"),
         "full-size": full_size,
         "compile-and-export": compile_and_export,
+        "closed-loop": closed_loop("closed-loop"),
+        "closed-loop-confirmation": closed_loop("closed-loop-confirmation"),
+        "layer-redundancy": layer_redundancy,
     }
 )
 """What makes the lines of each table."""

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import evla_compile as evla
 from evla_compile.cli_settings import read_config, read_plan
-from evla_compile.config import OPSET, PAPER_TEXT_TOKENS, Precision
+from evla_compile.config import OPSET, PAPER_TEXT_TOKENS, LayerRule, Precision
 from evla_compile.engine_settings import EngineSettings, Flavour
 from evla_compile.errors import EvlaError
 from evla_compile.memory import PeakMemory, watching_memory
@@ -58,7 +58,7 @@ def demo(
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each backend.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each backend.")] = 1,
 ) -> None:
-    """Take a small policy with random weights through the whole path, and time it. Needs no network."""
+    """Take the small policy that the package carries through the whole path, and time it. Needs no network."""
     from evla_compile.tables import demo_summary
 
     if out is not None and (out.exists() or not out.parent.is_dir()):
@@ -68,12 +68,13 @@ def demo(
         folder = Path(scratch) / "demo"
         folder.mkdir()
         with _step("import torch and transformers"):
-            from evla_compile.demo import run_demo
+            from evla_compile.demo import PICTURE, run_demo
         result = run_demo(folder, runs=runs, threads=threads, step=_step)
         if out is not None:
             folder.rename(out)
     _console().print(demo_summary(result))
     if out is not None:
+        _console().print(f"the same on the frame: {out / PICTURE}")
         _print_next(out / "compiled", ())
 
 
@@ -91,6 +92,9 @@ def compile_policy(
     preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
     keep_layers: Annotated[str | None, typer.Option(metavar="N|i,j,k|all", help="Decoder layers kept.")] = None,
+    layer_rule: Annotated[
+        LayerRule | None, typer.Option(help="Which layers go: the paper's importance, or one after the other.")
+    ] = None,
     mlp_keep: Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")] = None,
     visual_tokens: Annotated[str | None, typer.Option(metavar="N|all", help="Visual tokens kept.")] = None,
     key_tokens: Annotated[int | None, typer.Option(help="Of these, always kept by relevance.")] = None,

@@ -35,6 +35,12 @@ Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """All of them."""
 
+LayerRule: TypeAlias = Literal["importance", "greedy"]
+"""How calibration places a budget of decoder layers."""
+
+LAYER_RULES: tuple[LayerRule, ...] = get_args(LayerRule)
+"""All of them."""
+
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""
 
@@ -51,6 +57,9 @@ class CompileConfig:
 
     keep_layers: int | tuple[int, ...] | None = 22
     """Decoder layers kept (the paper's L): a count, for calibration to place; ascending indices; None for all."""
+    layer_rule: LayerRule = "importance"
+    """Which layers go where `keep_layers` is a count: those of least "importance", by the paper's equation 1; or
+    "greedy", not in the paper: one after the other, that without which the cognition feature moves least."""
     mlp_keep: float = 0.75
     """Share of every kept layer's MLP neurons that stays, rounded to a multiple of 64 neurons; 1.0 for all."""
     visual_tokens: int | None = 56
@@ -72,6 +81,8 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         _check_layers(self.keep_layers)
+        if self.layer_rule not in LAYER_RULES:
+            raise ValueError(f"layer_rule={self.layer_rule!r}: expected one of {', '.join(LAYER_RULES)}")
         _check_range("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True)
         _check_range("task_share", self.task_share, low=0.0, high=1.0)
         _check_range("cfg_scale", self.cfg_scale, low=1.0, high=100.0)

@@ -1,11 +1,12 @@
-"""The demo: a small random policy through the whole path, each lowering verified, each backend timed.
+"""The demo: a small trained policy through the whole path, each lowering verified, each backend timed.
 
-It shows that the path works and what it costs; random weights cannot show whether a robot still does its task.
+It shows that the path works and what it costs; whether a robot still does its task is measured by
+benchmarks/closed_loop.
 """
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,18 +21,24 @@ from numpy.typing import NDArray
 from evla_compile import host, runtime
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.checkpoint import load
+from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
-from evla_compile.demo_policy import DEMO_SIZES, demo_frames, write_run_directory
-from evla_compile.model.policy import CogACT, ModelSizes
+from evla_compile.demo_policy import DEMO_POLICY, calibration_frames, demo_frame
+from evla_compile.model.policy import CogACT
+from evla_compile.picture import draw_kept_tokens
 from evla_compile.pipeline import compile
-from evla_compile.plan import Plan, plan_without_calibration
+from evla_compile.plan import plan_without_calibration
 from evla_compile.processor import draw_noise
 from evla_compile.report import CompileReport
 from evla_compile.runtime import RuntimePolicy
 from evla_compile.verification import Verification, verify
 
-DEMO_CONFIG = CompileConfig(keep_layers=8)
-"""The paper's budgets, but for the layers, of which the demo's policy has 12."""
+DEMO_CONFIG = CompileConfig(
+    keep_layers=10, layer_rule="greedy", mlp_keep=0.75, visual_tokens=28, key_tokens=2, cache_interval=5
+)
+"""Budgets with which the demo's policy still solves its tasks in simulation; see docs/quality.md."""
+PICTURE = "kept-tokens.png"
+"""File of the demo's folder that shows which visual tokens are kept."""
 WARM_UP_CALLS = 3
 """Calls of each backend before the measured ones."""
 
@@ -77,6 +84,10 @@ class DemoResult:
     """What a latency includes, and what it was measured on."""
     instruction: str
     """What the robot shall do."""
+    kept_tokens: NDArray[np.int64]
+    """Patches of the demo's frame that the compiled policy keeps, ascending, [K]."""
+    patches: int
+    """Patches of a frame."""
     actions: NDArray[np.float64]
     """Action chunk [A,7] of the compiled ONNX for the demo's frame and the instruction."""
 
@@ -87,51 +98,55 @@ def run_demo(
     runs: int,
     threads: int,
     step: Step,
-    sizes: ModelSizes = DEMO_SIZES,
     config: CompileConfig = DEMO_CONFIG,
 ) -> DemoResult:
-    """Take a small random policy through the whole path.
+    """Take the policy that the package carries through the whole path.
 
     Args:
-        folder: an existing folder, in which the policy's run directory `run` and the artifacts `dense` and `compiled`
-            are made; `run` must not exist.
+        folder: an existing folder, in which the artifacts `dense` and `compiled` and the picture `kept-tokens.png` are
+            made.
         runs: measured calls of each backend, at least 1.
         threads: threads of torch and of ONNX Runtime.
         step: entered around each long step.
-        sizes: sizes of the policy.
         config: settings of the compiled variant; its sampler settings and text budget serve the dense one too.
 
     Raises:
-        OSError: the run directory exists or cannot be written.
+        OSError: the picture cannot be written.
         ArtifactError: an artifact cannot be written.
         VerificationError: ONNX Runtime does not return what a graph does.
     """
     with _torch_threads(threads):
-        with step("write a run directory: a small policy with random weights"):
-            write_run_directory(folder / "run", sizes)
-        with step("load it"):
-            policy = load(folder / "run")
-        frames = demo_frames()
-        with step("calibrate on the shipped frame"):
+        with step("load the policy: CogACT's architecture, trained in simulation"):
+            policy = load(DEMO_POLICY)
+        frames, shown = calibration_frames(), demo_frame()
+        with step(f"calibrate on {len(frames)} frames of other episodes"):
             plan = calibrate(policy, frames, config, progress=False)
         dense = CompileConfig.dense(
             ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale, text_tokens=config.text_tokens
         )
         plans = {"dense": (dense, plan_without_calibration(policy.sizes.language, dense)), "compiled": (config, plan)}
+        compiled = {}
+        for name, choice in plans.items():
+            with step(f"{name}: capture and rewrite the graph"):
+                compiled[name] = compile(policy, choice[0], calibration=frames, plan=choice[1], progress=False)
         variants = tuple(
-            _build(policy, *choice, frames, folder / name, threads=threads, step=step) for name, choice in plans.items()
+            _export(policy, folder / name, threads=threads, step=step) for name, policy in compiled.items()
         )
+        kept = compiled["compiled"].kept_tokens(*shown)
+        draw_kept_tokens(shown.image, kept, policy.sizes.patches).save(folder / PICTURE)
         backends = {name: runtime.load(folder / name, threads=threads) for name in plans}
         with step(f"time {runs} calls of each backend"):
-            latencies = measure_latencies(_backend_calls(policy, backends, frames[0], config), runs)
+            latencies = measure_latencies(_backend_calls(policy, backends, shown, config), runs)
     return DemoResult(
         variants=variants,
         latencies=latencies,
         conditions="A latency is that of one call, batch 1, float32, from the squashed frame and the token ids in"
         f" memory to the raw samples: {runs} calls of each backend in turn after {WARM_UP_CALLS} to warm up;"
         f" {describe_machine(threads)}.",
-        instruction=frames[0].instruction,
-        actions=backends["compiled"].predict_action(*frames[0]),
+        instruction=shown.instruction,
+        kept_tokens=kept,
+        patches=policy.sizes.patches,
+        actions=backends["compiled"].predict_action(*shown),
     )
 
 
@@ -169,19 +184,8 @@ def cpu_field(name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
 
 
-def _build(
-    policy: CogACT,
-    config: CompileConfig,
-    plan: Plan,
-    frames: Sequence[Frame],
-    artifact: Path,
-    *,
-    threads: int,
-    step: Step,
-) -> DemoVariant:
+def _export(compiled: CompiledPolicy, artifact: Path, *, threads: int, step: Step) -> DemoVariant:
     name = artifact.name
-    with step(f"{name}: capture and rewrite the graph"):
-        compiled = compile(policy, config, calibration=frames, plan=plan, progress=False)
     with step(f"{name}: export it to ONNX"):
         compiled.export(artifact)
     with step(f"{name}: verify it on ONNX Runtime"):

@@ -17,7 +17,7 @@ from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, read_statistics
 
-FORMAT = "evla_compile/2"
+FORMAT = "evla_compile/3"
 """Version of the manifest's layout; another one is refused."""
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 """What an input or output of a graph may hold, by numpy's names."""

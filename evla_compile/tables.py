@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from evla_compile.config import DDIM_STEPS
 from evla_compile.devices import DEVICES
 from evla_compile.engine_settings import FLAVOUR_NAMES
 from evla_compile.manifest import EngineRecord, Manifest
+from evla_compile.picture import kept_tokens_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,9 +55,9 @@ def demo_summary(result: "DemoResult") -> RenderableType:
         latency_table(result.latencies, sizes),
         f"{result.conditions}\n",
         action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),
-        "The weights of this policy are random: its actions, and how far the compiled ones are from the dense ones, say"
-        " nothing about a robot's success. Operators, sizes, latencies and the agreement of each ONNX with its graph"
-        " are real.",
+        f"Visual tokens kept of this frame, {len(result.kept_tokens)} of {result.patches}:",
+        Text(kept_tokens_text(result.kept_tokens, result.patches)),
+        "How often the policy solves its tasks, dense and compiled, is measured in simulation: docs/quality.md.",
     )
 
 

@@ -115,5 +115,5 @@ def _check_space(manifest: Manifest, place: Path) -> None:
     free = shutil.disk_usage(place.parent).free
     if free < needed:
         raise ArtifactError(
-            f"engines for {place.parent} take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room"
+            f"engines for {place.parent} take about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room"
         )

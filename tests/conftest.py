@@ -17,7 +17,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, processors
 from torch import Tensor, fx
 
-import evla_compile
 from evla_compile.capture import capture
 from evla_compile.checkpoint import load
 from evla_compile.config import CompileConfig
@@ -30,7 +29,7 @@ from evla_compile.passes import UnrollDiffusion
 from evla_compile.processor import Processor
 from evla_compile.sites import module_path
 
-DEMO = Path(evla_compile.__file__).parent / "data" / "demo"
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,13 +53,13 @@ def golden(golden_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tokenizer_json() -> str:
     """Llama-2's tokenizer as a tokenizer.json."""
-    return lzma.decompress((DEMO / "tokenizer.json.xz").read_bytes()).decode("utf-8")
+    return lzma.decompress((DATA / "tokenizer.json.xz").read_bytes()).decode("utf-8")
 
 
 @pytest.fixture(scope="session")
 def frame() -> Image.Image:
     """The RGB camera frame of every golden case, 320x240 pixels."""
-    with Image.open(DEMO / "frame.png") as image:
+    with Image.open(DATA / "frame.png") as image:
         return image.copy()
 
 

@@ -149,7 +149,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
     ("change", "message"),
     [
         (drop("format"), "'format' is missing"),
-        (put("format", value="evla_compile/1"), r"'evla_compile/1', but this version.*'evla_compile/2'"),
+        (put("format", value="evla_compile/2"), r"'evla_compile/2', but this version.*'evla_compile/3'"),
         (drop("tokenizer"), "'tokenizer' is missing"),
         (put("created_by", value=1), "'created_by' is 1: expected a text"),
         (put("parts", 0, "model", value="model.onnx"), "'model' is 'model.onnx': expected an object"),

@@ -1,6 +1,7 @@
 """Layer importance, neuron scores, plans and calibration folders."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,41 @@ def test_importance_equals_the_golden_reference(
     assert np.argsort(plan.layer_importance).tolist() == golden["importance_order_ascending"]
     assert plan.keep_layers == tuple(golden["efficient"][0]["kept_layers"])
     assert plan.frames == 3
+
+
+def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
+    tiny_policy: CogACT, frames: list[Frame], plan: Plan
+) -> None:
+    model = tiny_policy.llm_backbone.llm.model
+    whole = model.layers
+
+    def features(keep: Sequence[int]) -> Tensor:
+        model.layers = torch.nn.ModuleList(whole[index] for index in keep)
+        found = []
+        for image, instruction in frames:
+            ids = torch.tensor([tiny_policy.processor.prompt_ids(instruction)])
+            pixels = torch.from_numpy(tiny_policy.processor.image(image))[None]
+            with torch.no_grad():
+                found.append(tiny_policy.cognition(pixels, ids, torch.tensor([ids.shape[1]])).flatten())
+        model.layers = whole
+        return torch.stack(found)
+
+    expected, dense = list(range(6)), features(range(6))
+    for _ in range(2):
+        moved = {}
+        for gone in expected:
+            found = features([index for index in expected if index != gone])
+            moved[gone] = float(((found - dense).norm(dim=1) / dense.norm(dim=1)).mean())
+        expected.remove(min(moved, key=lambda gone: moved[gone]))
+    chosen = calibrate(tiny_policy, frames, CompileConfig(keep_layers=4, layer_rule="greedy"), progress=False)
+    assert chosen.keep_layers == tuple(expected)
+    assert chosen.layer_importance == plan.layer_importance
+    assert len(chosen.mlp_neurons) == 4
+
+
+def test_greedy_leaves_named_layers_alone(tiny_policy: CogACT, frames: list[Frame]) -> None:
+    config = CompileConfig(keep_layers=(0, 1, 5), layer_rule="greedy")
+    assert calibrate(tiny_policy, frames[:1], config, progress=False).keep_layers == (0, 1, 5)
 
 
 def test_neurons_are_those_of_an_eager_count(tiny_policy: CogACT, frames: list[Frame], plan: Plan) -> None:

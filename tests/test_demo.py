@@ -1,49 +1,26 @@
-"""The demo: its policy, its stopwatch, and a run through the command line with a policy that is smaller still."""
+"""The demo: its policy, its stopwatch, and a run through the command line."""
 
 import contextlib
 import io
 import itertools
-import json
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from evla_compile import cli, demo, host, runtime
+from evla_compile import cli, demo, runtime
 from evla_compile.artifact import find_manifest
-from evla_compile.checkpoint import load, read_checkpoint
-from evla_compile.config import CompileConfig
-from evla_compile.demo import WARM_UP_CALLS, DemoResult, Step, measure_latencies, run_demo
-from evla_compile.demo_policy import (
-    DEMO_SIZES,
-    INSTRUCTIONS,
-    SPARE_EVERY,
-    demo_frames,
-    demo_weights,
-    write_run_directory,
-)
+from evla_compile.checkpoint import load
+from evla_compile.demo import DEMO_CONFIG, PICTURE, WARM_UP_CALLS, DemoResult, Step, measure_latencies, run_demo
+from evla_compile.demo_policy import DEMO_POLICY, calibration_frames, demo_frame
 from evla_compile.manifest import read_manifest
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.language import LanguageSizes
-from evla_compile.model.policy import ModelSizes
-from evla_compile.model.vision import TowerSizes
-from evla_compile.processor import draw_noise
+from evla_compile.picture import draw_kept_tokens, kept_tokens_text
 from evla_compile.tolerances import TOLERANCES
 
-SIZES = ModelSizes(
-    dino=TowerSizes(width=16, depth=2, heads=2, mlp_width=32, patches=16, class_tokens=1, layer_scale=True),
-    siglip=TowerSizes(width=16, depth=2, heads=2, mlp_width=24, patches=16),
-    projector=(32, 48, 32),
-    language=LanguageSizes(width=32, layers=6, heads=2, kv_heads=2, mlp_width=256, vocabulary=32064),
-    action=ActionSizes(
-        width=24, depth=2, heads=2, mlp_width=32, condition_width=32, frequencies=16, chunk=16, action_width=7
-    ),
-)
-CONFIG = CompileConfig(keep_layers=4, visual_tokens=8, cache_interval=2, ddim_steps=2)
 BACKENDS = ("dense PyTorch, eager", "dense ONNX", "compiled ONNX")
 
 
@@ -58,12 +35,12 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """`evla demo --out`, 80 columns wide, with the small sizes above; torch had 2 threads before."""
+    """`evla demo --out`, 80 columns wide; torch had 2 threads before."""
     folder, printed, progress = tmp_path_factory.mktemp("demo") / "kept", io.StringIO(), io.StringIO()
     results = []
 
-    def run_small(folder: Path, *, runs: int, threads: int, step: Step) -> DemoResult:
-        results.append(run_demo(folder, runs=runs, threads=threads, step=step, sizes=SIZES, config=CONFIG))
+    def keep_result(folder: Path, *, runs: int, threads: int, step: Step) -> DemoResult:
+        results.append(run_demo(folder, runs=runs, threads=threads, step=step))
         return results[-1]
 
     before = torch.get_num_threads()
@@ -71,7 +48,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         patch.setattr("sys.argv", ["evla", "demo", "--out", str(folder), "--runs", "2"])
-        patch.setattr(demo, "run_demo", run_small)
+        patch.setattr(demo, "run_demo", keep_result)
         with (
             contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(progress),
@@ -90,61 +67,41 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     )
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The demo's own setting: torch with several threads is slow beyond measure where others use the CPUs too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def test_the_demo_policy_is_cogact_in_all_but_scale() -> None:
+    policy = load(DEMO_POLICY)
+    side, action = policy.sizes.image_side, policy.sizes.action
+    assert (side, policy.sizes.patches, policy.sizes.language.layers) == (112, 64, 12)
+    assert (action.chunk, action.action_width) == (16, 7)
+    assert list(policy.processor.statistics) == ["metaworld"]
+    assert policy.processor.pad_id == 0
+    assert policy.processor.blank_id < policy.sizes.language.vocabulary < 1000
 
 
-def test_two_demo_policies_are_equal(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write_run_directory(tmp_path / name, SIZES)
-    one, two = (torch.load(tmp_path / name / "checkpoints" / "demo.pt")["model"] for name in ("one", "two"))
-    assert all(torch.equal(tensor, two[group][key]) for group, keys in one.items() for key, tensor in keys.items())
-    for file in ("config.json", "dataset_statistics.json", "tokenizer.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+def test_the_demo_policy_is_small_enough_to_be_carried() -> None:
+    files = [file for file in DEMO_POLICY.rglob("*") if file.is_file()]
+    (weights,) = (file for file in files if file.suffix == ".pt")
+    assert weights.stat().st_size <= 32_000_000
+    assert sum(file.stat().st_size for file in files) - weights.stat().st_size < 1_500_000
+    stored = torch.load(weights, weights_only=True, mmap=True)["model"]
+    assert {tensor.dtype for group in stored.values() for tensor in group.values()} == {torch.float16}
 
 
-def test_weights_depend_on_the_name() -> None:
-    one, two = (demo_weights(f"projector.projector.{layer}.weight", (4, 4)) for layer in (0, 2))
-    assert not np.array_equal(one, two)
-    assert one.dtype == np.float32
+def test_the_demos_frames_are_rgb_and_its_own_is_not_calibrated_on() -> None:
+    frames, shown = calibration_frames(), demo_frame()
+    assert len(frames) == 15
+    assert len({frame.instruction for frame in frames}) == 5
+    pixels = [np.asarray(frame.image) for frame in (*frames, shown)]
+    assert {array.shape for array in pixels} == {(224, 224, 3)}
+    assert not any(np.array_equal(array, pixels[-1]) for array in pixels[:-1])
 
 
-def test_a_run_directory_has_the_sizes_asked_for(tmp_path: Path) -> None:
-    write_run_directory(tmp_path / "run", SIZES)
-    assert read_checkpoint(tmp_path / "run").sizes == SIZES
-
-
-def test_a_run_directory_replaces_nothing(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with pytest.raises(FileExistsError):
-        write_run_directory(tmp_path / "run", SIZES)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_the_demo_policy_is_cogact_in_all_but_scale(tmp_path: Path) -> None:
-    write_run_directory(tmp_path / "run", DEMO_SIZES)
-    policy = load(tmp_path / "run")
-    assert policy.sizes == DEMO_SIZES
-    assert policy.sizes.image_side == 224
-    action = policy.sizes.action
-    assert (policy.sizes.patches, action.chunk, action.action_width) == (256, 16, 7)
-    inputs = host.prepare(policy.processor, *demo_frames()[0], text_tokens=32, batch_size=1)
-    arrays = (inputs.image, inputs.input_ids, inputs.text_length, draw_noise((1, 16, 7), 0))
-    samples = policy.sample(*map(torch.from_numpy, arrays)).numpy()
-    # Most samples are within the range of actions: the head denoises, as a trained one does, instead of blowing up.
-    assert 0.1 < np.abs(samples).mean() < 0.7
-    assert (np.abs(samples) > 1).mean() < 0.1
-
-
-def test_demo_frames_show_one_rgb_frame_with_three_instructions() -> None:
-    frames = demo_frames()
-    assert tuple(frame.instruction for frame in frames) == INSTRUCTIONS
-    assert {(frame.image.mode, frame.image.size) for frame in frames} == {("RGB", (320, 240))}  # type: ignore[union-attr]
+def test_the_instruction_decides_what_the_demo_policy_does() -> None:
+    policy, frame = load(DEMO_POLICY), next(f for f in calibration_frames() if f.instruction == "open the window")
+    chunks = [policy.predict_action(frame.image, text, seed=0) for text in (frame.instruction, "close the window")]
+    again = policy.predict_action(frame.image, "slide the window open", seed=0)
+    translations = [1000 * chunk[:8, :3] for chunk in (*chunks, again)]
+    apart = [float(np.linalg.norm(found - translations[0], axis=1).mean()) for found in translations[1:]]
+    assert apart[0] > 2 * apart[1]
 
 
 def test_latencies_are_medians_and_percentiles_of_the_calls_after_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +134,18 @@ def test_the_demo_verifies_both_variants(outcome: Outcome) -> None:
     assert compiled.onnx_bytes < dense.onnx_bytes
 
 
-def test_the_demo_finds_the_layers_that_can_be_spared(outcome: Outcome) -> None:
+def test_the_demo_compiles_with_its_settings(outcome: Outcome) -> None:
     manifest = read_manifest(find_manifest(outcome.folder / "compiled"))
-    assert manifest.config == CONFIG
-    assert manifest.plan.keep_layers == tuple(layer for layer in range(6) if layer % SPARE_EVERY != SPARE_EVERY - 1)
+    assert manifest.config == DEMO_CONFIG
+    assert manifest.plan.frames == len(calibration_frames())
+
+
+def test_the_demo_shows_the_kept_tokens_on_its_frame(outcome: Outcome) -> None:
+    kept = outcome.result.kept_tokens
+    assert kept.shape == (DEMO_CONFIG.visual_tokens,)
+    with Image.open(outcome.folder / PICTURE) as picture:
+        assert np.array_equal(np.asarray(picture), np.asarray(draw_kept_tokens(demo_frame().image, kept, 64)))
+    assert all(line in outcome.printed for line in kept_tokens_text(kept, 64).splitlines())
 
 
 def test_the_demo_times_every_backend(outcome: Outcome) -> None:
@@ -190,7 +155,7 @@ def test_the_demo_times_every_backend(outcome: Outcome) -> None:
 
 def test_the_demo_predicts_what_its_artifact_predicts(outcome: Outcome) -> None:
     assert outcome.result.actions.shape == (16, 7)
-    again = runtime.load(outcome.folder / "compiled").predict_action(*demo_frames()[0])
+    again = runtime.load(outcome.folder / "compiled").predict_action(*demo_frame())
     np.testing.assert_allclose(outcome.result.actions, again, rtol=0, atol=1e-6)
 
 
@@ -201,7 +166,11 @@ def test_the_demo_prints_its_tables_within_80_columns(outcome: Outcome) -> None:
     words = " ".join(outcome.printed.split())
     for pass_report in outcome.result.variants[1].report.passes:
         assert pass_report.name.partition("(")[0] in words
-    for expected in (*BACKENDS, "step dx dy dz droll dpitch dyaw gripper", "weights of this policy are random"):
+    for expected in (
+        *BACKENDS,
+        "step dx dy dz droll dpitch dyaw gripper",
+        "Visual tokens kept of this frame, 28 of 64:",
+    ):
         assert expected in words
     assert [line.split()[0] for line in lines if len(line.split()) == 8][-16:] == list(map(str, range(16)))
 
@@ -213,16 +182,20 @@ def test_the_demo_says_what_a_latency_includes(outcome: Outcome) -> None:
 
 
 def test_the_demo_shows_its_long_steps_on_standard_error(outcome: Outcome) -> None:
-    for step in ("load it", "calibrate", "dense: export it to ONNX", "compiled: verify it on ONNX Runtime"):
+    for step in (
+        "load the policy",
+        "calibrate on 15 frames",
+        "dense: export it to ONNX",
+        "compiled: verify it on ONNX Runtime",
+    ):
         assert step in outcome.progress
 
 
 def test_the_demo_keeps_everything_in_out_for_every_user(outcome: Outcome) -> None:
-    assert sorted(path.name for path in outcome.folder.iterdir()) == ["compiled", "dense", "run"]
-    assert stat.S_IMODE(outcome.folder.stat().st_mode) == stat.S_IMODE(outcome.folder.joinpath("run").stat().st_mode)
+    assert sorted(path.name for path in outcome.folder.iterdir()) == ["compiled", "dense", PICTURE]
+    inside = outcome.folder / "compiled"
+    assert stat.S_IMODE(outcome.folder.stat().st_mode) == stat.S_IMODE(inside.stat().st_mode)
     assert [path.name for path in outcome.folder.parent.iterdir()] == ["kept"]
-    statistics = json.loads((outcome.folder / "run" / "dataset_statistics.json").read_text())
-    assert list(statistics) == ["demo"]
 
 
 def test_the_demo_leaves_torchs_threads_as_they_were(outcome: Outcome) -> None:

@@ -167,7 +167,7 @@ def test_json_has_the_total_and_the_rooflines_of_devices_that_hold_the_weights()
     ],
 )
 def test_budgets_that_do_not_fit_are_refused(
-    deep_sizes: ModelSizes, count: Callable[..., object], change: dict[str, int], message: str
+    deep_sizes: ModelSizes, count: Callable[..., object], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         count(deep_sizes, {"": replace(DENSE, **change)})

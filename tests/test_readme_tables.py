@@ -56,7 +56,7 @@ def test_every_row_of_every_table_ends_with_its_conditions(tables: ModuleType) -
     [
         ("<!-- table: other -->\n<!-- end -->", "mark of table 'other': expected one of paper"),
         ("<!-- table: paper -->\n", "mark of table 'paper': .* closed by <!-- end -->"),
-        ("", "no marks for the tables compile-and-export, full-size"),
+        ("", "no marks for the tables closed-loop, closed-loop-confirmation, compile-and-export, full-size"),
     ],
 )
 def test_wrong_marks_are_refused(tables: ModuleType, text: str, message: str) -> None:

@@ -21,6 +21,7 @@ from training_policy import TrainingPolicy, _drop_patches, demo_sizes
 from training_run import action_statistics
 
 from evla_compile.checkpoint import load
+from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.processor import Processor
 
 
@@ -44,10 +45,9 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(demonstrations: Path, folder: Path, steps: int) -> list[float]:
-    """Train for `steps` in all and return the losses logged so far."""
-    asked = ["--steps", str(steps), "--batch", "2", "--draws", "2", "--log-every", "1", "--save-every", "2",
-             "--decay-share", "0"]  # fmt: skip
+def run(demonstrations: Path, folder: Path, until: int) -> list[float]:
+    """Train up to a step and return the losses logged so far."""
+    asked = ["--steps", "4", "--until", str(until), "--batch", "2", "--draws", "2", "--log-every", "1"]
     train.main([str(demonstrations), str(folder), *asked])
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -193,6 +193,7 @@ def test_a_task_named_twice_is_drawn_twice_as_often(demonstrations: Path) -> Non
 def test_the_tokenizer_keeps_llama_2s_conventions() -> None:
     text = make_tokenizer()
     assert text == make_tokenizer()
+    assert text.rstrip("\n") == (DEMO_POLICY / "tokenizer.json").read_text(encoding="utf-8").rstrip("\n")
     processor = Processor(tokenizer_json=text, statistics={}, image_side=112, pad_id=PAD_ID)
     prompts = {i: processor.prompt_ids(i) for task in TASKS.values() for i in task.instructions}
     assert all(len(ids) <= train.TEXT_TOKENS and 0 not in ids for ids in prompts.values())

@@ -1,6 +1,6 @@
 """Render frames to calibrate a policy on, and one to show it at work.
 
-    python benchmarks/closed_loop/calibration_frames.py FOLDER
+    python benchmarks/closed_loop/calibration_frames.py RUN
 
 They come from experts' episodes of seeds that neither training nor evaluation uses.
 """
@@ -12,10 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 from sim_environment import SimEnvironment
-from sim_tasks import EVALUATION_SEEDS, TASKS
+from sim_tasks import CALIBRATION_SEED, EVALUATION_SEEDS, TASKS
 
-CALIBRATION_SEED = EVALUATION_SEEDS - 100
-"""First seed of the calibration frames."""
 CALIBRATION_STEPS = (0, 16, 32)
 """Control step at which each of a task's frames is taken, each in another episode."""
 DEMO_TASK, DEMO_SEED, DEMO_STEP = "door-open", EVALUATION_SEEDS - 1, 12
@@ -25,7 +23,7 @@ DEMO_TASK, DEMO_SEED, DEMO_STEP = "door-open", EVALUATION_SEEDS - 1, 12
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the frames and their list."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where to: FOLDER/calibration and FOLDER/demo")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="where to: RUN/calibration and RUN/demo")
     folder = parser.parse_args(arguments).folder
     _write(
         folder / "calibration",

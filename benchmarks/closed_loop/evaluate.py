@@ -1,11 +1,11 @@
 """Success of policies in Meta-World, compared episode by episode.
 
-    python benchmarks/closed_loop/evaluate.py --policy RUN --calibration FRAMES --variant dense --variant efficientvla
+    python benchmarks/closed_loop/evaluate.py --variant dense --variant efficientvla --episodes 5
     python benchmarks/closed_loop/evaluate.py --policy RUN --variant dense --variant mine=ARTIFACT --out FOLDER
 
 Every variant meets the same initial states with the same initial noises. A variant is a recipe by name (see --list),
-applied to the policy given by --policy, or something made before: NAME=PATH of a run directory, an artifact or an ONNX
-file. NAME@torch runs a recipe in torch instead of ONNX Runtime.
+applied to the policy given by --policy, by default the one that the package carries, or something made before:
+NAME=PATH of a run directory, an artifact or an ONNX file. NAME@torch runs a recipe in torch instead of ONNX Runtime.
 
 With --out, results go to a folder and an evaluation that was stopped goes on where it was.
 """
@@ -38,6 +38,7 @@ from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 from evla_compile.calibration import Frame, read_frames
 from evla_compile.checkpoint import load
 from evla_compile.demo import describe_machine
+from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.errors import EvlaError
 from evla_compile.run_directory import find_checkpoint
 
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reference = given.reference or names[0]
     console.print(Markdown("\n".join(f"- {condition}" for condition in conditions)))
     console.print(Markdown("\n".join(variant_table(results, reference))))
-    console.print(Markdown(to_markdown(results, reference, conditions).partition("Success by task")[2]))
+    _, heading, by_task = to_markdown(results, reference, conditions).partition("Success by task")
+    console.print(Markdown(heading + by_task))
     if given.out is not None:
         console.print(f"written to {given.out}: {', '.join(sorted(file.name for file in given.out.glob('*.*')))}")
     return 0
@@ -87,10 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _evaluate(
     given: argparse.Namespace, variants: Sequence[Variant], folder: Path, console: Console
 ) -> tuple[dict[str, Any], list[str]]:
-    source = given.policy
+    source = given.policy or DEMO_POLICY
     reference = given.reference or variants[0].name
     execution = Execution(execute=None if given.execute == "ensemble" else int(given.execute), threads=1)
-    frames = [] if given.calibration is None else read_frames(given.calibration)
+    calibration = given.calibration or source / "calibration"
+    frames = read_frames(calibration) if given.calibration or calibration.exists() else []
     settings: dict[str, Any] = {
         "policy": hashlib.sha256(find_checkpoint(source).read_bytes()).hexdigest(),
         "calibration": _digest(frames),
@@ -122,7 +125,14 @@ def _evaluate(
         f"{datetime.now(UTC):%Y-%m-%d}: {shlex.join(['python', *sys.argv])}",
     ]
     if given.out is not None:
-        document = {"settings": settings, "conditions": conditions, "reference": reference, "variants": results}
+        document = {
+            "settings": settings,
+            "conditions": conditions,
+            "machine": describe_machine(execution.threads),
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "reference": reference,
+            "variants": results,
+        }
         (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         (folder / "results.md").write_text(to_markdown(results, reference, conditions), encoding="utf-8")
         draw_plot(results, reference, folder / "results.png")
@@ -154,7 +164,7 @@ def _run(
 ) -> tuple[list[EpisodeResult], list[Deviation]]:
     """Run what the folder does not hold yet, and return all that was asked for, in the order asked."""
     kept = _Records(folder)
-    missing = [item for item in work if item not in kept.found]
+    missing = [item for item in work if not kept.holds(item, prepared)]
     # spawned, since neither a renderer nor ONNX Runtime survives a fork
     context = multiprocessing.get_context("spawn")
     with (
@@ -185,6 +195,13 @@ class _Records:
         for line in lines:
             entry = json.loads(line)
             self.found[_Work(**entry["work"])] = entry["results"]
+
+    def holds(self, item: _Work, prepared: Mapping[str, Prepared]) -> bool:
+        """Return whether an item is done; deviations are of the variants that there were when they were measured."""
+        found = self.found.get(item)
+        if found is None or not item.deviations:
+            return found is not None
+        return {line["variant"] for line in found} >= set(prepared)
 
     def add(self, item: _Work, results: list[dict[str, Any]]) -> None:
         self.found[item] = results
@@ -250,24 +267,43 @@ def _execute(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--policy", type=Path, required=True, help="run directory that recipes are applied to")
-    parser.add_argument("--calibration", type=Path, help="folder of frames with a frames.jsonl, for recipes that prune")
-    parser.add_argument("--variant", action="append", metavar="NAME[=PATH][@BACKEND]", help="may be repeated")
-    parser.add_argument("--reference", help="variant that the others are compared with (default: the first)")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes of each task")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which tasks")
-    parser.add_argument("--first-seed", type=int, default=EVALUATION_SEEDS, help="seed of the first episode")
-    parser.add_argument("--execute", type=_execute, default="8", help="actions of a chunk to execute, or ensemble")
-    parser.add_argument("--deviation-episodes", type=int, default=1, help="episodes of each task to compare actions on")
-    parser.add_argument("--workers", type=int, default=2, help="processes, each with one thread")
-    parser.add_argument("--out", type=Path, help="folder for results; goes on with what it holds")
-    parser.add_argument(
-        "--strips", nargs="+", default=[], metavar="VARIANT", help="draw strips.png of the first episodes, for --out"
-    )
-    parser.add_argument("--list", action="store_true", help="list the recipes and stop")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    for option, settings, text in (
+        ("--policy", {"type": Path}, "run directory that recipes are applied to (default: the shipped one)"),
+        ("--calibration", {"type": Path}, "folder of frames with a frames.jsonl (default: calibration in --policy)"),
+        (
+            "--variant",
+            {"action": "append", "metavar": "NAME[=PATH][@BACKEND]"},
+            "may be repeated (default: dense and efficientvla)",
+        ),
+        ("--reference", {}, "variant that the others are compared with (default: the first)"),
+        ("--episodes", {"type": int, "default": 100}, "episodes of each task (default: %(default)s)"),
+        ("--tasks", {"nargs": "+", "choices": TASKS, "default": list(TASKS)}, "which tasks (default: all)"),
+        (
+            "--first-seed",
+            {"type": int, "default": EVALUATION_SEEDS},
+            "seed of the first episode (default: %(default)s)",
+        ),
+        (
+            "--execute",
+            {"type": _execute, "default": "8"},
+            "actions of a chunk to execute, or ensemble (default: %(default)s)",
+        ),
+        (
+            "--deviation-episodes",
+            {"type": int, "default": 1},
+            "episodes of each task to compare actions on (default: %(default)s)",
+        ),
+        ("--workers", {"type": int, "default": 2}, "processes, each with one thread (default: %(default)s)"),
+        ("--out", {"type": Path}, "folder for results; goes on with what it holds"),
+        (
+            "--strips",
+            {"nargs": "+", "default": [], "metavar": "VARIANT"},
+            "draw strips.png of the first episodes, for --out",
+        ),
+        ("--list", {"action": "store_true"}, "list the recipes and stop"),
+    ):
+        parser.add_argument(option, help=text, **settings)
     return parser
 
 

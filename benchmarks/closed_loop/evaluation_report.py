@@ -46,7 +46,7 @@ def summarize(
 
 
 def to_markdown(results: Mapping[str, Any], reference: str, conditions: Sequence[str]) -> str:
-    """Return the results as two Markdown tables: variants against the reference, and success by task."""
+    """Return the results as Markdown tables: variants against the reference, success by task, layers kept."""
     tasks = list(next(iter(results.values()))["tasks"])
     lines = ["# Closed loop in Meta-World", "", *(f"- {condition}" for condition in conditions), ""]
     lines += variant_table(results, reference)
@@ -55,6 +55,13 @@ def to_markdown(results: Mapping[str, Any], reference: str, conditions: Sequence
     for name, result in results.items():
         cells = [_rate(Rate(**result["tasks"][task]["success"])) for task in tasks]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    found = {name: result["config"].get("keep_layers") for name, result in results.items()}
+    kept = {name: layers for name, layers in found.items() if isinstance(layers, list)}
+    most = max(map(len, kept.values()), default=0)
+    fewer = {name: layers for name, layers in kept.items() if len(layers) < most}
+    if fewer:
+        lines += ["", f"Decoder layers kept of {most}:", "", "| variant | layers |", "|---|---|"]
+        lines += [f"| {name} | {', '.join(map(str, layers))} |" for name, layers in fewer.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -90,37 +97,38 @@ def variant_table(results: Mapping[str, Any], reference: str) -> list[str]:
 
 
 def draw_plot(results: Mapping[str, Any], reference: str, file: Path) -> None:
-    """Draw success over FLOPs and over measured latency, with Wilson's intervals, as a PNG."""
+    """Draw success over FLOPs and over measured latency, as a PNG; numbers name the variants."""
     from matplotlib.figure import Figure  # noqa: PLC0415  # of the extra `bench`
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(13, 9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     axes = (
         (panels[0], "GFLOP a call", {name: _giga(result["flops"]) for name, result in results.items()}),
         (panels[1], "ms a call (median)", {name: result["all"]["milliseconds"] for name, result in results.items()}),
     )
+    colors = {
+        name: "black" if name == reference else "tab:red" if _is_control(name) else "tab:blue" for name in results
+    }
     for panel, label, places in axes:
-        shown = [name for name in results if places[name] is not None]
-        for name in shown:
-            rate = Rate(**results[name]["all"]["success"])
-            color = "black" if name == reference else "tab:red" if _is_control(name) else "tab:blue"
-            panel.errorbar(
-                places[name],
-                100 * rate.value,
-                yerr=[[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]],
-                fmt="o",
-                markersize=4,
-                linewidth=1,
-                color=color,
-            )
+        for number, (name, result) in enumerate(results.items(), start=1):
+            if places[name] is None:
+                continue
+            rate = Rate(**result["all"]["success"])
+            height = 100 * rate.value
+            spread = [[height - 100 * rate.low], [100 * rate.high - height]]
+            panel.errorbar(places[name], height, yerr=spread, elinewidth=0.8, color=colors[name], alpha=0.5)
+            box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colors[name], "linewidth": 0.8}
             panel.annotate(
-                name, (places[name], 100 * rate.value), textcoords="offset points", xytext=(4, 3), fontsize=6
+                number, (places[name], height), ha="center", va="center", fontsize=6, color=colors[name], bbox=box
             )
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
         panel.grid(visible=True, linewidth=0.3)
     panels[0].set_ylabel("episodes solved, %")
     panels[0].set_ylim(0, 100)
+    names = "\n".join(f"{number:2}  {name}" for number, name in enumerate(results, start=1))
+    panels[1].annotate(names, (1.03, 1.0), xycoords="axes fraction", va="top", fontsize=8, family="monospace")
+    panels[0].set_title("black: the reference; red: controls; bars: Wilson's 95 % interval", fontsize=8, loc="left")
     figure.savefig(file, dpi=120)
 
 

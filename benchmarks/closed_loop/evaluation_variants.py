@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
-from layer_rules import LayerRule, kept_by_rule
+from layer_rules import OTHER_RULES, OtherRule, kept_by_rule
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,12 +17,12 @@ from evla_compile.calibration import Frame, calibrate
 from evla_compile.capture import capture
 from evla_compile.checkpoint import load
 from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import CompileConfig
+from evla_compile.config import LAYER_RULES, CompileConfig, LayerRule
 from evla_compile.graph import GraphPass, Value
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.passes import SelectTokens
 from evla_compile.pipeline import build_passes
-from evla_compile.plan import Plan, plan_without_calibration
+from evla_compile.plan import Plan, needs_calibration, plan_without_calibration
 from evla_compile.report import CompileReport
 from evla_compile.sites import input_node, mark_stage
 
@@ -53,8 +53,8 @@ class Recipe:
 
     layers: float = 1.0
     """Decoder layers kept."""
-    layer_rule: LayerRule = "importance"
-    """Which layers go."""
+    layer_rule: LayerRule | OtherRule = "importance"
+    """Which layers go: by a rule of `CompileConfig`, or of layer_rules.py."""
     layer_seed: int = 0
     """Which draw of "random"."""
     mlp_keep: float = 1.0
@@ -78,6 +78,7 @@ class Recipe:
         layers, tokens = round(self.layers * sizes.language.layers), round(self.tokens * sizes.patches)
         return CompileConfig(
             keep_layers=None if layers == sizes.language.layers else layers,
+            layer_rule=next((rule for rule in LAYER_RULES if rule == self.layer_rule), "importance"),
             mlp_keep=self.mlp_keep,
             visual_tokens=None if tokens == sizes.patches else tokens,
             key_tokens=max(1, round(tokens / 14)),
@@ -117,10 +118,18 @@ RECIPES: dict[str, Recipe] = {
     "random-layers-3": Recipe(layers=8 / 12, layer_rule="random", layer_seed=3),
     "last-layers": Recipe(layers=8 / 12, layer_rule="last"),
     "random-tokens": Recipe(tokens=56 / 256, random_tokens=True),
+    "random-tokens-11": Recipe(tokens=28 / 256, random_tokens=True),
     "layers-8-keep-last": Recipe(layers=8 / 12, layer_rule="keep-last"),
     "layers-8-cognition": Recipe(layers=8 / 12, layer_rule="cognition"),
     "layers-8-greedy": Recipe(layers=8 / 12, layer_rule="greedy"),
+    "layers-9-greedy": Recipe(layers=9 / 12, layer_rule="greedy"),
+    "layers-10-greedy": Recipe(layers=10 / 12, layer_rule="greedy"),
     "efficientvla-greedy": replace(PAPER, layer_rule="greedy"),
+    "mild-9": Recipe(layers=9 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=2),
+    "mild-9-all-tokens": Recipe(layers=9 / 12, layer_rule="greedy", mlp_keep=0.75, cache_interval=5),
+    "mild-10-all-tokens": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, cache_interval=5),
+    "mild-12": Recipe(mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
+    "demo": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
 }
 """The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
 
@@ -270,12 +279,13 @@ def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
         EvlaError: the policy cannot be measured.
     """
     config = recipe.config(policy.sizes)
-    if config.keep_layers is None or isinstance(config.keep_layers, tuple) or recipe.layer_rule == "importance":
-        if config.keep_layers is None and config.mlp_keep == 1.0:
-            return plan_without_calibration(policy.sizes.language, config)
-        return calibrate(policy, frames, config, progress=False)
-    keep = kept_by_rule(policy, frames, recipe.layer_rule, config.keep_layers, seed=recipe.layer_seed)
-    return calibrate(policy, frames, replace(config, keep_layers=keep), progress=False)
+    if not needs_calibration(policy.sizes.language, config):
+        return plan_without_calibration(policy.sizes.language, config)
+    other = next((rule for rule in OTHER_RULES if rule == recipe.layer_rule), None)
+    if other is not None and isinstance(config.keep_layers, int):
+        keep = kept_by_rule(policy, frames, other, config.keep_layers, seed=recipe.layer_seed)
+        config = replace(config, keep_layers=keep)
+    return calibrate(policy, frames, config, progress=False)
 
 
 def _compile(policy: CogACT, recipe: Recipe, plan: Plan, frames: Sequence[Frame] = ()) -> CompiledPolicy:

@@ -1,6 +1,6 @@
 """Whether the instruction decides: the same half-open windows, told to open and told to close.
 
-    python benchmarks/closed_loop/instruction_swap.py --policy RUN --episodes 50
+    python benchmarks/closed_loop/instruction_swap.py --episodes 50
 
 Both window tasks share their scene, and from a half-open window neither frame nor arm tells what is wanted.
 """
@@ -25,6 +25,7 @@ from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 
 from evla_compile.checkpoint import load
 from evla_compile.demo import describe_machine
+from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.model.policy import CogACT
 
 INSTRUCTIONS = tuple(TASKS[task].instruction for task in ("window-open", "window-close"))
@@ -38,7 +39,7 @@ EXECUTED = 8
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the episodes, print how they ended, and write it where --json says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--policy", type=Path, required=True, help="run directory")
+    parser.add_argument("--policy", type=Path, default=DEMO_POLICY, help="run directory (default: the shipped one)")
     parser.add_argument("--episodes", type=int, default=50, help="episodes of each instruction (default: 50)")
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     given = parser.parse_args(arguments)

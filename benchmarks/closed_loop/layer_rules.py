@@ -1,4 +1,4 @@
-"""Which decoder layers go: the paper's score, other training-free rules, and controls that should be worse.
+"""Which decoder layers go, by rules that the package does not offer: variations of its own, and controls.
 
 All measure the unpruned policy on the same calibration frames, as `evla_compile.calibration` does.
 """
@@ -8,7 +8,6 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -16,24 +15,23 @@ from evla_compile.calibration import Frame, LayerObserver, calibrate
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.model.policy import CogACT
-from evla_compile.passes import ExposeStages, PruneLayers
+from evla_compile.passes import ExposeStages
 
-LayerRule: TypeAlias = Literal["importance", "random", "last", "keep-last", "cognition", "greedy"]
-"""`importance`: the paper's, 1 - cosine of a layer's input and output over all positions. `random`, `last`: controls.
-`keep-last`: the paper's, but the last layer stays. `cognition`: the paper's at the cognition token alone. `greedy`: one
-layer after the other, each time the one without which the cognition feature moves least."""
-LAYER_RULES: tuple[LayerRule, ...] = get_args(LayerRule)
+OtherRule: TypeAlias = Literal["random", "last", "keep-last", "cognition"]
+"""`random`, `last`: controls. `keep-last`: the paper's, but the last layer stays. `cognition`: the paper's at the
+cognition token alone."""
+OTHER_RULES: tuple[OtherRule, ...] = get_args(OtherRule)
 
 
 def kept_by_rule(
-    policy: CogACT, frames: Sequence[Frame], rule: LayerRule, count: int, *, seed: int = 0
+    policy: CogACT, frames: Sequence[Frame], rule: OtherRule, count: int, *, seed: int = 0
 ) -> tuple[int, ...]:
     """Return the indices of the `count` layers that stay, ascending.
 
     Args:
         policy: the unpruned policy.
         frames: calibration frames.
-        rule: see `LayerRule`.
+        rule: see `OtherRule`.
         count: layers that stay.
         seed: which draw of `random`.
     """
@@ -42,8 +40,6 @@ def kept_by_rule(
         return tuple(range(count))
     if rule == "random":
         return tuple(sorted(random.Random(seed).sample(range(layers), count)))  # noqa: S311  # a control
-    if rule == "greedy":
-        return _greedy(policy, frames, count)
     if rule == "cognition":
         importance = cognition_importance(policy, frames)
     else:
@@ -63,29 +59,9 @@ def cognition_importance(policy: CogACT, frames: Sequence[Frame]) -> list[float]
     return list(observer.importance())
 
 
-def _greedy(policy: CogACT, frames: Sequence[Frame], count: int) -> tuple[int, ...]:
-    """Drop layers one by one; the distance is relative to the length of the dense cognition feature."""
-    graph, inputs = _perception(policy), list(_inputs(policy, frames))
-    dense = _features(graph, inputs)
-    keep = tuple(range(policy.sizes.language.layers))
-    while len(keep) > count:
-        candidates = [tuple(layer for layer in keep if layer != gone) for gone in keep]
-        distances = []
-        for candidate in candidates:
-            found = _features(PruneLayers(keep=candidate)(graph)[0], inputs)
-            distances.append(((found - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item())
-        keep = candidates[int(np.argmin(distances))]
-    return keep
-
-
 def _perception(policy: CogACT) -> fx.GraphModule:
     graph, _ = ExposeStages(stages=("cognition",))(capture(policy, CompileConfig.dense()))
     return graph
-
-
-def _features(graph: fx.GraphModule, inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([graph(*arrays)[0].flatten(1) for arrays in inputs])
 
 
 def _inputs(policy: CogACT, frames: Sequence[Frame]) -> Iterator[tuple[Tensor, ...]]:

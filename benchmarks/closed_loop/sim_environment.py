@@ -31,7 +31,7 @@ HALF_OPEN = (0.08, 0.12)
 
 _CAMERA = "corner2"
 _CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY = (0.85, 0.2, 0.75), (0.0, 0.66, 0.17), 46.0
-_GOAL = slice(36, 39)  # of Meta-World's observation [39]
+_NOW, _BEFORE, _GOAL = slice(18), slice(18, 36), slice(36, 39)  # of Meta-World's observation [39]
 
 
 class SimEnvironment:
@@ -56,6 +56,8 @@ class SimEnvironment:
         self._environment._partially_observable = False
         vars(self._environment).pop("sawyer_observation_space", None)
         self._expert: Any = getattr(metaworld.policies, task.expert)()
+        if task.goal_radius is not None:
+            self._environment.model.site("goal").size[:] = task.goal_radius
         self._renderer = _renderer(self._environment.model)
         self._observation: NDArray[np.float64] = np.zeros(39)
 
@@ -80,13 +82,16 @@ class SimEnvironment:
         if half_open and not self.task.half_open:
             raise ValueError(f"half_open=True: {self.task.environment} has no window")
         self._environment.seed(seed)
-        self._observation, _ = self._environment.reset()
+        self._environment.reset()
         self.success = False
         if half_open:
             slide = np.random.Generator(np.random.PCG64(seed)).uniform(*HALF_OPEN)
             self._environment.data.joint("window_slide").qpos = slide
-            mujoco.mj_forward(self._environment.model, self._environment.data)
-            self._observation = self._environment._get_obs()
+        # Meta-World's reset draws twice and moves goals and windows without telling MuJoCo: until the first step, frame
+        # and observation would show them where the first, discarded draw had put them.
+        mujoco.mj_forward(self._environment.model, self._environment.data)
+        self._observation = self._environment._get_obs()
+        self._observation[_BEFORE] = self._observation[_NOW]
 
     def frame(self) -> NDArray[np.uint8]:
         """Return what the camera sees, uint8 [224,224,3]."""

@@ -8,7 +8,9 @@ MAX_STEPS = 150
 """Control steps after which an evaluated episode counts as failed; the experts need 30 to 120."""
 
 EVALUATION_SEEDS = 5000
-"""First seed of evaluated episodes; demonstrations use the seeds below."""
+"""First seed of evaluated episodes."""
+CALIBRATION_SEED = EVALUATION_SEEDS - 100
+"""First seed of the calibration frames; demonstrations use the seeds below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,8 @@ class SimTask:
     """Class of the scripted expert in `metaworld.policies`."""
     instructions: tuple[str, ...]
     """What the policy is told: the first is evaluated, training draws among all."""
+    goal_radius: float | None = None
+    """Radius in metres with which the goal is drawn; None for Meta-World's own. It changes what is seen and no more."""
     half_open: bool = False
     """Whether demonstrations also start from a half-open window, where the instruction alone tells what to do."""
 
@@ -35,6 +39,7 @@ TASKS: Mapping[str, SimTask] = MappingProxyType(
         "reach": SimTask(
             environment="reach-v3",
             expert="SawyerReachV3Policy",
+            goal_radius=0.04,  # the stock one, of 0.02, is five pixels wide in a frame of 112: too small to tell depth
             instructions=(
                 "reach the red ball",
                 "move the gripper to the red ball",

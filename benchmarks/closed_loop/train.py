@@ -150,7 +150,8 @@ def _train(
     # skipped layers have no gradients
     model = DistributedDataParallel(policy, find_unused_parameters=given.layer_drop > 0) if team.size > 1 else policy
     since, began = start, perf_counter()
-    for step in _progress(range(start, given.steps), console):
+    until = given.steps if given.until is None else min(given.until, given.steps)
+    for step in _progress(range(start, until), console):
         rate = learning_rate(step, given.steps, given.learning_rate, given.decay_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -166,14 +167,14 @@ def _train(
         with torch.no_grad():
             torch._foreach_lerp_(list(average.values()), list(weights.values()), 1.0 - decay)
         done = step + 1
-        if team.rank == 0 and (done % given.log_every == 0 or done == given.steps):
+        if team.rank == 0 and (done % given.log_every == 0 or done == until):
             speed = team.size * given.batch * (done - since) / (perf_counter() - began)
             since, began = done, perf_counter()
             entry = {"step": done, "loss": loss.item(), "auxiliary": auxiliary.item(), "gradient_norm": norm.item(),
                      "learning_rate": rate, "samples_per_second": round(speed, 2)}  # fmt: skip
             with (given.folder / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
-        if team.rank == 0 and (done % given.save_every == 0 or done == given.steps):
+        if team.rank == 0 and (done % given.save_every == 0 or done == until):
             _save(state_file, {"step": done, "weights": policy.state_dict(), "average": average,
                                "optimizer": optimizer.state_dict()})  # fmt: skip
             kept = {name.removeprefix("policy."): tensor for name, tensor in average.items()}
@@ -218,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("demonstrations", type=Path, help="the folder that collect.py filled")
     parser.add_argument("folder", type=Path, help="where to")
     parser.add_argument("--steps", type=int, default=6000, help="optimiser steps")
+    parser.add_argument("--until", type=int, help="stop behind this step, for another run to go on (default: --steps)")
     parser.add_argument("--batch", type=int, default=16, help="frames of a step in each process")
     parser.add_argument("--draws", type=int, default=8, help="noise draws per frame (repeated diffusion steps)")
     parser.add_argument("--learning-rate", type=float, default=6e-4, help="its plateau")
