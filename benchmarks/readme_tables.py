@@ -1,4 +1,4 @@
-"""Writes the README's tables from the files in benchmarks/results, each row with the conditions of its figures.
+"""Writes the README's tables from the files in benchmarks/results, with the conditions of every row's figures.
 
 A table stands between the marks `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
 exit status is 1 where the README says something else than the results.
@@ -222,9 +222,14 @@ def _read(file: Path) -> Any:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lay out rows that end with their conditions; what is the same for all of them is said once, below."""
     last = len(header) - 1
     rule = ["---" if number < left or number == last else "---:" for number in range(len(header))]
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+    lines = (header, rule, *rows)
+    shared = {row[last] for row in rows}
+    if len(shared) > 1:
+        return [f"| {' | '.join(cells)} |" for cells in lines]
+    return [*(f"| {' | '.join(cells[:last])} |" for cells in lines), "", f"Conditions of every row: {shared.pop()}."]
 
 
 if __name__ == "__main__":
