@@ -69,13 +69,14 @@ def demo(
         folder.mkdir()
         with _step("import torch and transformers"):
             from evla_compile.demo import PICTURE, run_demo
+            from evla_compile.demo_policy import DEMO_IMAGE
         result = run_demo(folder, runs=runs, threads=threads, step=_step)
         if out is not None:
             folder.rename(out)
     _console().print(demo_summary(result))
     if out is not None:
         _console().print(f"the same on the frame: {out / PICTURE}")
-        _print_next(out / "compiled", ())
+        _print_next(out / "compiled", (), image=DEMO_IMAGE, instruction=result.instruction)
 
 
 @app.command("compile")
@@ -413,12 +414,18 @@ def _print_memory(peak: PeakMemory) -> None:
         )
 
 
-def _print_next(artifact: Path, datasets: Collection[str]) -> None:
+def _print_next(
+    artifact: Path,
+    datasets: Collection[str],
+    *,
+    image: Path | str = "FRAME.png",
+    instruction: str = "pick up the apple",
+) -> None:
     key = f" --unnorm-key {shlex.quote(min(datasets))}" if len(datasets) > 1 else ""
-    folder = shlex.quote(str(artifact))
+    folder, picture, words = (shlex.quote(str(said)) for said in (artifact, image, instruction))
     _console().print(
         f"\nWritten to {artifact}. Next:\n  evla verify {folder}\n"
-        f'  evla run {folder} --image FRAME.png --instruction "pick up the apple"{key}',
+        f"  evla run {folder} --image {picture} --instruction {words}{key}",
         soft_wrap=True,
     )
 

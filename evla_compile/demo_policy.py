@@ -12,6 +12,10 @@ DEMO_POLICY = Path(__file__).parent / "data" / "demo_policy"
 """Its run directory, for `load`."""
 
 
+DEMO_IMAGE = DEMO_POLICY / "demo" / "door-open.png"
+"""The picture of `demo_frame`, for the command line."""
+
+
 def calibration_frames() -> list[Frame]:
     """Return the frames to calibrate it on: three of each of its tasks, from episodes of experts."""
     return read_frames(DEMO_POLICY / "calibration")

@@ -52,12 +52,13 @@ def demo_summary(result: "DemoResult") -> RenderableType:
         "",
         pass_table(result.variants[-1].report),
         deviation_table(deviations),
+        "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
+        " how often the policy then still solves its tasks is measured in simulation: docs/quality.md.\n",
         latency_table(result.latencies, sizes),
         f"{result.conditions}\n",
         action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),
         f"Visual tokens kept of this frame, {len(result.kept_tokens)} of {result.patches}:",
         Text(kept_tokens_text(result.kept_tokens, result.patches)),
-        "How often the policy solves its tasks, dense and compiled, is measured in simulation: docs/quality.md.",
     )
 
 

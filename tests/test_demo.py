@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,19 @@ def test_the_demo_prints_its_tables_within_80_columns(outcome: Outcome) -> None:
     ):
         assert expected in words
     assert [line.split()[0] for line in lines if len(line.split()) == 8][-16:] == list(map(str, range(16)))
+
+
+def test_the_command_that_the_demo_prints_repeats_its_actions(
+    outcome: Outcome, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = (line for line in outcome.printed.splitlines() if line.startswith("  evla run "))
+    monkeypatch.setattr("sys.argv", shlex.split(command))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 8]
+    printed = [line.split() for line in outcome.printed.splitlines() if len(line.split()) == 8]
+    assert rows[-16:] == printed[-16:]
 
 
 def test_the_demo_says_what_a_latency_includes(outcome: Outcome) -> None:
