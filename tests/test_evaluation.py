@@ -1,5 +1,6 @@
 """What the closed-loop evaluation compares and how it reports it; the simulator itself is in test_closed_loop."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import Tensor, fx
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "closed_loop"))
 
 import evaluate
-from evaluation_report import draw_plot, summarize, to_markdown
+from evaluation_report import console_tables, draw_plot, summarize, to_markdown
 from evaluation_variants import PAPER, RECIPES, Prepared, RandomTokens, Recipe, Variant, make_plan, parse_variant
 from layer_rules import OtherRule
+from rich.console import Console
 from rollout import Deviation, EpisodeResult, call_noise
 from sim_episodes import CHUNK
 from sim_tokenizer import PAD_ID, VOCABULARY, make_tokenizer
@@ -165,5 +167,11 @@ def test_results_are_paired_by_episode(tmp_path: Path) -> None:
     assert "| cache-5 | 75.0 [41, 93] | +0.0 [" in text
     assert "| 2 / 2 | 1 | 3.00 | 11.0 |" in text
     assert "kept of 3:\n\n| variant | layers |\n|---|---|\n| cache-5 | 0, 2 |\n" in text
+    console = Console(width=80, file=io.StringIO())
+    console.print(*console_tables({**results, "a-name-of-20-letters": results["cache-5"]}, "dense"))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+    assert "a-name-of-20-letters 75.0 [41, 93]" in " ".join(printed.split())
+    assert "\u2026" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
     draw_plot(results, "dense", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -27,10 +27,9 @@ from typing import Any
 
 import numpy as np
 from episode_strips import draw_strips
-from evaluation_report import draw_plot, summarize, to_markdown, variant_table
+from evaluation_report import console_tables, draw_plot, summarize, to_markdown
 from evaluation_variants import RECIPES, Prepared, Variant, parse_variant, prepare
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rollout import Deviation, EpisodeResult, Execution, Worker
 from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
@@ -77,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"evaluate.py: {error}", style="red", markup=False)
         return 2
     reference = given.reference or names[0]
-    console.print(Markdown("\n".join(f"- {condition}" for condition in conditions)))
-    console.print(Markdown("\n".join(variant_table(results, reference))))
-    _, heading, by_task = to_markdown(results, reference, conditions).partition("Success by task")
-    console.print(Markdown(heading + by_task))
+    for condition in conditions:
+        console.print(condition, markup=False, highlight=False, soft_wrap=False)
+    console.print()
+    for table in console_tables(results, reference):
+        console.print(table, soft_wrap=False)
     if given.out is not None:
         console.print(f"written to {given.out}: {', '.join(sorted(file.name for file in given.out.glob('*.*')))}")
     return 0

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from evaluation_variants import Prepared
 from paired_statistics import PairedDifference, Rate, paired_difference, success_rate
+from rich import box
+from rich.table import Table
 from rollout import Deviation, EpisodeResult
+
+_BY_TASK = "Success by task in %, with Wilson's 95 % interval"
 
 
 def summarize(
@@ -47,30 +51,34 @@ def summarize(
 
 def to_markdown(results: Mapping[str, Any], reference: str, conditions: Sequence[str]) -> str:
     """Return the results as Markdown tables: variants against the reference, success by task, layers kept."""
-    tasks = list(next(iter(results.values()))["tasks"])
     lines = ["# Closed loop in Meta-World", "", *(f"- {condition}" for condition in conditions), ""]
-    lines += variant_table(results, reference)
-    lines += ["", "Success by task in %, with Wilson's 95 % interval:", ""]
-    lines += [f"| variant | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
-    for name, result in results.items():
-        cells = [_rate(Rate(**result["tasks"][task]["success"])) for task in tasks]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    found = {name: result["config"].get("keep_layers") for name, result in results.items()}
-    kept = {name: layers for name, layers in found.items() if isinstance(layers, list)}
-    most = max(map(len, kept.values()), default=0)
-    fewer = {name: layers for name, layers in kept.items() if len(layers) < most}
-    if fewer:
-        lines += ["", f"Decoder layers kept of {most}:", "", "| variant | layers |", "|---|---|"]
-        lines += [f"| {name} | {', '.join(map(str, layers))} |" for name, layers in fewer.items()]
+    lines += _markdown_table(_variant_rows(results, reference))
+    lines += ["", f"{_BY_TASK}:", "", *_markdown_table(_task_rows(results))]
+    most, *rows = _layer_rows(results)
+    if rows:
+        lines += ["", f"{most}:", "", *_markdown_table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def variant_table(results: Mapping[str, Any], reference: str) -> list[str]:
-    """Return the Markdown table of the variants over all tasks."""
-    lines = [
-        f"| variant | success % | against {reference}, points | lost / gained | McNemar's p | GFLOP | ms a call |"
-        " steps | actions apart, mm |",
-        "|---|---|---|---|---|---|---|---|---|",
+def console_tables(results: Mapping[str, Any], reference: str) -> list[Table]:
+    """Return the tables of `to_markdown`, that of the variants in two, for a terminal of 80 columns."""
+    rows = _variant_rows(results, reference)
+    tables = [
+        _console_table("Success", [row[:5] for row in rows]),
+        _console_table("Cost", [[row[0], *row[5:]] for row in rows]),
+        _console_table(_BY_TASK, _task_rows(results)),
+    ]
+    most, *rows = _layer_rows(results)
+    return [*tables, _console_table(most, rows)] if rows else tables
+
+
+def _variant_rows(results: Mapping[str, Any], reference: str) -> list[Sequence[str]]:
+    """Return header and rows of the variants over all tasks: five columns of success, then four of cost."""
+    rows: list[Sequence[str]] = [
+        (
+            *("variant", "success %", f"against {reference}, points", "lost / gained", "McNemar's p"),
+            *("GFLOP", "ms a call", "steps", "actions apart, mm"),
+        )
     ]
     for name, result in results.items():
         row, paired = result["all"], result["paired"]
@@ -83,17 +91,50 @@ def variant_table(results: Mapping[str, Any], reference: str) -> list[str]:
                 f"{difference.lost} / {difference.gained}",
                 f"{difference.p_value:.2g}",
             ]
-        cells = [
-            name,
-            _rate(Rate(**row["success"])),
-            *compared,
-            "" if result["flops"] is None else f"{result['flops'] / 1e9:.2f}",
-            f"{row['milliseconds']:.1f}",
-            f"{row['steps']:.0f}",
-            "" if result["deviation_mm"] is None else f"{result['deviation_mm']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            [
+                name,
+                _rate(Rate(**row["success"])),
+                *compared,
+                "" if result["flops"] is None else f"{result['flops'] / 1e9:.2f}",
+                f"{row['milliseconds']:.1f}",
+                f"{row['steps']:.0f}",
+                "" if result["deviation_mm"] is None else f"{result['deviation_mm']:.2f}",
+            ]
+        )
+    return rows
+
+
+def _task_rows(results: Mapping[str, Any]) -> list[Sequence[str]]:
+    tasks = list(next(iter(results.values()))["tasks"])
+    rows: list[Sequence[str]] = [("variant", *tasks)]
+    for name, result in results.items():
+        rows.append([name, *(_rate(Rate(**result["tasks"][task]["success"])) for task in tasks)])
+    return rows
+
+
+def _layer_rows(results: Mapping[str, Any]) -> tuple[str, *tuple[Sequence[str], ...]]:
+    """Return a title, and header and rows of the variants that drop decoder layers, if any does."""
+    found = {name: result["config"].get("keep_layers") for name, result in results.items()}
+    kept = {name: layers for name, layers in found.items() if isinstance(layers, list)}
+    most = max(map(len, kept.values()), default=0)
+    rows = [(name, ", ".join(map(str, layers))) for name, layers in kept.items() if len(layers) < most]
+    return f"Decoder layers kept of {most}", *([("variant", "layers"), *rows] if rows else [])
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [header, f"|{'---|' * len(rows[0])}", *body]
+
+
+def _console_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(rows[0][0], no_wrap=True)
+    for name in rows[0][1:]:
+        table.add_column(name.replace("-", "-\n"), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def draw_plot(results: Mapping[str, Any], reference: str, file: Path) -> None:
