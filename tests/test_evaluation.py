@@ -60,6 +60,20 @@ def test_every_recipe_fits_the_demo_policy(policy: CogACT) -> None:
     assert configs["demo"] == DEMO_CONFIG
 
 
+def test_recipes_are_listed_by_what_they_drop(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--list"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(listed) == list(RECIPES)
+    assert listed["dense"] == listed["dense-again"] == "everything kept"
+    assert listed["dense-noise-1"] == "initial noises of set 1"
+    assert listed["random-layers-2"] == "67% of the decoder layers (random, draw 2)"
+    assert listed["random-tokens"] == "22% of the visual tokens (random in every call)"
+    assert listed["ddim-5"] == "5 denoising steps"
+    assert listed["efficientvla"] == (
+        "69% of the decoder layers (importance), 75% of the MLP neurons, 22% of the visual tokens, cache N=5"
+    )
+
+
 def test_layer_rules_choose_different_layers(policy: CogACT, frames: list[Frame]) -> None:
     def kept(rule: OtherRule, seed: int = 0) -> tuple[int, ...]:
         return make_plan(policy, Recipe(layers=8 / 12, layer_rule=rule, layer_seed=seed), frames).keep_layers

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     if given.list:
         for name, recipe in RECIPES.items():
-            console.print(f"{name:20} {recipe}")
+            console.print(f"{name:20} {recipe}", markup=False, highlight=False)
         return 0
     try:
         variants = [parse_variant(text) for text in given.variant or ("dense", "efficientvla")]
