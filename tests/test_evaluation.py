@@ -12,7 +12,7 @@ from torch import Tensor, fx
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "closed_loop"))
 
 import evaluate
-from evaluation_report import console_tables, draw_plot, summarize, to_markdown
+from evaluation_report import _spans, console_tables, draw_plot, summarize, to_markdown
 from evaluation_variants import PAPER, RECIPES, Prepared, RandomTokens, Recipe, Variant, make_plan, parse_variant
 from layer_rules import OtherRule
 from rich.console import Console
@@ -150,6 +150,11 @@ def episode(variant: str, task: str, seed: int, *, success: bool) -> EpisodeResu
     )
 
 
+def test_the_plot_leaves_out_what_is_empty() -> None:
+    assert _spans([80.0, 90.0, 60.0, 70.0]) == [(0.0, 100.0)]
+    assert _spans([80.0, 90.0, 3.0, 8.0, 60.0, 70.0, 2.0, 20.0]) == [(58.0, 100.0), (0.0, 22.0)]
+
+
 def test_results_are_paired_by_episode(tmp_path: Path) -> None:
     recipes = {"dense": RECIPES["dense"], "cache-5": RECIPES["cache-5"]}
     prepared = {
@@ -188,4 +193,6 @@ def test_results_are_paired_by_episode(tmp_path: Path) -> None:
     assert "\u2026" not in printed
     assert max(map(len, printed.splitlines())) <= 80
     draw_plot(results, "dense", tmp_path / "plot.png")
+    unknown = {name: result | {"flops": None} for name, result in results.items()}  # of ONNX files by themselves
+    draw_plot(unknown, "dense", tmp_path / "unknown.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000

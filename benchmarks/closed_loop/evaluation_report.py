@@ -13,6 +13,8 @@ from rich import box
 from rich.table import Table
 from rollout import Deviation, EpisodeResult
 
+_EMPTY = 30.0
+"""Points of success between which nothing lies, from which on the plot leaves them out."""
 _BY_TASK = "Success by task in %, with Wilson's 95 % interval"
 
 
@@ -138,39 +140,99 @@ def _console_table(title: str, rows: Sequence[Sequence[str]]) -> Table:
 
 
 def draw_plot(results: Mapping[str, Any], reference: str, file: Path) -> None:
-    """Draw success over FLOPs and over measured latency, as a PNG; numbers name the variants."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  # of the extra `bench`
+    """Draw success over FLOPs and over measured latency, as a PNG; numbers name the variants.
 
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    axes = (
-        (panels[0], "GFLOP a call", {name: _giga(result["flops"]) for name, result in results.items()}),
-        (panels[1], "ms a call (median)", {name: result["all"]["milliseconds"] for name, result in results.items()}),
+    Where no variant succeeds within 30 points and more, the axis is broken there, and what remains is drawn larger.
+    """
+    from matplotlib.colors import to_rgb  # noqa: PLC0415  # of the extra `bench`
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    rates = {name: Rate(**result["all"]["success"]) for name, result in results.items()}
+    spans = _spans([100 * end for rate in rates.values() for end in (rate.low, rate.high)])
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    panels = figure.subplots(
+        len(spans), 2, sharex="col", sharey="row", squeeze=False, height_ratios=[high - low for low, high in spans]
     )
     colors = {
         name: "black" if name == reference else "tab:red" if _is_control(name) else "tab:blue" for name in results
     }
-    for panel, label, places in axes:
-        for number, (name, result) in enumerate(results.items(), start=1):
-            if places[name] is None:
-                continue
-            rate = Rate(**result["all"]["success"])
-            height = 100 * rate.value
-            spread = [[height - 100 * rate.low], [100 * rate.high - height]]
-            panel.errorbar(places[name], height, yerr=spread, elinewidth=0.8, color=colors[name], alpha=0.5)
-            box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": colors[name], "linewidth": 0.8}
-            panel.annotate(
-                number, (places[name], height), ha="center", va="center", fontsize=6, color=colors[name], bbox=box
-            )
+    columns = (
+        ("GFLOP a call", {name: _giga(result["flops"]) for name, result in results.items()}),
+        ("ms a call (median)", {name: result["all"]["milliseconds"] for name, result in results.items()}),
+    )
+    for (low, high), row in zip(spans, panels, strict=True):
+        for panel, (_, places) in zip(row, columns, strict=True):
+            for name, rate in rates.items():
+                if places[name] is not None and low <= 100 * rate.value <= high:
+                    ends = [[100 * (rate.value - rate.low)], [100 * (rate.high - rate.value)]]
+                    panel.errorbar(
+                        *(places[name], 100 * rate.value),
+                        yerr=ends,
+                        fmt="o",
+                        markersize=4 if name != reference else 7,
+                        elinewidth=0.8,
+                        color=colors[name],
+                        ecolor=(*to_rgb(colors[name]), 0.25),
+                    )
+            panel.set_xlim(0, 1.06 * max((place for place in places.values() if place is not None), default=1.0))
+            panel.set_ylim(low, high)
+            panel.grid(visible=True, linewidth=0.3)
+    for panel, (label, _) in zip(panels[-1], columns, strict=True):
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
-        panel.grid(visible=True, linewidth=0.3)
-    panels[0].set_ylabel("episodes solved, %")
-    panels[0].set_ylim(0, 100)
+    figure.supylabel("episodes solved, %" + (" (axis broken)" if len(spans) > 1 else ""))
     names = "\n".join(f"{number:2}  {name}" for number, name in enumerate(results, start=1))
-    panels[1].annotate(names, (1.03, 1.0), xycoords="axes fraction", va="top", fontsize=8, family="monospace")
-    panels[0].set_title("black: the reference; red: controls; bars: Wilson's 95 % interval", fontsize=8, loc="left")
-    figure.savefig(file, dpi=120)
+    panels[0][1].annotate(names, (1.03, 1.0), xycoords="axes fraction", va="top", fontsize=8, family="monospace")
+    panels[0][0].set_title("black: the reference; red: controls; bars: Wilson's 95 % interval", fontsize=8, loc="left")
+    figure.canvas.draw()  # labels are placed in pixels, which the layout decides
+    for (low, high), row in zip(spans, panels, strict=True):
+        for panel, (_, places) in zip(row, columns, strict=True):
+            points = {
+                number: (places[name], 100 * rates[name].value, colors[name])
+                for number, name in enumerate(results, start=1)
+                if places[name] is not None and low <= 100 * rates[name].value <= high
+            }
+            _number(panel, points)
+    figure.savefig(file, dpi=figure.dpi)
+
+
+def _spans(ends: Sequence[float]) -> list[tuple[float, float]]:
+    """Return the intervals of the axis to draw, in %, upper first: all of it, or two if much between them is empty.
+
+    Args:
+        ends: lower and upper end of every interval, in turn.
+    """
+    intervals = sorted(zip(ends[::2], ends[1::2], strict=True))
+    covered = intervals[0][1]
+    for low, high in intervals[1:]:
+        if low - covered >= _EMPTY:
+            return [(low - 2, 100.0), (0.0, covered + 2)]
+        covered = max(covered, high)
+    return [(0.0, 100.0)]
+
+
+def _number(panel: Any, points: Mapping[int, tuple[float, float, str]]) -> None:
+    """Write the number of every point beside it, where no other point and no other number is."""
+    taken = [panel.transData.transform((x, y)) for x, y, _ in points.values()]
+    for number, (x, y, color) in points.items():
+        start = panel.transData.transform((x, y))
+        radii, angles = (11, 17, 24, 32, 42, 54), np.arange(0, 2 * np.pi, np.pi / 6)
+        offsets = [np.array([r * np.cos(angle), r * np.sin(angle)]) for r in radii for angle in angles]
+        free = (
+            offset
+            for offset in offsets
+            if all(abs(start + offset - other)[0] > 13 or abs(start + offset - other)[1] > 10 for other in taken)
+        )
+        offset = next(free, offsets[0])
+        taken.append(start + offset)
+        panel.annotate(
+            *(str(number), (x, y), offset),
+            textcoords="offset pixels",
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": color, "shrinkA": 0, "shrinkB": 0},
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=color,
+        )
 
 
 def _row(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
