@@ -17,10 +17,10 @@ SIM_PACKAGES := libegl1 libegl-mesa0 libgles2 libgl1 libgl1-mesa-dri libosmesa6
 SIM := $(VENV)/.sim
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install sim demo test check bench clean
+.PHONY: help install sim demo test test-sim check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install the package with what its tests need
 
@@ -32,6 +32,9 @@ demo: $(INSTALLED) ## compile, verify and run the small trained policy of the pa
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-sim: $(SIM) ## run the tests that need the simulator
+	$(BIN)/python -m pytest tests/test_closed_loop.py
 
 check: $(INSTALLED) ## lint, check the formatting, check the types
 	$(BIN)/ruff check .

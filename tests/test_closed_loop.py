@@ -44,11 +44,12 @@ print(json.dumps(outcomes))
 """
 REPEAT = """
 import hashlib, json
-from sim_environment import SimEnvironment, mujoco
+from sim_environment import SimEnvironment
 from sim_tasks import TASKS
 
 def told(environment):
     # whether the frame behind a reset already shows what MuJoCo computes from where things are
+    import mujoco  # not before the environment has said how it renders
     before = environment.frame().copy()
     mujoco.mj_forward(environment._environment.model, environment._environment.data)
     return bool((before == environment.frame()).all())

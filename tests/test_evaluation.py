@@ -1,5 +1,6 @@
 """What the closed-loop evaluation compares and how it reports it; the simulator itself is in test_closed_loop."""
 
+import ast
 import io
 import sys
 from pathlib import Path
@@ -58,6 +59,28 @@ def test_every_recipe_fits_the_demo_policy(policy: CogACT) -> None:
     assert [configs[f"tokens-{share}"].visual_tokens for share in (44, 22, 11)] == [28, 14, 7]
     assert configs["dense"] == configs["dense-again"] == configs["dense-noise-1"]
     assert configs["demo"] == DEMO_CONFIG
+
+
+def test_without_the_simulator_an_evaluation_stops_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mujoco", None)  # as if it were not installed
+    assert evaluate.main(["--out", str(tmp_path / "out")]) == 2
+    assert "run `make sim`" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_benchmark_imports_the_simulator_before_it_is_needed() -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    found = [
+        f"{file.relative_to(benchmarks)}:{node.lineno}"
+        for file in sorted(benchmarks.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if (name or "").partition(".")[0] in ("metaworld", "mujoco", "gymnasium")
+    ]
+    assert found == []
 
 
 def test_recipes_are_listed_by_what_they_drop(capsys: pytest.CaptureFixture[str]) -> None:

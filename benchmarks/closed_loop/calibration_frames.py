@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from sim_environment import SimEnvironment
+from sim_environment import SimEnvironment, simulator_lack
 from sim_tasks import CALIBRATION_SEED, EVALUATION_SEEDS, TASKS
 
 CALIBRATION_STEPS = (0, 16, 32)
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", metavar="RUN", type=Path, help="where to: RUN/calibration and RUN/demo")
     folder = parser.parse_args(arguments).folder
+    if lack := simulator_lack():
+        parser.error(lack)
     _write(
         folder / "calibration",
         [

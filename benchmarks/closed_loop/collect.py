@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from sim_environment import STEP_METRES, SimEnvironment
+from sim_environment import STEP_METRES, SimEnvironment, simulator_lack
 from sim_episodes import CHUNK, Episode
 from sim_tasks import CALIBRATION_SEED, TASKS
 
@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=112, help="side of the stored frames in pixels (default: 112)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     given = parser.parse_args(arguments)
+    if lack := simulator_lack():
+        parser.error(lack)
     seeds = range(given.first_seed, given.first_seed + given.episodes)
     if not (seeds and 0 <= seeds[0] <= seeds[-1] < CALIBRATION_SEED):
         parser.error(

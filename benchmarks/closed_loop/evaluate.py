@@ -32,6 +32,7 @@ from evaluation_variants import RECIPES, Prepared, Variant, parse_variant, prepa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rollout import Deviation, EpisodeResult, Execution, Worker
+from sim_environment import simulator_lack
 from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 
 from evla_compile.calibration import Frame, read_frames
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for option, named in (("--reference", [given.reference or names[0]]), ("--strips", given.strips)):
             if not set(named) <= set(names):
                 raise ValueError(f"{option} {' '.join(named)}: expected among {', '.join(names)}")
+        if lack := simulator_lack():
+            raise EvlaError(lack)
         with _folder(given.out) as folder:
             results, conditions = _evaluate(given, variants, folder, console)
     except (EvlaError, ValueError) as error:

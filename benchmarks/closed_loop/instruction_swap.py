@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rollout import call_noise
-from sim_environment import SimEnvironment
+from sim_environment import SimEnvironment, simulator_lack
 from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 
 from evla_compile.checkpoint import load
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=50, help="episodes of each instruction (default: 50)")
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     given = parser.parse_args(arguments)
+    if lack := simulator_lack():
+        parser.error(lack)
     torch.set_num_threads(1)
     policy, console = load(given.policy), Console(soft_wrap=True)
     counts: dict[str, Counter[str]] = {instruction: Counter() for instruction in INSTRUCTIONS}

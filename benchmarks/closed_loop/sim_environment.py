@@ -3,21 +3,18 @@
 Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and the Debian packages named in docs/closed_loop.md.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # read by mujoco when it is imported; no screen is needed
-
-import metaworld.policies
-import mujoco
 import numpy as np
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from numpy.typing import ArrayLike, NDArray
 from sim_tasks import SimTask
 
+from evla_compile.errors import EvlaError
 from evla_compile.processor import ACTION_WIDTH, GRIPPER
 
 FRAME_SIDE = 224
@@ -34,6 +31,16 @@ _CAMERA_POSITION, _CAMERA_TARGET, _CAMERA_FOVY = (0.85, 0.2, 0.75), (0.0, 0.66, 
 _NOW, _BEFORE, _GOAL = slice(18), slice(18, 36), slice(36, 39)  # of Meta-World's observation [39]
 
 
+def simulator_lack() -> str | None:
+    """Return what keeps the simulator from being imported and the remedy, or None: asked before any other work."""
+    try:
+        for name in ("mujoco", "metaworld.env_dict", "metaworld.policies"):
+            _simulator_module(name)
+    except EvlaError as error:
+        return str(error)
+    return None
+
+
 class SimEnvironment:
     """One task in MuJoCo: `reset(seed)`, `frame()`, `step(action)`; use it in a `with` block.
 
@@ -48,14 +55,15 @@ class SimEnvironment:
     def __init__(self, task: SimTask) -> None:
         self.task = task
         self.success = False
-        self._environment: Any = ALL_V3_ENVIRONMENTS[task.environment]()
+        environments = _simulator_module("metaworld.env_dict").ALL_V3_ENVIRONMENTS
+        self._environment: Any = environments[task.environment]()
         # A goal drawn at every reset instead of one frozen by `set_task`, and told to the expert.
         self._environment._freeze_rand_vec = False
         self._environment.seeded_rand_vec = True  # else it would be drawn from NumPy's global generator
         self._environment._set_task_called = True
         self._environment._partially_observable = False
         vars(self._environment).pop("sawyer_observation_space", None)
-        self._expert: Any = getattr(metaworld.policies, task.expert)()
+        self._expert: Any = getattr(_simulator_module("metaworld.policies"), task.expert)()
         if task.goal_radius is not None:
             self._environment.model.site("goal").size[:] = task.goal_radius
         self._renderer = _renderer(self._environment.model)
@@ -89,7 +97,7 @@ class SimEnvironment:
             self._environment.data.joint("window_slide").qpos = slide
         # Meta-World's reset draws twice and moves goals and windows without telling MuJoCo: until the first step, frame
         # and observation would show them where the first, discarded draw had put them.
-        mujoco.mj_forward(self._environment.model, self._environment.data)
+        _simulator_module("mujoco").mj_forward(self._environment.model, self._environment.data)
         self._observation = self._environment._get_obs()
         self._observation[_BEFORE] = self._observation[_NOW]
 
@@ -150,11 +158,25 @@ def open_environments(tasks: dict[str, SimTask]) -> Iterator[dict[str, SimEnviro
             environment.__exit__()
 
 
+def _simulator_module(name: str) -> Any:
+    """Return a module of the extra `sim`, imported when it is first needed.
+
+    Raises:
+        EvlaError: it cannot be imported.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")  # read by mujoco when it is imported; no screen is needed
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise EvlaError(f"cannot import the simulator ({error}): run `make sim`, see docs/closed_loop.md") from error
+
+
 def _renderer(model: Any) -> Any:
     """Return a renderer of the camera that shows gripper and object well, without what makes software rendering slow.
 
     The stock view is far away and upside down; shadows and antialiasing would take 130 ms a frame.
     """
+    mujoco = _simulator_module("mujoco")
     camera = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, _CAMERA)
     backward = np.subtract(_CAMERA_POSITION, _CAMERA_TARGET)
     backward /= np.linalg.norm(backward)
