@@ -19,7 +19,7 @@ from torch import Tensor
 
 from evla_compile import calibration, checkpoint, cli, comparison, host, pipeline, runtime
 from evla_compile.artifact import find_manifest
-from evla_compile.cli_settings import read_plan
+from evla_compile.cli.settings import read_plan
 from evla_compile.estimate import Estimate
 from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest

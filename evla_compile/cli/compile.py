@@ -1,0 +1,137 @@
+"""`evla compile`, and what it shows."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+import evla_compile as evla
+from evla_compile.artifact import check_target
+from evla_compile.cli.arguments import RunDirectory
+from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.next_steps import print_next
+from evla_compile.cli.settings import read_config, read_plan
+from evla_compile.config import OPSET, LayerRule, Precision
+from evla_compile.memory import PeakMemory, watching_memory
+
+if TYPE_CHECKING:
+    from evla_compile.report import CompileReport
+
+
+STAGES = ("cognition", "samples", "actions")
+"""The stages of which deviations are reported, in data-flow order."""
+
+
+def compile_policy(
+    ctx: typer.Context,
+    run_dir: RunDirectory,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the artifact, or an X.onnx.")],
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="Plan file, or DIR of a compiled policy: do not measure again.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
+    keep_layers: Annotated[str | None, typer.Option(metavar="N|i,j,k|all", help="Decoder layers kept.")] = None,
+    layer_rule: Annotated[
+        LayerRule | None, typer.Option(help="Which layers go: the paper's importance, or one after the other.")
+    ] = None,
+    mlp_keep: Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")] = None,
+    visual_tokens: Annotated[str | None, typer.Option(metavar="N|all", help="Visual tokens kept.")] = None,
+    key_tokens: Annotated[int | None, typer.Option(help="Of these, always kept by relevance.")] = None,
+    task_share: Annotated[float | None, typer.Option(help="Share of the others kept by relevance.")] = None,
+    cache_interval: Annotated[int | None, typer.Option(help="Denoising steps from one recomputation to the next.")] = (
+        None
+    ),
+    ddim_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Llama-2's tokenizer.json, or its folder.")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of weights and matrix products outside the action head.")
+    ] = "float32",
+    parts: Annotated[int, typer.Option(min=1, help="Graphs to split it into: 2 are perception and action.")] = 1,
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = OPSET,
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
+) -> None:
+    """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
+    config = read_config(ctx.params, preset=preset, dense=dense)
+    check_target(out)
+    with step("import torch and transformers"):
+        from evla_compile.checkpoint import read_checkpoint
+        from evla_compile.exporters.to_onnx import OPSETS
+        from evla_compile.pipeline import check_budgets, check_plan
+        from evla_compile.plan import needs_calibration, plan_without_calibration
+    if opset not in OPSETS:
+        raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
+    frames = None if calibration is None else evla.read_frames(calibration)
+    chosen = None if plan is None else read_plan(plan)
+    # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
+    sizes = read_checkpoint(run_dir).sizes
+    check_budgets(config, sizes)
+    if chosen is not None:
+        check_plan(chosen, config, sizes)
+    elif frames is None or not (needs_calibration(sizes.language, config) or precision == "float16"):
+        chosen = plan_without_calibration(sizes.language, config)
+    with watching_memory() as peak:
+        with step("load the policy"):
+            policy = evla.load(run_dir, tokenizer=tokenizer, deferred=True)
+        for frame in frames or ():
+            policy.processor.text(frame.instruction, config.text_tokens)
+        if chosen is None and frames is not None:
+            chosen = evla.calibrate(policy, frames, config)
+        with step("capture and rewrite the graph"):
+            compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
+        with step(f"export it to {out}", spinner=False):  # it draws a bar of its own
+            compiled.export(out, opset=opset, precision=precision, parts=parts)
+    _print_memory(peak)
+    if check:
+        with step("verify it on ONNX Runtime"):
+            evla.verify(out, provider="cpu")
+    new_console().print(compile_summary(compiled.report))
+    print_next(out, policy.processor.statistics)
+
+
+def _print_memory(peak: PeakMemory) -> None:
+    if peak.private:
+        new_console(stderr=True).print(
+            f"peak memory {peak.private / 1e9:.2f} GB, and {peak.resident / 1e9:.2f} GB together with the files mapped",
+            style="dim",
+            soft_wrap=True,
+        )
+
+
+def compile_summary(report: "CompileReport") -> RenderableType:
+    """Return what a compilation did."""
+    if not report.deviations:
+        return Group("", pass_table(report), "Deviation from the dense policy: not measured, no frames were given.")
+    return Group("", pass_table(report), deviation_table([("from the dense policy", deviations_by_stage(report))]))
+
+
+def pass_table(report: "CompileReport") -> Table:
+    """Return what every pass did."""
+    table = new_table("What the passes did", "pass", "kind", right=("changes", "ops", "GFLOP", "weights MB"))
+    for row in report.rows():
+        table.add_row(*row)
+    return table
+
+
+def deviation_table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> Table:
+    """Return relative errors by what is compared and by stage; a dash where a stage was not compared."""
+    table = new_table("Largest difference over the largest value", "compared", right=STAGES)
+    for name, errors in rows:
+        table.add_row(name, *(f"{errors[stage]:.1e}" if stage in errors else "-" for stage in STAGES))
+    return table
+
+
+def deviations_by_stage(report: "CompileReport") -> dict[str, float]:
+    """Return the relative error of every stage that was measured."""
+    return {deviation.stage: deviation.relative for deviation in report.deviations}

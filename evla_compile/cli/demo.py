@@ -1,0 +1,77 @@
+"""`evla demo`, and what it shows."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from evla_compile.cli.compile import deviation_table, deviations_by_stage, pass_table
+from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.next_steps import print_next
+from evla_compile.cli.run import action_table
+from evla_compile.picture import kept_tokens_text
+
+if TYPE_CHECKING:
+    from evla_compile.demo import DemoResult, Latency
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder to keep everything in.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each backend.")] = 20,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each backend.")] = 1,
+) -> None:
+    """Take the small policy that the package carries through the whole path, and time it. Needs no network."""
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a folder that does not exist yet, in one that does; choose another")
+    with TemporaryDirectory(dir=None if out is None else out.parent) as scratch:
+        # A folder inside, since a temporary one is closed to other users and would stay so.
+        folder = Path(scratch) / "demo"
+        folder.mkdir()
+        with step("import torch and transformers"):
+            from evla_compile.demo import PICTURE, run_demo
+            from evla_compile.demo_policy import DEMO_IMAGE
+        result = run_demo(folder, runs=runs, threads=threads, step=step)
+        if out is not None:
+            folder.rename(out)
+    new_console().print(demo_summary(result))
+    if out is not None:
+        new_console().print(f"the same on the frame: {out / PICTURE}")
+        print_next(out / "compiled", (), image=DEMO_IMAGE, instruction=result.instruction)
+
+
+def demo_summary(result: "DemoResult") -> RenderableType:
+    """Return what the demo found."""
+    deviations, sizes = [], {}
+    for variant in result.variants:
+        deviations.append((f"{variant.name} graph, from the dense policy", deviations_by_stage(variant.report)))
+        deviations.append((f"{variant.name} ONNX, from its graph", dict(variant.verification.errors)))
+        sizes[f"{variant.name} ONNX"] = variant.onnx_bytes
+    return Group(
+        "",
+        pass_table(result.variants[-1].report),
+        deviation_table(deviations),
+        "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
+        " how often the policy then still solves its tasks is measured in simulation: docs/quality.md.\n",
+        latency_table(result.latencies, sizes),
+        f"{result.conditions}\n",
+        action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),
+        f"Visual tokens kept of this frame, {len(result.kept_tokens)} of {result.patches}:",
+        Text(kept_tokens_text(result.kept_tokens, result.patches)),
+    )
+
+
+def latency_table(latencies: "Sequence[Latency]", onnx_bytes: Mapping[str, int]) -> Table:
+    """Return the latencies, each with its ratio to the first, and the sizes of the ONNX files by backend."""
+    table = new_table("Latency", "backend", right=("median ms", "p95 ms", "speed-up", "ONNX file MB"))
+    for latency in latencies:
+        size = f"{onnx_bytes[latency.name] / 1e6:.1f}" if latency.name in onnx_bytes else "-"
+        ratio = f"{latencies[0].median / latency.median:.2f}x"
+        table.add_row(latency.name, f"{latency.median:.1f}", f"{latency.p95:.1f}", ratio, size)
+    return table

@@ -1,0 +1,118 @@
+"""`evla doctor`, and what it shows."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+import evla_compile as evla
+from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.config import Precision
+from evla_compile.engine_settings import Flavour
+from evla_compile.runtime import Provider
+
+if TYPE_CHECKING:
+    from evla_compile.doctor import Survey
+    from evla_compile.doctor_request import Finding
+
+
+def doctor(
+    work: Annotated[
+        Literal["compile", "run", "build"] | None, typer.Argument(help="What is going to be done on this machine.")
+    ] = None,
+    artifact: Annotated[Path | None, typer.Option(metavar="DIR", help="The compiled policy that it is about.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Without an artifact: small, base, large or a RUN_DIR. Needs torch.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Of that size: {', '.join(sorted(evla.PRESETS))}, dense.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of that size's export; float32 by default.")] = None,
+    provider: Annotated[Provider | None, typer.Option(help="For run: where to compute.")] = None,
+    flavour: Annotated[Flavour | None, typer.Option(help="For build and to run an engine: the library.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check whether this machine can do a piece of work, and say what to do about what it lacks.
+
+    Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
+    here and what can be done with it, and 1 says that something installed is broken.
+    """
+    from evla_compile.doctor import examine, stored_bytes
+    from evla_compile.doctor_request import make_request
+
+    if work is None:
+        if any(given is not None for given in (artifact, size, preset, precision, provider, flavour)):
+            raise ValueError("expected compile, run or build in front of these options: evla doctor run --artifact DIR")
+        _survey(as_json=as_json)
+        return
+    if size is None and (preset is not None or precision is not None):
+        raise ValueError("--preset and --precision describe --size: give it too, or leave them out")
+    weight_bytes = None if size is None else stored_bytes(size, preset, precision or "float32")
+    request = make_request(work, provider=provider, flavour=flavour, artifact=artifact, weight_bytes=weight_bytes)
+    with step("look at this machine"):
+        found = examine(request)
+    failed = [finding.check for finding in found if finding.status == "failed"]
+    if as_json:
+        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in found]}))
+    else:
+        new_console().print(findings_table(found))
+        _print_remedies(found)
+        what = request.describe()
+        new_console().print(f"cannot {what}: see {', '.join(failed)}" if failed else f"can {what}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _survey(*, as_json: bool) -> None:
+    """Print what is on this machine and what can be done with it."""
+    from evla_compile.doctor import survey_machine
+
+    with step("look at this machine"):
+        found = survey_machine()
+    broken = [finding for finding in found.findings if finding.status == "failed"]
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        new_console().print(findings_table(found.findings), works_table(found))
+        _print_remedies(broken)
+        new_console().print(
+            f"broken: {', '.join(finding.check for finding in broken)}" if broken else "nothing that is here is broken"
+        )
+    if broken:
+        raise typer.Exit(1)
+
+
+def _print_remedies(findings: Iterable["Finding"]) -> None:
+    lines = remedies(findings)
+    if lines:
+        new_console().print("What to do:", *(f"  {line}" for line in lines), "", sep="\n", soft_wrap=True)
+
+
+def findings_table(findings: Iterable["Finding"]) -> Table:
+    """Return what the doctor found."""
+    table = new_table(None, "check", "", "found")
+    table.columns[0].no_wrap = True
+    for finding in findings:
+        table.add_row(finding.check, finding.status, finding.found)
+    return table
+
+
+def remedies(findings: Iterable["Finding"]) -> tuple[str, ...]:
+    """Return what to do about what the doctor found, a line each: commands in them are there to be copied whole."""
+    checks: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.remedy is not None:
+            checks.setdefault(finding.remedy, []).append(finding.check)
+    return tuple(f"{', '.join(names)}: {remedy}" for remedy, names in checks.items())
+
+
+def works_table(found: "Survey") -> Table:
+    """Return what can be done on a machine, and what stands in the way of the rest."""
+    table = new_table(None, "evla doctor ...", "", "what stands in the way")
+    table.columns[0].no_wrap = True
+    for request, lacks in found.lacks:
+        table.add_row(request.arguments(), "cannot" if lacks else "can", ", ".join(lacks))
+    return table

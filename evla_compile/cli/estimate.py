@@ -1,0 +1,111 @@
+"""`evla estimate`, and what it shows."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+import evla_compile as evla
+from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.config import DDIM_STEPS, PAPER_TEXT_TOKENS
+from evla_compile.devices import DEVICES
+
+if TYPE_CHECKING:
+    from evla_compile.estimate import Estimate
+
+
+def estimate(
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="small, base or large (or S, B, L), or a RUN_DIR.")],
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(sorted(evla.PRESETS))}, or all; may be repeated.")
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="The policy with exact rewrites alone.")] = False,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of vision and language; the action head is float32.")
+    ] = "bfloat16",
+    text_tokens: Annotated[int, typer.Option(help="Text budget in tokens.")] = PAPER_TEXT_TOKENS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Weigh budgets before downloading any weight: size, operations and roofline of a policy and of its presets.
+
+    Without --preset and --dense it shows all of them. Upstream's way of running the policy is always the first row.
+    """
+    with step("import torch and transformers"):
+        import torch
+
+        from evla_compile.comparison import compare, configurations, sizes_of
+    configs = configurations(preset or [], dense=dense, text_tokens=text_tokens)
+    found = compare(sizes_of(size), configs, dtype=getattr(torch, dtype), step=step)
+    if as_json:
+        print(json.dumps({name: estimated.to_json() for name, estimated in found.items()}))
+    else:
+        new_console().print(estimate_summary(found, text_tokens=text_tokens))
+
+
+def estimate_summary(estimates: "Mapping[str, Estimate]", *, text_tokens: int) -> RenderableType:
+    """Return what policies hold and compute, as a whole and by part, and how fast devices could run them at best.
+
+    Args:
+        estimates: estimates by name, in one dtype; the one that the others are compared with is named `upstream`.
+        text_tokens: text budget that they were counted with.
+    """
+    dtype = estimates["upstream"].dtype
+    return Group(
+        estimate_table(estimates),
+        part_table(estimates),
+        roofline_table(estimates),
+        f"One action chunk at batch 1, {text_tokens} text tokens, {DDIM_STEPS} denoising steps; vision and language in"
+        f" {dtype}, the action head in float32.\n"
+        "GFLOP counts all that is executed; GFLOP (paper) as EfficientVLA printed it: linear layers, convolutions and"
+        " layer norms, no attention products. The last column is its share of upstream's.\n"
+        "The roofline is a lower bound of a call's time: every weight read once, activations free, all at the"
+        " datasheet's peak. A dash: the weights alone exceed the memory.",
+    )
+
+
+def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return what each policy holds and computes, and its share of the operations of the one named `upstream`."""
+    table = new_table(
+        "Size and operations",
+        "policy",
+        right=("parameters", "weights GB", "GFLOP", "GFLOP (paper)", "% of upstream"),
+    )
+    upstream = estimates["upstream"].total.paper_flops
+    for name, estimate in estimates.items():
+        total = estimate.total
+        numbers = (
+            f"{total.flops / 1e9:,.1f}",
+            f"{total.paper_flops / 1e9:,.1f}",
+            f"{total.paper_flops / upstream:.1%}",
+        )
+        table.add_row(name, f"{total.parameters:,}", f"{total.weight_bytes / 1e9:.2f}", *numbers)
+    return table
+
+
+def part_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return what each part of each policy holds and computes."""
+    columns = (f"{part}\n{unit}" for unit in ("GFLOP", "GB") for part in ("vision", "language", "action"))
+    table = new_table("By module", "policy", right=tuple(columns))
+    for name, estimate in estimates.items():
+        held = estimate.parts.values()
+        flops, weights = (
+            (f"{part.flops / 1e9:,.1f}" for part in held),
+            (f"{part.weight_bytes / 1e9:.2f}" for part in held),
+        )
+        table.add_row(name, *flops, *weights)
+    return table
+
+
+def roofline_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return a lower bound of a call's time on every named device; a dash where the weights exceed its memory."""
+    table = new_table("Roofline, ms", "device", right=("GB", *estimates))
+    table.columns[0].no_wrap = True
+    for device in DEVICES.values():
+        bounds = (f"{e.roofline_seconds(device) * 1e3:.1f}" if e.fits(device) else "-" for e in estimates.values())
+        table.add_row(device.name, f"{device.memory_bytes / 1e9:.0f}", *bounds)
+    return table

@@ -1,0 +1,111 @@
+"""`evla inspect`, and what it shows."""
+
+# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from evla_compile.artifact import find_manifest
+from evla_compile.cli.build import describe_engine
+from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.estimate import estimate_summary
+from evla_compile.config import PAPER_TEXT_TOKENS
+from evla_compile.manifest import Manifest, read_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evla_compile.checkpoint import Checkpoint
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A RUN_DIR, or the DIR of a compiled policy.")],
+) -> None:
+    """Show what a checkpoint or a compiled policy holds, without reading its weights."""
+    console = new_console()
+    place = Path(path)
+    if place.suffix in (".onnx", ".json") or (place / "manifest.json").is_file():
+        console.print(manifest_table(read_manifest(find_manifest(place))))
+        return
+    with step("import torch and transformers"):
+        import torch
+
+        from evla_compile.comparison import compare, configurations, read_sound_checkpoint
+    checkpoint = read_sound_checkpoint(path)
+    configs = configurations([], dense=True, text_tokens=PAPER_TEXT_TOKENS)
+    found = compare(checkpoint.sizes, configs, dtype=torch.bfloat16, step=step)
+    console.print(checkpoint_summary(checkpoint))
+    console.print(estimate_summary(found, text_tokens=PAPER_TEXT_TOKENS))
+
+
+def checkpoint_summary(checkpoint: "Checkpoint") -> RenderableType:
+    """Return what a run directory holds."""
+    side, found = checkpoint.sizes.image_side, (checkpoint.run / "tokenizer.json").is_file()
+    return Group(
+        checkpoint_table(checkpoint),
+        f"frame: {side} x {side} pixels",
+        f"datasets: {', '.join(sorted(checkpoint.statistics))}",
+        f"tokenizer: {'tokenizer.json in the run directory' if found else 'none here; give --tokenizer'}\n",
+    )
+
+
+def checkpoint_table(checkpoint: "Checkpoint") -> Table:
+    """Return the modules of a checkpoint with their sizes, parameters and stored dtypes."""
+    sizes = checkpoint.sizes
+    language, action = sizes.language, sizes.action
+    towers = {
+        f"vision_backbone.{name}_featurizer": f"{tower.depth} blocks of {tower.width}, {tower.heads} heads, MLP"
+        f" {tower.mlp_width}, {tower.patches} patches"
+        for name, tower in (("dino", sizes.dino), ("siglip", sizes.siglip))
+    }
+    modules = {
+        **towers,
+        "projector": " -> ".join(map(str, sizes.projector)),
+        "llm_backbone": f"{language.layers} layers of {language.width}, {language.heads} heads ({language.kv_heads} of"
+        f" keys), MLP {language.mlp_width}, vocabulary {language.vocabulary}",
+        "action_model": f"{action.depth} blocks of {action.width}, {action.heads} heads, MLP {action.mlp_width}, chunk"
+        f" {action.chunk} x {action.action_width}",
+    }
+    table = new_table(None, "module", "sizes", right=("parameters", "dtype", "GB"))
+    table.columns[0].no_wrap = True
+    for module, description in modules.items():
+        tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(f"{module}.")]
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        table.add_row(module, description, *_stored(tensors, ", ".join(dtypes)))
+    table.add_section()
+    table.add_row("total", "", *_stored(checkpoint.tensors.values(), ""))
+    return table
+
+
+def manifest_table(manifest: Manifest) -> Table:
+    """Return what an artifact says of itself."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("made by", f"evla_compile {manifest.created_by}, ONNX opset {manifest.opset}")
+    for name, value in manifest.config.to_json().items():
+        table.add_row(name, "all" if value is None else str(value))
+    for kind, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
+        for spec in specs:
+            table.add_row(kind, str(spec))
+    table.add_row("datasets", ", ".join(sorted(manifest.statistics)))
+    table.add_row("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
+    table.add_row("calibrated on", f"{manifest.plan.frames} frames")
+    if manifest.precision != "float32":
+        table.add_row("precision", manifest.precision)
+    if manifest.engine is not None:
+        table.add_row("engine", describe_engine(manifest.engine))
+    for record in manifest.files:
+        table.add_row("file", f"{record.name}, {record.size:,} bytes, SHA-256 {record.sha256[:12]}...")
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    return table
+
+
+def _stored(tensors: "Iterable[Tensor]", dtypes: str) -> tuple[str, str, str]:
+    tensors = list(tensors)
+    return f"{sum(t.numel() for t in tensors):,}", dtypes, f"{sum(t.nbytes for t in tensors) / 1e9:.2f}"
