@@ -17,6 +17,9 @@ from typing import Self
 from evla_compile.errors import ArtifactError
 from evla_compile.manifest import FileRecord, read_manifest
 
+ROOM_BYTES = 100_000_000
+"""Bytes of disk that an artifact takes beside its weights: graph, tokenizer, recorded cases."""
+
 _SINGLE_FILES = (".onnx", ".engine")
 _OTHER_KINDS = (".plan", ".pt2", ".trt")
 _ADVICE = "choose another --out or remove it"

@@ -3,21 +3,16 @@
 import math
 from pathlib import Path
 
-from evla_compile.artifact import check_files
+from evla_compile.artifact import ROOM_BYTES, check_files
 from evla_compile.doctor_facts import Facts
 from evla_compile.doctor_request import Finding, Request, failed, ok, warned
 from evla_compile.errors import EvlaError
 from evla_compile.manifest import Manifest
-from evla_compile.runtime.engine_match import check_match, require_engine
-
-BUILD_FACTOR, BUILD_BASE = 3.2, 700_000_000
-"""Memory of an engine build: so many times the weights of its graph, and so many bytes beside."""
+from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, build_bytes
+from evla_compile.runtime.engine_match import build_command, check_match, require_engine
 
 COMPILE_BYTES = 2_000_000_000
 """Memory that compiling and exporting takes beside the mapped checkpoint, whatever its size; 1.3 GB were measured."""
-
-DISK_BYTES = 100_000_000
-"""Disk that an artifact takes beside its weights."""
 
 _MOST_PARTS = 6
 """In more, the largest part stays the same: vision, which is not cut."""
@@ -54,7 +49,7 @@ def check_disk(request: Request, facts: Facts) -> Finding:
     """There is room for what is written: every part's weights once."""
     if request.total_bytes is None:
         return warned("disk", f"{_gigabytes(facts.disk)} free; what is needed is unknown", _NAME_IT)
-    needed = request.total_bytes + DISK_BYTES
+    needed = request.total_bytes + ROOM_BYTES
     found = f"{_gigabytes(needed)} are needed, {_gigabytes(facts.disk)} free"
     if needed > facts.disk:
         return failed("disk", found, "make room, or choose a folder on another disk")
@@ -90,16 +85,13 @@ def check_engine(request: Request, facts: Facts) -> Finding:
     """
     manifest, place = _known(request)
     tried = facts.imports[request.flavour]
-    rebuild = f"evla build {place.parent} --flavour {request.flavour}"
-    if request.flavour == "tensorrt_rtx" and facts.gpu is not None:
-        rebuild += f" --capability {facts.gpu.compute_capability}"
     try:
         record = require_engine(manifest, place)
         if tried.found is None or facts.gpu is None:
             return warned("engine", "what it is for cannot be compared: see the library and the GPU", None)
         check_match(record, str(tried.found["version"]), facts.gpu, place)
     except EvlaError as error:
-        return failed("engine", str(error), rebuild)
+        return failed("engine", str(error), build_command(request.flavour, place, facts.gpu))
     return ok("engine", "for this GPU, library and platform")
 
 
@@ -113,16 +105,16 @@ def _check_compile_memory(free: int) -> Finding:
 def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
     """Hold a build's estimate against memory; `evla build` leaves swap out unless it is told how much it may take."""
     weights, total = request.weight_bytes or 0, request.total_bytes or 0
-    needed = round(BUILD_FACTOR * weights) + BUILD_BASE
+    needed = build_bytes(weights)
     found = f"{_gigabytes(needed)} are needed, {_gigabytes(free)} free"
     if needed <= free:
         return ok("memory", found)
-    target = "DIR" if request.place is None else request.place.parent
-    insist = f"evla build {target} --flavour {request.flavour} --memory-gb {math.ceil(needed / 1e9)}"
+    command = build_command(request.flavour, request.place or Path("DIR/manifest.json"))
+    insist = f"{command} --memory-gb {math.ceil(needed / 1e9)}"
     if needed <= free + swap:
         return warned("memory", f"{found}, {_gigabytes(free + swap)} with swap: slow", insist)
     remedy = f"add {_gigabytes(needed - free - swap)} of swap on a fast disk, and then {insist}"
-    room = (free - BUILD_BASE) / BUILD_FACTOR
+    room = (free - BUILD_BASE_BYTES) / BUILD_FACTOR
     # One part is the action head, and perception is cut into the others, about equal ones.
     parts = max(2, math.ceil(1.1 * total / room) + 1) if room > 0 else _MOST_PARTS + 1
     if parts <= _MOST_PARTS:

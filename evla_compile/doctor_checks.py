@@ -2,15 +2,15 @@
 
 import re
 
-from evla_compile.doctor_facts import DISTRIBUTIONS, EXECUTION, Facts
+from evla_compile.doctor_facts import DISTRIBUTIONS, Facts
 from evla_compile.doctor_request import Finding, Request, failed, ok, warned
 from evla_compile.engine_settings import FLAVOUR_NAMES, OLDEST_VERSIONS, Flavour
+from evla_compile.runtime.providers import PROVIDERS, ExecutionProvider
 from evla_compile.tensorrt_library import REMEDIES
 
 _TORCH = ((2, 11), (2, 16))
 _CPU_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 _RUNTIMES = DISTRIBUTIONS["onnxruntime"]
-_RUNTIME_OF = {"cuda": "onnxruntime-gpu", "tensorrt": "onnxruntime-gpu", "openvino": "onnxruntime-openvino"}
 _NVIDIA_INDEX = "--extra-index-url https://pypi.nvidia.com"
 _CUDA_13_DRIVER = 580
 """Oldest release of NVIDIA's driver for CUDA 13."""
@@ -82,7 +82,7 @@ def check_runtime_packages(request: Request, facts: Facts) -> Finding:
 def check_provider(request: Request, facts: Facts) -> Finding:
     """ONNX Runtime imports, offers the provider, and makes a session of it, for which its libraries must load."""
     tried, session = facts.imports["onnxruntime"], facts.imports[f"session-{request.provider}"]
-    wanted = EXECUTION[request.provider]
+    wanted = _execution_provider(request).name
     if tried.found is None:
         return failed("ONNX Runtime", tried.error or "not tried", _install(request, facts))
     version, offered = tried.found["version"], str(tried.found["providers"])
@@ -157,6 +157,11 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, found.group().split("."))) if found else (0,)
 
 
+def _execution_provider(request: Request) -> ExecutionProvider:
+    """Return what ONNX Runtime computes with for a request; compiling verifies on the CPU."""
+    return PROVIDERS["cpu" if request.provider == "engine" else request.provider]
+
+
 def _cuda_of(request: Request, facts: Facts) -> tuple[str, str | None]:
     """Return the library that will call CUDA, and the CUDA that it was built with, where it says."""
     if request.provider in ("cuda", "tensorrt"):
@@ -172,7 +177,7 @@ def _cuda_of(request: Request, facts: Facts) -> tuple[str, str | None]:
 def _install(request: Request, facts: Facts) -> str:
     """Return what leaves exactly the ONNX Runtime that is needed."""
     installed = [name for name in _RUNTIMES if name in facts.packages]
-    wanted = _RUNTIME_OF.get(request.provider, "onnxruntime")
+    wanted = _execution_provider(request).package
     removal = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
     return f"{removal}pip install {wanted}"
 
@@ -180,7 +185,7 @@ def _install(request: Request, facts: Facts) -> str:
 def _libraries(request: Request, cuda: str | None) -> str:
     """Return what brings the libraries that a provider loads."""
     if request.provider not in ("cuda", "tensorrt"):
-        return f"pip install --force-reinstall {_RUNTIME_OF.get(request.provider, 'onnxruntime')}"
+        return f"pip install --force-reinstall {_execution_provider(request).package}"
     names = f"CUDA {numbers(cuda)[0]}" if cuda is not None else "CUDA"
     names += ", cuDNN 9 and TensorRT 10" if request.provider == "tensorrt" else " and cuDNN 9"
     return f"install {names} from NVIDIA's apt or dnf repository, or add their folders to LD_LIBRARY_PATH"

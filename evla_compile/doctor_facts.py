@@ -14,6 +14,7 @@ from pathlib import Path
 from evla_compile.errors import EvlaError
 from evla_compile.memory import available_memory
 from evla_compile.runtime.cuda import Gpu, find_gpu
+from evla_compile.runtime.providers import PROVIDERS
 
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch",),
@@ -33,14 +34,6 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
 
 PACKAGES = (*(name for names in DISTRIBUTIONS.values() for name in names), "torchvision", "cuda-bindings")
 """Packages whose versions matter."""
-
-EXECUTION: Mapping[str, str] = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
-"""ONNX Runtime's names of its providers."""
 
 # An ONNX file of one Identity, in full since the package that writes such files is not on a robot.
 _IDENTITY = (
@@ -66,7 +59,10 @@ PROGRAMS: Mapping[str, str] = {
     "tensorrt": "import tensorrt; found = {'version': tensorrt.__version__}",
     "tensorrt_rtx": "import tensorrt_rtx; found = {'version': tensorrt_rtx.__version__}",
     # ONNX Runtime offers a provider whose own libraries do not load, and computes on the CPU: only a session tells.
-    **{f"session-{name}": _SESSION.format(model=_IDENTITY, provider=provider) for name, provider in EXECUTION.items()},
+    **{
+        f"session-{key}": _SESSION.format(model=_IDENTITY, provider=provider.name)
+        for key, provider in PROVIDERS.items()
+    },
 }
 """What is run to see whether something can be imported and works, by a name for it."""
 

@@ -6,6 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+BUILD_FACTOR = 3.2
+"""Peak memory of an engine build over the bytes of its graph's weights, as measured with TensorRT-RTX 1.7."""
+
+BUILD_BASE_BYTES = 700_000_000
+"""Memory that such a build takes beside that."""
+
 _MEMINFO, _STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 _SAMPLE_SECONDS = 0.02
 
@@ -18,6 +24,11 @@ class PeakMemory:
     """Memory of its own, mapped files excluded: what the machine must really have. Sampled every 20 ms."""
     resident: int = 0
     """All resident pages, those of mapped files included, which the system takes back when it needs them."""
+
+
+def build_bytes(weight_bytes: int) -> int:
+    """Return the bytes of memory that building an engine takes, from the bytes of its graph's weights."""
+    return round(BUILD_FACTOR * weight_bytes) + BUILD_BASE_BYTES
 
 
 def available_memory() -> int | None:

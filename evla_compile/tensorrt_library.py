@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +17,17 @@ REMEDIES: Mapping[Flavour, str] = MappingProxyType(
     }
 )
 """How to install each flavour."""
+
+_DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "BOOL": "bool",
+        "UINT8": "uint8",
+        "INT32": "int32",
+        "INT64": "int64",
+        "HALF": "float16",
+        "FLOAT": "float32",
+    }
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +72,11 @@ def import_flavour(flavour: Flavour) -> Any:
             f" {REMEDIES[flavour]}"
         )
     return module
+
+
+def describe_tensor(name: str, dtype: Any, shape: Iterable[int]) -> str:
+    """Return a tensor of a network or an engine as `str` of a `TensorSpec` has it; a dtype of none by its own name."""
+    return f"{name} {_DTYPES.get(dtype.name, dtype.name.lower())}{list(shape)}"
 
 
 def _is_installed(flavour: Flavour) -> bool:

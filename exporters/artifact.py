@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evla_compile import __version__, host
-from evla_compile.artifact import ArtifactFiles, check_space, check_target, part_name, writing
+from evla_compile.artifact import ROOM_BYTES, ArtifactFiles, check_space, check_target, part_name, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import OPSET, PRECISIONS, Precision
@@ -26,9 +26,6 @@ from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
 from evla_compile.recorded import RecordedCase, probe, write_cases
 from evla_compile.sites import verified_stages
-
-ROOM_BYTES = 100_000_000
-"""Room that an artifact needs beside its weights: graph, tokenizer, recorded cases."""
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 

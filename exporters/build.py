@@ -102,9 +102,9 @@ def check_engine(settings: EngineSettings) -> tuple[Flavour, str | None, str | N
 def _build_part(part: Part, folder: Path, new: Path, settings: EngineSettings, *, progress: bool) -> int:
     built = to_tensorrt(folder / part.model.name, new, settings, progress=progress)
     for kind, found, wanted in (("takes", built.inputs, part.inputs), ("yields", built.outputs, part.outputs)):
-        if sorted(map(str, found)) != sorted(map(str, wanted)):
+        if sorted(found) != sorted(map(str, wanted)):
             raise ExportError(
-                f"the network of {part.model.name} {kind} {', '.join(map(str, found))}: expected"
+                f"the network of {part.model.name} {kind} {', '.join(found)}: expected"
                 f" {', '.join(map(str, wanted))} by the manifest; compile the policy again"
             )
     return built.layers

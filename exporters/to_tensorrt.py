@@ -9,36 +9,18 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import EvlaError, ExportError
 from evla_compile.exporters.build_progress import watching
-from evla_compile.manifest import TensorSpec
-from evla_compile.memory import available_memory
-from evla_compile.tensorrt_library import find_flavour, import_flavour, make_logger
-
-MEMORY_FACTOR = 3.2
-"""Peak memory of a build over the bytes of its weights, as measured with TensorRT-RTX 1.7."""
-
-BASE_BYTES = 700_000_000
-"""Memory that a build takes beside that."""
+from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, available_memory, build_bytes
+from evla_compile.tensorrt_library import describe_tensor, find_flavour, import_flavour, make_logger
 
 _JETSON_MARK = Path("/etc/nv_tegra_release")
 _OUT_OF_MEMORY = re.compile(r"out.?of.?memory|bad_alloc|insufficient (memory|workspace)|cannot allocate", re.IGNORECASE)
 _NO_KERNEL = "could not find any implementation"
 _NEW_OPERATORS = ("Attention", "RMSNormalization")
-_DTYPES = MappingProxyType(
-    {
-        "BOOL": "bool",
-        "UINT8": "uint8",
-        "INT32": "int32",
-        "INT64": "int64",
-        "HALF": "float16",
-        "FLOAT": "float32",
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +31,10 @@ class BuiltEngine:
     """Layers that the parser made of the file."""
     attentions: int
     """Inputs of attention among them, which may be decomposed where no dedicated kernel fits."""
-    inputs: tuple[TensorSpec, ...]
-    """What it takes."""
-    outputs: tuple[TensorSpec, ...]
-    """What it yields."""
+    inputs: tuple[str, ...]
+    """What it takes, each tensor as `str` of a `TensorSpec` has it."""
+    outputs: tuple[str, ...]
+    """What it yields, likewise."""
 
 
 def to_tensorrt(model: Path, engine: Path, settings: EngineSettings, *, progress: bool = False) -> BuiltEngine:
@@ -102,14 +84,14 @@ def check_memory(model: Path, settings: EngineSettings) -> None:
     """
     data = model.with_name(f"{model.name}.data")
     weights = sum(file.stat().st_size for file in (model, data) if file.exists())
-    needed = round(MEMORY_FACTOR * weights) + BASE_BYTES
+    needed = build_bytes(weights)
     limit = settings.memory_bytes if settings.memory_bytes is not None else available_memory()
     if limit is None or needed <= limit:
         return
     raise EvlaError(
-        f"building {model.name} takes about {needed / 1e9:.1f} GB ({MEMORY_FACTOR} times its {weights / 1e9:.1f} GB of"
-        f" weights, and {BASE_BYTES / 1e9:.1f}), and {limit / 1e9:.1f} GB are free: export it in more parts (parts="
-        " beside precision=, or evla compile --parts), add swap, or build on a larger machine"
+        f"building {model.name} takes about {needed / 1e9:.1f} GB ({BUILD_FACTOR} times its {weights / 1e9:.1f} GB of"
+        f" weights, and {BUILD_BASE_BYTES / 1e9:.1f}), and {limit / 1e9:.1f} GB are free: export it in more parts"
+        " (parts= beside precision=, or evla compile --parts), add swap, or build on a larger machine"
     )
 
 
@@ -156,8 +138,8 @@ def _allow_decomposition(trt: Any, network: Any) -> int:
     return found
 
 
-def _signature(get: Any, count: int, model: Path) -> tuple[TensorSpec, ...]:
-    specs = []
+def _signature(get: Any, count: int, model: Path) -> tuple[str, ...]:
+    found = []
     for index in range(count):
         tensor = get(index)
         shape = tuple(tensor.shape)
@@ -166,9 +148,8 @@ def _signature(get: Any, count: int, model: Path) -> tuple[TensorSpec, ...]:
                 f"{model.name}: {tensor.name} has the dynamic shape {list(shape)}, and engines are static: export the"
                 " policy by evla_compile, or fix the file's shapes"
             )
-        dtype = _DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
-        specs.append(TensorSpec(name=tensor.name, dtype=dtype, shape=shape))
-    return tuple(specs)
+        found.append(describe_tensor(tensor.name, tensor.dtype, shape))
+    return tuple(found)
 
 
 def _configure(trt: Any, builder: Any, settings: EngineSettings) -> Any:

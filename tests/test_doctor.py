@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 
 import evla_compile
-from evla_compile import cli, doctor_capacity
+from evla_compile import cli, memory
 from evla_compile.doctor import findings, survey
 from evla_compile.doctor_facts import Facts, Import, collect, driver_version, free_swap, try_import
 from evla_compile.doctor_request import Finding, Request, make_request
 from evla_compile.engine_settings import EngineSettings
-from evla_compile.errors import ArtifactError
+from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.model.policy import CogACT
 from evla_compile.runtime.cuda import Gpu
 
@@ -325,11 +325,26 @@ def test_a_system_that_does_not_tell_its_memory_is_a_warning() -> None:
     assert found["memory"].status == "warning"
 
 
-def test_builds_take_what_the_builder_says() -> None:
-    from evla_compile.exporters import to_tensorrt  # noqa: PLC0415  (the doctor must not need it)
+def test_the_doctor_and_the_builder_read_one_figure_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evla_compile.exporters.to_tensorrt import check_memory as check_build  # noqa: PLC0415 (none of the doctor's)
 
-    assert doctor_capacity.BUILD_FACTOR == to_tensorrt.MEMORY_FACTOR
-    assert doctor_capacity.BUILD_BASE == to_tensorrt.BASE_BYTES
+    model = tmp_path / "model.onnx"
+    model.write_bytes(bytes(1000))
+    for factor, figure in ((3.2, "0.7"), (2e6, "2.7")):
+        monkeypatch.setattr(memory, "BUILD_FACTOR", factor)
+        request = replace(BUILD, weight_bytes=1000, total_bytes=1000)
+        found = next(found for found in findings(request, replace(FACTS, memory=10**8)) if found.check == "memory")
+        assert found.found.startswith(f"{figure} GB are needed, 0.1 GB free")
+        with pytest.raises(EvlaError, match=rf"takes about {figure} GB"):
+            check_build(model, EngineSettings(memory_bytes=10**8))
+
+
+def test_the_doctor_s_command_builds_a_single_file_export_too() -> None:
+    """`X.onnx` lies beside other files: its folder is no artifact."""
+    request = replace(BUILD, place=Path("/robot/my policies/x.manifest.json"))
+    tight = replace(FACTS, memory=10**8, swap=10**11)
+    found = next(found for found in findings(request, tight) if found.check == "memory")
+    assert found.remedy == "evla build '/robot/my policies/x.manifest.json' --flavour tensorrt --memory-gb 17"
 
 
 # Everything at once

@@ -4,12 +4,13 @@ import importlib
 import json
 import subprocess
 import sys
+import tomllib
 import venv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -25,7 +26,8 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, read_manifest, write_manifest
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
-from evla_compile.runtime import RuntimePolicy, load, onnx_session
+from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session
+from evla_compile.runtime.providers import PROVIDERS
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
 
@@ -498,3 +500,15 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'evla_compile' has no attribute 'decompile'"):
         getattr(evla_compile, "decompile")  # noqa: B009  mypy knows that the name is not there
+
+
+# The table of providers
+
+
+def test_every_provider_is_installed_by_the_extra_that_its_row_names() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"engine", *PROVIDERS} == set(get_args(Provider))
+    for row in PROVIDERS.values():
+        (installed,) = project["optional-dependencies"][row.extra]
+        assert installed == row.package
+        assert f"[{row.extra}]" in row.remedy

@@ -2,9 +2,10 @@
 
 import platform
 import re
+import shlex
 from pathlib import Path
 
-from evla_compile.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES
+from evla_compile.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES, Flavour
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import EngineRecord, Manifest
 from evla_compile.runtime.cuda import Gpu
@@ -52,20 +53,32 @@ def check_match(record: EngineRecord, version: str, gpu: Gpu | None, place: Path
         )
     if not _runs_gpu(record, gpu):
         built_for = ", ".join(record.compute_capabilities or RTX_CAPABILITIES)
-        capability = f" --capability {gpu.compute_capability}" if record.flavour == "tensorrt_rtx" else ""
         raise ArtifactError(
             f"the engine in {place.parent} was built for {record.gpu or 'GPUs'} of compute capability {built_for}, and"
-            f" this is {gpu.name}, {gpu.compute_capability}; {rebuild(record, place)}{capability}"
+            f" this is {gpu.name}, {gpu.compute_capability}; {rebuild(record, place, gpu)}"
         )
 
 
-def rebuild(record: EngineRecord, place: Path) -> str:
-    """Return what builds the engines anew."""
-    return f"build it for this machine: evla build {_target(place)} --flavour {record.flavour}"
+def rebuild(record: EngineRecord, place: Path, gpu: Gpu | None = None) -> str:
+    """Return, in words, what builds the engines anew for this machine."""
+    return f"build it for this machine: {build_command(record.flavour, place, gpu)}"
 
 
-def _target(place: Path) -> Path:
-    return place.parent if place.name == "manifest.json" else place
+def build_command(flavour: Flavour, place: Path, gpu: Gpu | None = None) -> str:
+    """Return the command that builds an artifact's engines.
+
+    Args:
+        flavour: the library to build with.
+        place: the artifact's manifest.
+        gpu: what is to run them; None where that is not known.
+    """
+    capability = f" --capability {gpu.compute_capability}" if gpu is not None and flavour == "tensorrt_rtx" else ""
+    return f"evla build {_target(place)} --flavour {flavour}{capability}"
+
+
+def _target(place: Path) -> str:
+    """Return what names an artifact on the command line."""
+    return shlex.quote(str(place.parent if place.name == "manifest.json" else place))
 
 
 def _runs_version(record: EngineRecord, version: str) -> bool:

@@ -14,16 +14,7 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import EngineRecord, Manifest, TensorSpec
 from evla_compile.runtime.cuda import Cuda, find_gpu
 from evla_compile.runtime.engine_match import check_match, rebuild, require_engine
-from evla_compile.tensorrt_library import import_flavour, make_logger
-
-_DTYPES = {
-    "BOOL": "bool",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "HALF": "float16",
-    "FLOAT": "float32",
-}
+from evla_compile.tensorrt_library import describe_tensor, import_flavour, make_logger
 
 
 class EngineSession:
@@ -199,16 +190,7 @@ def _can_capture(context: Any, stream: Any) -> bool:
 
 def _check_signature(engine: Any, expected: Sequence[TensorSpec], part: str, advice: str) -> None:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = [
-        str(
-            TensorSpec(
-                name=name,
-                dtype=_DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name),
-                shape=tuple(engine.get_tensor_shape(name)),
-            )
-        )
-        for name in names
-    ]
+    found = [describe_tensor(name, engine.get_tensor_dtype(name), engine.get_tensor_shape(name)) for name in names]
     if sorted(found) != sorted(map(str, expected)):
         raise ArtifactError(
             f"the engine of {part} has the tensors {', '.join(found)}: expected {', '.join(map(str, expected))} by the"

@@ -3,33 +3,15 @@
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from numpy.typing import NDArray
 
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
+from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
 
-OnnxProvider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino"]
-"""Where ONNX Runtime computes."""
-
-_PROVIDERS: Mapping[OnnxProvider, str] = MappingProxyType(
-    {
-        "cpu": "CPUExecutionProvider",
-        "cuda": "CUDAExecutionProvider",
-        "tensorrt": "TensorrtExecutionProvider",
-        "openvino": "OpenVINOExecutionProvider",
-    }
-)
-_CUDA_OPTIONS = MappingProxyType({"use_tf32": "0"})
-"""By default the CUDA provider rounds the factors of float32 products to 11 bits (TF32)."""
-_OPENVINO_OPTIONS = MappingProxyType({"device_type": "CPU", "precision": "ACCURACY"})
-"""On CPUs with 16-bit matrix units OpenVINO computes float32 graphs in 16 bits unless it is told otherwise."""
-_DISABLED_OPTIMIZERS: dict[str, list[str]] = {"cpu": ["MatMulAddFusion"]}
-"""A bias added behind its product was up to 10 % faster, on two threads, than ONNX Runtime's fusion of the two."""
-_EXTRAS = {"cpu": "cpu", "cuda": "gpu", "tensorrt": "gpu", "openvino": "openvino"}
 _DTYPES = {
     "tensor(bool)": "bool",
     "tensor(uint8)": "uint8",
@@ -73,8 +55,8 @@ class OnnxSession:
             EvlaError: ONNX Runtime is not installed, lacks the provider, or needs more memory than is free.
             ArtifactError: ONNX Runtime refuses the file.
         """
-        if provider not in _PROVIDERS:
-            raise ValueError(f"provider={provider!r}: expected one of {', '.join(_PROVIDERS)}")
+        if provider not in PROVIDERS:
+            raise ValueError(f"provider={provider!r}: expected one of {', '.join(PROVIDERS)}")
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
         if mapped and provider != "cpu":
@@ -192,33 +174,29 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
     TensorRT hands on what it cannot build to CUDA. Every provider but the CPU's may hand on to the CPU what moves or
     compares a few numbers, which ONNX Runtime itself prefers to run there.
     """
-    if provider == "cuda":
-        return [(_PROVIDERS["cuda"], dict(_CUDA_OPTIONS))]
-    if provider == "openvino":
-        return [(_PROVIDERS["openvino"], dict(_OPENVINO_OPTIONS))]
-    if provider == "tensorrt":
-        options = {"trt_fp16_enable": "0", "trt_int8_enable": "0"}
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            kept = ("trt_engine_cache", "trt_timing_cache")
-            for name in kept:
-                options |= {f"{name}_enable": "1", f"{name}_path": str(cache)}
-        return [(_PROVIDERS["tensorrt"], options), (_PROVIDERS["cuda"], dict(_CUDA_OPTIONS))]
-    return [(_PROVIDERS["cpu"], {})]
+    asked = PROVIDERS[provider]
+    options = dict(asked.options)
+    if provider == "tensorrt" and cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        kept = ("trt_engine_cache", "trt_timing_cache")
+        for name in kept:
+            options |= {f"{name}_enable": "1", f"{name}_path": str(cache)}
+    behind = [] if asked.behind is None else [PROVIDERS[asked.behind]]
+    return [(asked.name, options), *((other.name, dict(other.options)) for other in behind)]
 
 
 def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path | None, *, mapped: bool) -> Any:
-    remedy = f'pip install "evla-compile[{_EXTRAS[provider]}]"'
+    asked = PROVIDERS[provider]
     try:
         # An optional dependency, and one without type stubs.
         onnxruntime = import_module("onnxruntime")
     except ImportError as error:
-        raise EvlaError(f"ONNX Runtime cannot be imported ({error}): {remedy}") from error
-    wanted, available = _PROVIDERS[provider], onnxruntime.get_available_providers()
+        raise EvlaError(f"ONNX Runtime cannot be imported ({error}): {asked.remedy}") from error
+    wanted, available = asked.name, onnxruntime.get_available_providers()
     if wanted not in available:
         raise EvlaError(
             f"provider={provider!r}: expected {wanted}, but ONNX Runtime {onnxruntime.__version__} offers"
-            f" {', '.join(available)}: remove every onnxruntime package, then {remedy}"
+            f" {', '.join(available)}: remove every onnxruntime package, then {asked.remedy}"
         )
     options = onnxruntime.SessionOptions()
     if threads is not None:
@@ -232,7 +210,7 @@ def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path 
             options,
             providers=_provider_list(provider, cache),
             enable_fallback=0,
-            disabled_optimizers=_DISABLED_OPTIMIZERS.get(provider, []),
+            disabled_optimizers=list(asked.disabled_optimizers),
         )
     except _runtime_errors() as error:
         raise ArtifactError(

@@ -6,7 +6,7 @@ Shape legend: B batch, S image side in pixels, T text budget, A action steps, F 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,7 @@ from evla_compile.runtime.engine_match import require_engine
 from evla_compile.runtime.engine_session import EngineSession
 from evla_compile.runtime.latency import LatencyCounter
 from evla_compile.runtime.onnx_session import OnnxChain
-
-Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "engine"]
-"""Where a policy computes: ONNX Runtime's providers, or the TensorRT engine that was built from the same graphs."""
+from evla_compile.runtime.providers import Provider
 
 
 class Session(Protocol):
