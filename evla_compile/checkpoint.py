@@ -11,7 +11,7 @@ from torch import Tensor
 
 from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import CheckpointError, EvlaError, UnsupportedModelError
-from evla_compile.mapped_archive import map_tensors, read_archive
+from evla_compile.mapped_archive import read_archive
 from evla_compile.memory import available_memory
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.processor import (
@@ -134,7 +134,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     with naming(run / "dataset_statistics.json"):
         statistics = read_statistics(statistics_json)
     with naming(file):
-        tensors = map_tensors(file, _flatten(_groups(read_archive(file))))
+        tensors = _flatten(_groups(read_archive(file)))
         sizes = infer_sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings.get("heads", {}))
         pad_id = _pad_id(settings.get("pad_id"), sizes.language.vocabulary)
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
@@ -235,7 +235,7 @@ def _flatten(groups: Mapping[str, Any]) -> dict[str, Tensor]:
         for key, tensor in groups[group].items():
             if not isinstance(tensor, Tensor):
                 raise CheckpointError(f"{group}.{key}: expected a tensor, found {type(tensor).__name__}")
-            tensors[f"{group}.{key}"] = tensor
+            tensors[f"{group}.{key}"] = tensor.detach()  # a parameter may have been saved as one
     return tensors
 
 
