@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor, fx
 from torch.nn import functional
@@ -25,6 +24,7 @@ from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.plan import Plan, check_layer_budget, kept_layers, kept_neurons
 from evla_compile.sites import argument, decoder_layers, module_path
+from evla_compile.terminal import new_console
 
 
 class Frame(NamedTuple):
@@ -70,7 +70,7 @@ def calibrate(
     bar = track(
         observations,
         description="Calibrating",
-        console=Console(stderr=True),
+        console=new_console(stderr=True),
         transient=True,
         disable=not progress,
     )
@@ -220,7 +220,7 @@ def _greedy_layers(policy: CogACT, frames: Sequence[Frame], count: int, *, progr
     dense = _features(graph, inputs)
     columns = (TextColumn("Dropping layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     trials = sum(range(count + 1, len(keep) + 1))
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
+    with Progress(*columns, console=new_console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("", total=trials)
         while len(keep) > count:
             moved = {}

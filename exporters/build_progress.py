@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from evla_compile.terminal import new_console
 
 
 @contextmanager
 def watching(trt: Any, config: Any, what: str, *, shown: bool) -> Iterator[None]:
     """Draw bars of the phases of a build on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=new_console(stderr=True), transient=True, disable=not shown) as bar:
         config.progress_monitor = make_monitor(trt, bar, what)
         yield
 

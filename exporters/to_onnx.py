@@ -13,7 +13,6 @@ from onnx import checker
 from onnx_ir.passes import common
 from onnxscript import opset18, optimizer
 from onnxscript.rewriter import onnx_fusions
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import fx
 
@@ -28,6 +27,7 @@ from evla_compile.exporters.onnx_weights import (
     weight_bytes,
 )
 from evla_compile.graph import WRITTEN_BY
+from evla_compile.terminal import new_console
 
 OPSETS = range(18, 24)
 """ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
@@ -136,13 +136,13 @@ def to_model(
 def _bar(what: str, size: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Draw a bar of bytes written; yield what moves it on."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    with Progress(*columns, console=new_console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task(what, total=size)
         yield lambda count: bar.advance(task, count)
 

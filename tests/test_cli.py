@@ -1,13 +1,10 @@
 """The command line: each command on the tiny golden model, and each bad input that can reach it, as users meet them."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,47 +21,13 @@ from evla_compile.estimate import Estimate
 from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from command_line import Outcome, evla, refused
+
 Groups = dict[str, dict[str, Tensor]]
 INSTRUCTION, KEY = "pick up the apple", "bridge_orig"
 LONG = "push the red apple and the yellow sponge to the left edge of the wooden table and then to the right edge"
 BUDGETS = ("--keep-layers", "4", "--visual-tokens", "56", "--cache-interval", "2", "--ddim-steps", "2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    status: str | int | None
-    out: str
-    err: str
-
-    @property
-    def words(self) -> str:
-        """Standard output, its lines joined."""
-        return " ".join(self.out.split())
-
-    @property
-    def message(self) -> str:
-        """Standard error, its lines joined."""
-        return " ".join(self.err.split())
-
-
-def evla(*arguments: object, columns: int = 80) -> Outcome:
-    """Run the command line in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evla", *map(str, arguments)])
-        patch.setenv("COLUMNS", str(columns))
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-            cli.main()
-    return Outcome(status=end.value.code, out=out.getvalue(), err=err.getvalue())
-
-
-def refused(outcome: Outcome) -> str:
-    """Return the one message of a refusal."""
-    assert outcome.status == 2
-    assert not outcome.out
-    assert "Traceback" not in outcome.err
-    assert outcome.err.count("error:") == 1
-    return outcome.message.partition("error: ")[2]
 
 
 def write_frames(folder: Path, frame: Image.Image, *instructions: str) -> Path:

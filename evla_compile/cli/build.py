@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from evla_compile.cli.arguments import Artifact
-from evla_compile.cli.console import new_console, step
+from evla_compile.cli.console import step
 from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.manifest import EngineRecord
+from evla_compile.terminal import new_console
 
 
 def build(

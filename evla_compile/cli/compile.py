@@ -13,11 +13,12 @@ from rich.table import Table
 import evla_compile as evla
 from evla_compile.artifact import check_target
 from evla_compile.cli.arguments import RunDirectory
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.config import OPSET, LayerRule, Precision
 from evla_compile.memory import PeakMemory, watching_memory
+from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
     from evla_compile.report import CompileReport

@@ -1,25 +1,23 @@
-"""What every command prints with: consoles, progress, tables."""
+"""What every command prints with: progress, tables, JSON."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
+from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-
-def new_console(*, stderr: bool = False) -> Console:
-    """Return a console that prints what it is given: brackets in messages and instructions are no markup."""
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+from evla_compile.terminal import new_console, printable
 
 
 @contextmanager
 def step(what: str, *, spinner: bool = True) -> Iterator[None]:
     """Show on standard error what is being done, and after it how long it took."""
     console, start = new_console(stderr=True), perf_counter()
-    with console.status(Text(what)) if spinner else nullcontext():
+    with console.status(Text(printable(what))) if spinner else nullcontext():
         yield
     console.print(f"{perf_counter() - start:6.1f} s  {what}", style="dim", soft_wrap=True)
 
@@ -32,3 +30,13 @@ def new_table(title: str | None, *left: str, right: Sequence[str] = ()) -> Table
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON in ASCII.
+
+    Raises:
+        ValueError: it holds a number that is not finite, which JSON cannot say.
+    """
+    text = json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f")
+    new_console().out(text)

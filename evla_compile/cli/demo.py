@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from evla_compile.cli.compile import deviation_table, deviations_by_stage, pass_table
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.run import action_table
 from evla_compile.picture import kept_tokens_text
+from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
     from evla_compile.demo import DemoResult, Latency

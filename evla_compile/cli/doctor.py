@@ -2,7 +2,6 @@
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,10 +10,11 @@ import typer
 from rich.table import Table
 
 import evla_compile as evla
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.config import Precision
 from evla_compile.engine_settings import Flavour
 from evla_compile.runtime import Provider
+from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
     from evla_compile.doctor import Survey
@@ -56,7 +56,7 @@ def doctor(
         found = examine(request)
     failed = [finding.check for finding in found if finding.status == "failed"]
     if as_json:
-        print(json.dumps({"can": not failed, "findings": [finding.to_json() for finding in found]}))
+        print_json({"can": not failed, "findings": [finding.to_json() for finding in found]})
     else:
         new_console().print(findings_table(found))
         _print_remedies(found)
@@ -74,7 +74,7 @@ def _survey(*, as_json: bool) -> None:
         found = survey_machine()
     broken = [finding for finding in found.findings if finding.status == "failed"]
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         new_console().print(findings_table(found.findings), works_table(found))
         _print_remedies(broken)

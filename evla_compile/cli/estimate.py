@@ -2,7 +2,6 @@
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.config import DDIM_STEPS, PAPER_TEXT_TOKENS
 from evla_compile.devices import DEVICES
+from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
     from evla_compile.estimate import Estimate
@@ -42,7 +42,7 @@ def estimate(
     configs = configurations(preset or [], dense=dense, text_tokens=text_tokens)
     found = compare(sizes_of(size), configs, dtype=getattr(torch, dtype), step=step)
     if as_json:
-        print(json.dumps({name: estimated.to_json() for name, estimated in found.items()}))
+        print_json({name: estimated.to_json() for name, estimated in found.items()})
     else:
         new_console().print(estimate_summary(found, text_tokens=text_tokens))
 

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from evla_compile.artifact import find_manifest
 from evla_compile.cli.build import describe_engine
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, step
 from evla_compile.cli.estimate import estimate_summary
 from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.manifest import Manifest, read_manifest
+from evla_compile.terminal import in_one_line, new_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ def checkpoint_summary(checkpoint: "Checkpoint") -> RenderableType:
     return Group(
         checkpoint_table(checkpoint),
         f"frame: {side} x {side} pixels",
-        f"datasets: {', '.join(sorted(checkpoint.statistics))}",
+        f"datasets: {in_one_line(', '.join(sorted(checkpoint.statistics)))}",
         f"tokenizer: {'tokenizer.json in the run directory' if found else 'none here; give --tokenizer'}\n",
     )
 
@@ -87,22 +88,26 @@ def manifest_table(manifest: Manifest) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("made by", f"evla_compile {manifest.created_by}, ONNX opset {manifest.opset}")
+
+    def add(name: str, value: str) -> None:
+        table.add_row(in_one_line(name), in_one_line(value))
+
+    add("made by", f"evla_compile {manifest.created_by}, ONNX opset {manifest.opset}")
     for name, value in manifest.config.to_json().items():
-        table.add_row(name, "all" if value is None else str(value))
+        add(name, "all" if value is None else str(value))
     for kind, specs in (("input", manifest.inputs), ("output", manifest.outputs)):
         for spec in specs:
-            table.add_row(kind, str(spec))
-    table.add_row("datasets", ", ".join(sorted(manifest.statistics)))
-    table.add_row("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
-    table.add_row("calibrated on", f"{manifest.plan.frames} frames")
+            add(kind, str(spec))
+    add("datasets", ", ".join(sorted(manifest.statistics)))
+    add("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
+    add("calibrated on", f"{manifest.plan.frames} frames")
     if manifest.precision != "float32":
-        table.add_row("precision", manifest.precision)
+        add("precision", manifest.precision)
     if manifest.engine is not None:
-        table.add_row("engine", describe_engine(manifest.engine))
+        add("engine", describe_engine(manifest.engine))
     for record in manifest.files:
-        table.add_row("file", f"{record.name}, {record.size:,} bytes, SHA-256 {record.sha256[:12]}...")
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+        add("file", f"{record.name}, {record.size:,} bytes, SHA-256 {record.sha256[:12]}...")
+    add("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     return table
 
 

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path
 
-from evla_compile.cli.console import new_console
+from evla_compile.terminal import new_console
 
 
 def print_next(

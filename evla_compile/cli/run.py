@@ -2,7 +2,6 @@
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,9 @@ from rich.table import Table
 
 import evla_compile as evla
 from evla_compile.cli.arguments import Artifact
-from evla_compile.cli.console import new_console, new_table
+from evla_compile.cli.console import new_table, print_json
 from evla_compile.runtime import Provider
+from evla_compile.terminal import in_one_line, new_console
 
 if TYPE_CHECKING:
     from evla_compile.runtime.latency import LatencySummary
@@ -58,9 +58,9 @@ def run(
     latency = policy.latency.summary() if repeat > 1 else ()
     if as_json:
         found = {"names": ACTION_NAMES, "actions": actions.tolist()}
-        print(json.dumps(found | ({"latency": [asdict(summary) for summary in latency]} if latency else {})))
+        print_json(found | ({"latency": [asdict(summary) for summary in latency]} if latency else {}))
         return
-    new_console().print(action_table(actions, f'Actions for "{instruction}"'))
+    new_console().print(action_table(actions, f'Actions for "{in_one_line(instruction)}"'))
     if latency:
         new_console().print(call_table(latency))
 

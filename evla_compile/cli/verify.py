@@ -7,8 +7,9 @@ from rich.table import Table
 
 import evla_compile as evla
 from evla_compile.cli.arguments import Artifact
-from evla_compile.cli.console import new_console, new_table, step
+from evla_compile.cli.console import new_table, step
 from evla_compile.runtime import Provider
+from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
     from evla_compile.verification import Verification
