@@ -6,6 +6,8 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias, get_args
 
+from evla_compile.arguments import is_listed, is_whole, number, whole_number
+
 DIFFUSION_STEPS = 100
 """Length of the training noise schedule of every published CogACT (T in the paper)."""
 
@@ -49,7 +51,8 @@ OPSET = 23
 class CompileConfig:
     """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
 
-    Budgets that depend on the model (layers, patches) are checked against it by `compile`.
+    Budgets that depend on the model (layers, patches) are checked against it by `compile`. Numbers of numpy's types,
+    and a list, range or array of layer indices, become the plain values that the annotations name.
 
     Raises:
         ValueError: a setting is out of its range; the message names it, its value and the legal range.
@@ -80,24 +83,29 @@ class CompileConfig:
     """Static batch size of the compiled graph."""
 
     def __post_init__(self) -> None:
-        _check_layers(self.keep_layers)
         if self.layer_rule not in LAYER_RULES:
             raise ValueError(f"layer_rule={self.layer_rule!r}: expected one of {', '.join(LAYER_RULES)}")
-        _check_range("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True)
-        _check_range("task_share", self.task_share, low=0.0, high=1.0)
-        _check_range("cfg_scale", self.cfg_scale, low=1.0, high=100.0)
-        _check_count("key_tokens", self.key_tokens, low=1)
-        if self.visual_tokens is not None:
-            _check_count("visual_tokens", self.visual_tokens, low=1)
-            if self.visual_tokens < self.key_tokens:
-                raise ValueError(
-                    f"visual_tokens={self.visual_tokens} is below key_tokens={self.key_tokens}: the key tokens count"
-                    " towards the budget; raise visual_tokens or lower key_tokens"
-                )
-        _check_count("cache_interval", self.cache_interval, low=1, high=DIFFUSION_STEPS)
-        _check_count("text_tokens", self.text_tokens, low=4, high=2048)
-        _check_count("batch_size", self.batch_size, low=1, high=1024)
-        check_ddim_steps(self.ddim_steps)
+        plain: dict[str, Any] = {
+            "keep_layers": _layers(self.keep_layers),
+            "mlp_keep": number("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True),
+            "task_share": number("task_share", self.task_share, low=0.0, high=1.0),
+            "cfg_scale": check_cfg_scale(self.cfg_scale),
+            "key_tokens": whole_number("key_tokens", self.key_tokens, low=1),
+            "visual_tokens": None
+            if self.visual_tokens is None
+            else whole_number("visual_tokens", self.visual_tokens, low=1),
+            "cache_interval": whole_number("cache_interval", self.cache_interval, low=1, high=DIFFUSION_STEPS),
+            "text_tokens": check_text_tokens(self.text_tokens),
+            "batch_size": whole_number("batch_size", self.batch_size, low=1, high=1024),
+            "ddim_steps": check_ddim_steps(self.ddim_steps),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.visual_tokens is not None and self.visual_tokens < self.key_tokens:
+            raise ValueError(
+                f"visual_tokens={self.visual_tokens} is below key_tokens={self.key_tokens}: the key tokens count"
+                " towards the budget; raise visual_tokens or lower key_tokens"
+            )
 
     @classmethod
     def dense(
@@ -127,7 +135,7 @@ class CompileConfig:
         Raises:
             ValueError: no such preset; the message lists the known ones.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(sorted(PRESETS))}")
         return PRESETS[name]
 
@@ -146,45 +154,51 @@ class CompileConfig:
         unknown, missing = settings.keys() - cls.__dataclass_fields__, cls.__dataclass_fields__.keys() - settings
         if unknown or missing:
             raise ValueError(f"unknown compile settings {sorted(unknown)}, missing {sorted(missing)}")
-        if isinstance(settings.get("keep_layers"), list):
-            settings["keep_layers"] = tuple(settings["keep_layers"])
         return cls(**settings)
 
 
-def check_ddim_steps(steps: int) -> None:
-    """Refuse a number of denoising steps that no integer stride over the schedule yields.
+def check_ddim_steps(steps: object) -> int:
+    """Return a number of denoising steps as an int, if an integer stride over the schedule yields it.
 
     Raises:
-        ValueError: the message lists the valid counts.
+        ValueError: none does; the message lists the valid counts.
     """
-    if type(steps) is not int or steps not in VALID_DDIM_STEPS:
+    if not is_whole(steps) or steps not in VALID_DDIM_STEPS:
         valid = ", ".join(map(str, VALID_DDIM_STEPS))
         raise ValueError(f"ddim_steps={steps!r} has no integer stride over {DIFFUSION_STEPS} steps; valid: {valid}")
+    return int(steps)
 
 
-def _check_layers(keep: int | tuple[int, ...] | None) -> None:
+def check_cfg_scale(scale: object) -> float:
+    """Return a guidance scale as a float.
+
+    Raises:
+        ValueError: it is no number from 1 to 100.
+    """
+    return number("cfg_scale", scale, low=1.0, high=100.0)
+
+
+def check_text_tokens(budget: object) -> int:
+    """Return a text budget as an int.
+
+    Raises:
+        ValueError: it is no whole number from 4 to 2048.
+    """
+    return whole_number("text_tokens", budget, low=4, high=2048)
+
+
+def _layers(keep: object) -> int | tuple[int, ...] | None:
+    """Return a budget of decoder layers as a plain value; a refusal names what is wrong with it."""
     if keep is None:
-        return
-    if isinstance(keep, tuple):
-        if not keep or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in keep):
-            raise ValueError(f"keep_layers={keep!r}: expected layer indices from 0, at least one")
-        if any(a >= b for a, b in pairwise(keep)):
-            raise ValueError(f"keep_layers={keep!r}: indices must ascend without repeats, as in (0, 1, 4)")
-    else:
-        _check_count("keep_layers", keep, low=1)
-
-
-def _check_count(name: str, value: int, *, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        span = f"from {low}" + (f" to {high}" if high is not None else " up")
-        raise ValueError(f"{name}={value!r}: expected a whole number {span}")
-
-
-def _check_range(name: str, value: float, *, low: float, high: float, low_open: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (low_open and value == low):
-        bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={value!r}: expected a number in {bracket}{low}, {high}]")
+        return None
+    if not is_listed(keep):
+        return whole_number("keep_layers", keep, low=1)
+    if not len(keep) or any(not is_whole(index) or index < 0 for index in keep):
+        raise ValueError(f"keep_layers={keep!r}: expected layer indices from 0, at least one")
+    indices = tuple(int(index) for index in keep)
+    if any(a >= b for a, b in pairwise(indices)):
+        raise ValueError(f"keep_layers={keep!r}: indices must ascend without repeats, as in (0, 1, 4)")
+    return indices
 
 
 PRESETS: Mapping[str, CompileConfig] = MappingProxyType(

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from evla_compile import host, runtime
+from evla_compile.arguments import whole_number
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.checkpoint import load
 from evla_compile.compiled import CompiledPolicy
@@ -113,8 +114,10 @@ def run_demo(
     Raises:
         OSError: the picture cannot be written.
         ArtifactError: an artifact cannot be written.
+        ValueError: `runs` or `threads` is no whole number from 1 up.
         VerificationError: ONNX Runtime does not return what a graph does.
     """
+    runs, threads = whole_number("runs", runs, low=1), whole_number("threads", threads, low=1)
     with _torch_threads(threads):
         with step("load the policy: CogACT's architecture, trained in simulation"):
             policy = load(DEMO_POLICY)
@@ -156,8 +159,7 @@ def measure_latencies(calls: Mapping[str, Callable[[], object]], runs: int) -> t
     Raises:
         ValueError: `runs` is below 1.
     """
-    if runs < 1:
-        raise ValueError(f"runs={runs}: expected a whole number from 1 up")
+    runs = whole_number("runs", runs, low=1)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(WARM_UP_CALLS + runs):
         for name, call in calls.items():

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
+from evla_compile.arguments import whole_number
+
 Flavour: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
 """Library that builds and runs engines: TensorRT on the GPU that will run them, or TensorRT-RTX ahead of time, for RTX
 GPUs, on any machine."""
@@ -56,13 +58,16 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.flavour is not None and self.flavour not in FLAVOURS:
             raise ValueError(f"flavour={self.flavour!r}: expected one of {', '.join(FLAVOURS)}")
-        for name in ("workspace_bytes", "memory_bytes"):
+        limits: dict[str, tuple[int, int | None, str]] = {
+            "workspace_bytes": (1, None, "bytes"),
+            "memory_bytes": (1, None, "bytes"),
+            "optimization_level": (0, 5, ""),
+        }
+        for name, (low, high, unit) in limits.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number of bytes from 1 up, or None")
-        level = self.optimization_level
-        if level is not None and (type(level) is not int or not 0 <= level <= 5):
-            raise ValueError(f"optimization_level={level!r}: expected a whole number from 0 to 5, or None")
+            if value is not None:
+                plain = whole_number(name, value, low=low, high=high, of=unit, otherwise="None")
+                object.__setattr__(self, name, plain)
         if len(set(self.compute_capabilities)) != len(self.compute_capabilities):
             raise ValueError(f"compute_capabilities={self.compute_capabilities}: expected each once")
         if self.flavour is not None:

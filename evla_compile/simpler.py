@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from evla_compile.arguments import whole_number
 from evla_compile.processor import ACTION_WIDTH, GRIPPER
 
 
@@ -66,11 +67,9 @@ class AdaptiveEnsembler:
         Raises:
             ValueError: `horizon` is below 1.
         """
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon!r}: expected a whole number from 1 up")
-        self.horizon = horizon
+        self.horizon = whole_number("horizon", horizon, low=1)
         self.alpha = alpha
-        self._chunks: deque[NDArray[np.float64]] = deque(maxlen=horizon)
+        self._chunks: deque[NDArray[np.float64]] = deque(maxlen=self.horizon)
 
     def add(self, chunk: ArrayLike) -> NDArray[np.float64]:
         """Take the newest chunk [A,7] of actions, with A no less than the horizon, and return the action [7] for now.

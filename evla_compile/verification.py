@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import checker, shape_inference
 
+from evla_compile.arguments import whole_number
 from evla_compile.artifact import check_files, find_manifest
 from evla_compile.errors import ArtifactError, VerificationError
 from evla_compile.manifest import Manifest, Part, TensorSpec, read_manifest
@@ -55,8 +56,11 @@ def verify(
     Raises:
         ArtifactError: the artifact is missing or damaged.
         EvlaError: the runtime cannot compute where it was asked to.
+        ValueError: `threads` is no whole number from 1 up.
         VerificationError: a shape is not static, or a stage or output differs; the message names the first.
     """
+    if threads is not None:
+        threads = whole_number("threads", threads, low=1, otherwise="None")
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files(manifest.files, place.parent)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from evla_compile import __version__, host
+from evla_compile.arguments import whole_number
 from evla_compile.artifact import ROOM_BYTES, ArtifactFiles, check_space, check_target, part_name, writing
 from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
@@ -35,7 +36,7 @@ class ExportSettings:
     """What to write; see `CompiledPolicy.export`.
 
     Raises:
-        ValueError: the precision is none of `PRECISIONS`.
+        ValueError: the precision is none of `PRECISIONS`, or the opset or the parts are no whole number from 1 up.
     """
 
     opset: int = OPSET
@@ -54,6 +55,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: expected one of {', '.join(PRECISIONS)}")
+        for name in ("opset", "parts"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), low=1))
 
 
 def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], settings: ExportSettings) -> None:

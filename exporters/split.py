@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from evla_compile.arguments import whole_number
 from evla_compile.errors import ExportError
 from evla_compile.graph import copy_graph, held_tensor
 from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
@@ -45,8 +46,7 @@ def split(gm: fx.GraphModule, outputs: Sequence[str], parts: int) -> tuple[Piece
         ExportError: the graph has too few decoder layers for so many parts, or no action head.
         ValueError: `parts` is not a whole number from 1 up.
     """
-    if type(parts) is not int or parts < 1:
-        raise ValueError(f"parts={parts!r}: expected a whole number from 1 up")
+    parts = whole_number("parts", parts, low=1)
     inputs = tuple(str(node.target) for node in gm.graph.find_nodes(op="placeholder"))
     if parts == 1:
         return (Piece(name=WHOLE, graph=gm, inputs=inputs, outputs=tuple(outputs)),)

@@ -342,7 +342,7 @@ def test_the_number_of_threads_reaches_onnx_runtime(artifact: Path, monkeypatch:
         return original(model, options, **settings)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", recording)
-    load(artifact, threads=1)
+    load(artifact, threads=np.int64(1))  # type: ignore[arg-type]  # numpy's integer, on purpose
     load(artifact)
     assert opened == [1, onnxruntime.SessionOptions().intra_op_num_threads]
 

@@ -43,7 +43,7 @@ def ddim_timesteps(steps: int) -> tuple[int, ...]:
     Raises:
         ValueError: no integer stride yields `steps`; the message lists the valid counts.
     """
-    check_ddim_steps(steps)
+    steps = check_ddim_steps(steps)
     if steps == 1:
         return (DIFFUSION_STEPS // 2,)
     stride = next(s for s in range(1, DIFFUSION_STEPS + 1) if -(-DIFFUSION_STEPS // s) == steps)

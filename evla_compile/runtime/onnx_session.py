@@ -7,6 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from evla_compile.arguments import whole_number
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
@@ -57,8 +58,8 @@ class OnnxSession:
         """
         if provider not in PROVIDERS:
             raise ValueError(f"provider={provider!r}: expected one of {', '.join(PROVIDERS)}")
-        if threads is not None and (type(threads) is not int or threads < 1):
-            raise ValueError(f"threads={threads!r}: expected a whole number from 1 up, or None")
+        if threads is not None:
+            threads = whole_number("threads", threads, low=1, otherwise="None")
         if mapped and provider != "cpu":
             raise ValueError(f"mapped=True with provider={provider!r}: expected provider='cpu', which maps files")
         if cache is not None and provider != "tensorrt":
