@@ -62,9 +62,17 @@ def load(
 ) -> CogACT:
     """Load a CogACT policy from its official, unchanged files, ready for inference, with gradients off.
 
-    The file is mapped for reading alone: on a CPU, tensors that need no cast stay in it, so leave it as it is while the
-    policy is in use, and write into no parameter. All others are cast one at a time. The action head stays float32
-    whatever `dtype` is.
+    The file is mapped: on a CPU, tensors that need no cast stay in it, so leave it as it is while the policy is in use.
+    All others are cast one at a time. The action head stays float32 whatever `dtype` is.
+
+    Weights may be written into, by `load_state_dict`, an optimizer or in place: what is written goes to memory of this
+    process, page by page, never to the file. So a LoRA fine-tune is merged before compiling, for every layer it has::
+
+        with torch.no_grad():
+            for name, (a, b) in lora.items():  # a [R,inputs], b [outputs,R], scale = lora_alpha / R
+                policy.get_parameter(name).add_(scale * (b @ a))
+
+    What was compiled earlier does not follow in all its parts: compile again.
 
     Args:
         path: run directory (config.json, dataset_statistics.json and exactly one checkpoints/*.pt), a checkpoints/*.pt

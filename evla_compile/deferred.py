@@ -1,6 +1,7 @@
-"""Weights larger than memory: a tensor that is a recipe, computed where an operator reads it and let go afterwards."""
+"""Weights larger than memory: lazy weights, computed when an operator reads them, then freed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -10,12 +11,31 @@ from torch.utils import _pytree as pytree
 aten = torch.ops.aten
 
 
+@dataclass(slots=True)
+class _Recipe:
+    """How the value of a weight is computed; all aliases of a weight share it, so what is written reaches all."""
+
+    source: Tensor
+    dtype: torch.dtype
+    dim: int
+    kept: Tensor | None
+
+    def compute(self) -> Tensor:
+        value = materialized(self.source)
+        if self.kept is not None:
+            value = value.index_select(self.dim, self.kept.to(value.device))
+        return value.to(self.dtype)
+
+
 class DeferredWeight(Tensor):
-    """A weight that is not there yet: a source, usually mapped from a file, a dtype, and the part of it that stays.
+    """A weight that is computed when it is read: from a source, mostly mapped from a file, a dtype, and the part kept.
 
     It has the shape, dtype and device of its value, and every operator that reads it computes the value, uses it and
     frees it. So a policy of which no cast or cut copy fits into memory can be rewritten, run and exported; one that is
     run over and over should be made of plain tensors, see `materialized`.
+
+    An operator that writes into the whole weight (`copy_`, `add_`, `load_state_dict`) lets it hold the written value
+    from then on, in memory; the source stays as it is. Writing into a view of it is a TypeError.
     """
 
     def __new__(cls, source: Tensor, *, dtype: torch.dtype, dim: int = 0, kept: Tensor | None = None) -> Self:
@@ -36,34 +56,102 @@ class DeferredWeight(Tensor):
             kept: indices that stay, int64 [K]; None keeps all.
         """
         super().__init__()
-        self._source, self._dim, self._kept = source, dim, kept
+        self._recipe = _Recipe(source, dtype, dim, kept)
 
     def __repr__(self) -> str:  # type: ignore[override]  # it has no contents to show
-        return f"DeferredWeight({list(self.shape)}, dtype={self.dtype}, of {list(self._source.shape)})"
+        return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype})"
 
-    def cut(self, dim: int, kept: Tensor) -> Self:
+    def cut(self, dim: int, kept: Tensor) -> "DeferredWeight":
         """Return the indices `kept` along `dim` of this weight, deferred too."""
-        if self._kept is None:  # cut what is stored, then cast: less to cast
-            return type(self)(self._source, dtype=self.dtype, dim=dim, kept=kept)
-        return type(self)(self, dtype=self.dtype, dim=dim, kept=kept)
+        if self._recipe.kept is None:  # cut what is stored, then cast: less to cast
+            return DeferredWeight(self._recipe.source, dtype=self.dtype, dim=dim, kept=kept)
+        return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
 
     def compute(self) -> Tensor:
         """Return the value as a plain tensor of its own."""
-        value = materialized(self._source)
-        if self._kept is not None:
-            value = value.index_select(self._dim, self._kept.to(value.device))
-        return value.to(self.dtype)
+        return self._recipe.compute()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch types its default as a function of no class
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the values of its deferred arguments; a mere alias stays deferred."""
-        if func in (aten.detach.default, aten.alias.default):
-            weight = args[0]
-            return cls(weight._source, dtype=weight.dtype, dim=weight._dim, kept=weight._kept)
-        plain_args, plain_kwargs = pytree.tree_map_only(cls, cls.compute, (args, dict(kwargs or {})))
-        return func(*plain_args, **plain_kwargs)
+        """Run an operator on the values of its deferred arguments; aliases and views stay deferred."""
+        given = dict(kwargs or {})
+        if func in (aten.detach.default, aten.alias.default) and type(args[0]) is DeferredWeight:
+            return _alias(args[0])
+        if func in _VIEWS and isinstance(args[0], DeferredWeight):
+            return _View(args[0], func, args[1:], given)
+        written = _written(func, args, given)
+        values = {id(weight): weight.compute() for weight in written}
+        plain_args, plain_kwargs = pytree.tree_map_only(
+            DeferredWeight,
+            lambda weight: values[id(weight)] if id(weight) in values else weight.compute(),
+            (args, given),
+        )
+        result = func(*plain_args, **plain_kwargs)
+        for weight in written:
+            weight._recipe.source, weight._recipe.kept = values[id(weight)], None
+        owners = {id(values[id(weight)]): weight for weight in written}
+        return pytree.tree_map_only(Tensor, lambda value: owners.get(id(value), value), result) if written else result
+
+
+class _View(DeferredWeight):
+    """A view of a deferred weight, computed when it is read; it cannot be written into."""
+
+    def __new__(cls, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
+        form = func(torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta"), *args, **kwargs)
+        wrapper: Self = torch.Tensor._make_wrapper_subclass(
+            cls, form.shape, strides=form.stride(), dtype=form.dtype, device=base.device
+        )
+        return wrapper
+
+    def __init__(self, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        Tensor.__init__(self)
+        self._base_weight, self._func, self._args, self._kwargs = base, func, args, kwargs
+
+    def cut(self, dim: int, kept: Tensor) -> DeferredWeight:
+        return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
+
+    def compute(self) -> Tensor:
+        value: Tensor = self._func(self._base_weight.compute(), *self._args, **self._kwargs)
+        return value
+
+
+_VIEWS = frozenset(
+    {
+        *(aten.detach.default, aten.alias.default, aten.view.default, aten._unsafe_view.default, aten.t.default),
+        *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int, aten.slice.Tensor),
+        *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.diagonal.default),
+        aten.as_strided.default,
+    }
+)
+"""Operators that return a view of their first argument, through which a value that is freed cannot be written."""
+
+
+def _alias(weight: DeferredWeight) -> DeferredWeight:
+    recipe = weight._recipe
+    alias = DeferredWeight(recipe.source, dtype=recipe.dtype, dim=recipe.dim, kept=recipe.kept)
+    alias._recipe = recipe
+    return alias
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DeferredWeight]:
+    """Return the deferred weights that an operator writes into.
+
+    Raises:
+        TypeError: one of them is a view.
+    """
+    named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    named |= kwargs
+    writes = {argument.name for argument in func._schema.arguments if argument.is_write}
+    leaves = pytree.tree_leaves([value for name, value in named.items() if name in writes])
+    written = [leaf for leaf in leaves if isinstance(leaf, DeferredWeight)]
+    if any(isinstance(weight, _View) for weight in written):
+        raise TypeError(
+            f"{func} writes into a view of a deferred weight, whose value is computed anew at every read: write into"
+            " the whole weight, as in weight.copy_(changed), or load the policy without deferred=True"
+        )
+    return written
 
 
 def cut(weight: Tensor, dim: int, kept: Tensor) -> DeferredWeight:

@@ -123,6 +123,55 @@ def test_tensors_that_need_no_cast_stay_in_the_file_mapped_without_setting_memor
         assert any(low <= parameter.data_ptr() < high for low, high in spans), name
 
 
+def test_what_is_written_into_a_policy_goes_to_its_own_memory_and_never_to_the_file(
+    tiny_checkpoint: Path, stored: Groups
+) -> None:
+    file = checkpoint_file(tiny_checkpoint)
+    written, policy, reader = file.read_bytes(), load(tiny_checkpoint), load(tiny_checkpoint)
+    doubled = {name: 2 * tensor for name, tensor in policy.state_dict().items()}
+    policy.load_state_dict(doubled)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(2.0)
+            parameter.data.add_(1.0)
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(tensor, 2 * doubled[name] + 1.0), name
+    assert file.read_bytes() == written
+    assert_same_parameters(reader, stored)
+
+
+LORA_TARGETS = [f"llm.model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(6) for name in "qv"]
+
+
+def test_a_lora_merged_into_a_loaded_policy_acts_like_a_checkpoint_that_was_merged(
+    run: Path, stored: Groups, golden: dict[str, Any], frame: Image.Image
+) -> None:
+    generator, rank, scale = torch.Generator().manual_seed(0), 4, 0.5
+    group = stored["llm_backbone"]
+    lora = {
+        f"llm_backbone.{key}": (
+            torch.randn(rank, group[key].shape[1], generator=generator) / 8,
+            torch.randn(group[key].shape[0], rank, generator=generator) / 8,
+        )
+        for key in LORA_TARGETS
+    }
+    policy, case = load(run), golden["cases"][0]
+    arguments = (*inputs(policy, case, frame), torch.zeros(1, 16, 7))
+    before = policy.sample(*arguments, ddim_steps=2)
+    with torch.no_grad():
+        for name, (a, b) in lora.items():
+            policy.get_parameter(name).add_(scale * (b @ a))
+
+    def merge(groups: Groups) -> None:
+        for key in LORA_TARGETS:
+            a, b = lora[f"llm_backbone.{key}"]
+            groups["llm_backbone"][key] = groups["llm_backbone"][key] + scale * (b @ a)
+
+    expected = load(rewrite(run, stored, merge)).sample(*arguments, ddim_steps=2)
+    assert torch.equal(policy.sample(*arguments, ddim_steps=2), expected)
+    assert not torch.allclose(before, expected, rtol=1e-3)
+
+
 def test_the_condition_is_as_wide_as_the_decoder_rather_than_4096(policy: CogACT) -> None:
     assert policy.action_model.net.z_embedder.uncondition.shape == (1, policy.sizes.language.width) == (1, 64)
 

@@ -1,5 +1,6 @@
 """Deferred weights: a recipe that behaves like its value."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -61,6 +62,51 @@ def test_nothing_is_computed_before_it_is_read(stored: Tensor) -> None:
     assert torch.equal(weight + 0, torch.full((3, 5), 2.0, dtype=torch.bfloat16))
 
 
+def test_what_is_written_into_it_is_kept_and_reaches_its_aliases_and_not_the_source(stored: Tensor) -> None:
+    source = stored.clone()
+    weight = DeferredWeight(stored, dtype=torch.float32, dim=1, kept=KEPT)
+    before = materialized(weight)
+    alias, view = weight.detach(), weight.T
+    assert weight.mul_(2.0) is weight
+    alias.data.add_(1.0)
+    for found in (weight, alias, view.T):
+        assert torch.equal(materialized(found), 2.0 * before + 1.0)
+    weight.copy_(torch.ones(6, 3))
+    torch._foreach_add_([weight, alias], 1.0)
+    assert torch.equal(alias + 0, torch.full((6, 3), 3.0))
+    assert torch.equal(stored, source)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight[0].add_(1.0),
+        lambda weight: weight.data[1:3].copy_(torch.zeros(2, 5)),
+        lambda weight: weight.T.mul_(2.0),
+        lambda weight: weight.view(-1).zero_(),
+        lambda weight: weight.detach()[:, None].fill_(0.0),
+        lambda weight: weight.__setitem__((0, 1), 3.0),
+        lambda weight: torch.add(torch.ones(5), 1.0, out=weight[0]),
+    ],
+)
+def test_writing_into_a_view_of_it_is_an_error(stored: Tensor, write: Callable[[Tensor], object]) -> None:
+    weight = DeferredWeight(stored, dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"writes into a view of a deferred weight.*without deferred=True"):
+        write(weight)
+    assert torch.equal(materialized(weight), stored.float())
+
+
+def test_a_view_of_it_is_computed_when_it_is_read(stored: Tensor) -> None:
+    weight = DeferredWeight(stored, dtype=torch.float32)
+    view = weight.T[1:, None]
+    expected = stored.float().T[1:, None]
+    assert (view.shape, view.stride(), view.dtype) == (expected.shape, expected.stride(), torch.float32)
+    assert torch.equal(materialized(view), expected)
+    assert torch.equal(materialized(cut(view, 2, KEPT)), expected[:, :, KEPT])
+    assert type(view + 0) is Tensor
+    assert torch.equal(view + 0, expected)
+
+
 def test_a_module_holds_it_as_a_parameter_and_hands_it_on(stored: Tensor) -> None:
     layer = nn.Linear(5, 6, bias=False, device="meta").requires_grad_(False)
     layer.load_state_dict({"weight": DeferredWeight(stored, dtype=torch.float32)}, assign=True)
@@ -104,6 +150,22 @@ def test_a_policy_loaded_deferred_equals_one_that_was_cast(bfloat16_checkpoint: 
     assert any(isinstance(tensor, DeferredWeight) for _, tensor in weights(second.graph))
     assert (second.sample(*inputs) == expected).all()
     assert not any(isinstance(tensor, DeferredWeight) for _, tensor in weights(second.graph))
+
+
+def test_a_deferred_policy_takes_a_state_dict_and_a_merged_lora(bfloat16_checkpoint: Path) -> None:
+    (file,) = (bfloat16_checkpoint / "checkpoints").iterdir()
+    stored, policy = file.read_bytes(), load(bfloat16_checkpoint, deferred=True)
+    doubled = {name: 2.0 * materialized(tensor) for name, tensor in policy.state_dict().items()}
+    policy.load_state_dict(doubled)
+    name = "llm_backbone.llm.model.layers.0.self_attn.q_proj.weight"
+    weight = policy.get_parameter(name)
+    a, b = torch.ones(2, weight.shape[1]), torch.ones(weight.shape[0], 2)
+    with torch.no_grad():
+        weight.add_(0.5 * (b @ a))
+    doubled[name] += 1.0
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(materialized(tensor), doubled[name]), name
+    assert file.read_bytes() == stored
 
 
 def test_deferred_weights_stay_on_the_cpu(tiny_checkpoint: Path) -> None:
