@@ -74,7 +74,7 @@ class CompileReport:
             f"{deviation.stage}: {deviation.relative:.2e} of the dense policy's largest value away from it, worst of"
             f" {deviation.frames} frames"
             for deviation in self.deviations
-        ] or ["deviation from the dense policy: not measured, no calibration frames were given"]
+        ] or ["deviation from the dense policy: not measured; give calibration frames, beside a plan too"]
         return "\n".join(lines)
 
 

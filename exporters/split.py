@@ -62,6 +62,23 @@ def split(gm: fx.GraphModule, outputs: Sequence[str], parts: int) -> tuple[Piece
     return tuple(_piece(gm, labels[number], number, numbers, named, crossing) for number in range(parts))
 
 
+def check_parts(parts: int, layers: int) -> None:
+    """Refuse more parts than decoder layers and an action head can fill.
+
+    Args:
+        parts: how many are asked for.
+        layers: decoder layers that are kept.
+
+    Raises:
+        ExportError: they are too many.
+    """
+    if parts > layers + 1:
+        raise ExportError(
+            f"parts={parts}: the policy keeps {layers} decoder layers, and a part has at least one of them or the"
+            f" action head; expected at most {layers + 1} parts"
+        )
+
+
 def _labels(parts: int) -> list[str]:
     perception = [PERCEPTION] if parts == 2 else [f"{PERCEPTION}-{number}" for number in range(1, parts)]
     return [*perception, ACTION]
@@ -77,11 +94,9 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
                 path = _layer(module_path(user))
                 sizes[path] = sizes.get(path, 0) + tensor.numel() * tensor.element_size()
     layers = [path for path in sizes if path.startswith(DECODER_LAYERS)]
-    if ACTION not in sizes or len(layers) < parts - 1:
-        raise ExportError(
-            f"parts={parts}: this graph has {len(layers)} decoder layers and {'an' if ACTION in sizes else 'no'} action"
-            f" head; expected at most {len(layers) + 1} parts"
-        )
+    if ACTION not in sizes:
+        raise ExportError(f"parts={parts}: this graph has no action head to put into the last part; expected parts=1")
+    check_parts(parts, len(layers))
     regions, number = {ACTION: parts - 1}, 0
     left, filled = sum(size for path, size in sizes.items() if path != ACTION), sizes.get("", 0)
     for position, path in enumerate(layers):

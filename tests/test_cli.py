@@ -331,6 +331,8 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         (("--preset", "l1-t1"), "unknown preset 'l1-t1'; expected one of l22-t112, l22-t56, l28-t112, l28-t56"),
         (("--dense", "--preset", "l22-t56"), "--dense and --preset l22-t56 exclude each other"),
         (("--dense", "--opset", "17"), "--opset 17: expected one from 18 to 23"),
+        (("--dense", "--parts", "99"), "parts=99: the policy keeps 6 decoder layers"),
+        (("--dense", "--keep-layers", "0,1,2,4", "--parts", "6"), "parts=6: the policy keeps 4 decoder layers"),
         (("--keep-layers", "4"), "give calibration= frames of the robot's task"),
         (("--dense", "--tokenizer", "/nowhere"), "tokenizer='/nowhere': expected a tokenizer.json or its folder"),
         (("--dense", "--plan", "/nowhere.json"), "plan /nowhere.json"),

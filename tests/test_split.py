@@ -99,7 +99,7 @@ def test_tensors_are_shared_and_the_graph_is_untouched(
 
 
 def test_too_many_parts_are_refused(graph: fx.GraphModule) -> None:
-    with pytest.raises(ExportError, match=r"parts=5: this graph has 3 decoder layers.*at most 4 parts"):
+    with pytest.raises(ExportError, match=r"parts=5: the policy keeps 3 decoder layers.*at most 4 parts"):
         split(graph, OUTPUTS, 5)
 
 

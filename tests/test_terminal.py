@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.text import Text
 
 from evla_compile import cli
-from evla_compile.cli.console import print_json
+from evla_compile.cli.console import new_table, print_json
 from evla_compile.manifest import write_manifest
-from evla_compile.terminal import in_one_line, printable
+from evla_compile.terminal import in_one_line, new_console, printable
 
 sys.path.insert(0, str(Path(__file__).parent))
 from command_line import Outcome, evla, example_manifest, refused
@@ -64,6 +65,15 @@ def test_inspect_shows_a_hostile_manifest_harmlessly(tmp_path: Path) -> None:
     assert not [char for char in outcome.out if not (char.isprintable() or char == "\n")]
     for shown in (r"toy\x1b[2J\x1b]0;owned\x07\nverified: all", r"2\u202e\x1b[2J", r"evla_compile 0.0.0\udcff"):
         assert shown in outcome.words
+
+
+def test_a_console_escapes_whatever_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    table = new_table(f"title {ESCAPE}", "column")
+    table.add_row(Text(f"cell {ESCAPE}"))
+    new_console().print(Text(f"text {ESCAPE}"), table, f"words {ESCAPE}")
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert shown.count(r"\x1b[2J\x1b]0;owned\x07") == 4
 
 
 def test_errors_and_usage_show_control_characters_as_escapes(tmp_path: Path) -> None:

@@ -1,60 +1,33 @@
 """The command line, `evla`: each command is a few calls of the public interface, and prints what they return."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from evla_compile.cli import build, compile, demo, doctor, estimate, inspect, run, verify
 from evla_compile.cli.streams import standard_streams
 from evla_compile.errors import EvlaError
-from evla_compile.terminal import new_console, printable
-
-_UsageError: Any = typer.BadParameter.__base__  # typer offers one kind of it alone
-
-
-class _Commands(TyperGroup):
-    """The commands; what typer says of wrong usage quotes the command line, which may hold control characters."""
-
-    def make_context(self, *arguments: Any, **settings: Any) -> Any:
-        """Read the options in front of the command."""
-        with _printable_usage_errors():
-            return super().make_context(*arguments, **settings)
-
-    def invoke(self, *arguments: Any) -> Any:
-        """Read the options of the command and run it."""
-        with _printable_usage_errors():
-            return super().invoke(*arguments)
-
-
-@contextmanager
-def _printable_usage_errors() -> Iterator[None]:
-    try:
-        yield
-    except _UsageError as error:
-        error.message = printable(error.message)
-        raise
-
+from evla_compile.terminal import new_console
 
 app = typer.Typer(
-    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Compile CogACT robot policies by EfficientVLA's rewrites, and run them without torch.",
 )
-app.command("demo")(demo.demo)
-app.command("compile")(compile.compile_policy)
-app.command("inspect")(inspect.inspect)
-app.command("estimate")(estimate.estimate)
-app.command("run")(run.run)
-app.command("build")(build.build)
-app.command("verify")(verify.verify)
-app.command("doctor")(doctor.doctor)
+for _name, _command, _summary in (
+    ("demo", demo.demo, "Take the package's small policy through the whole path."),
+    ("compile", compile.compile_policy, "Compile a policy to an artifact."),
+    ("inspect", inspect.inspect, "Show what a checkpoint or an artifact holds."),
+    ("estimate", estimate.estimate, "Weigh budgets before downloading any weight."),
+    ("run", run.run, "Predict actions from camera frames, without torch."),
+    ("build", build.build, "Build the TensorRT engines of an artifact."),
+    ("verify", verify.verify, "Prove that an artifact is what torch computed."),
+    ("doctor", doctor.doctor, "Check whether this machine can do a piece of work."),
+):
+    app.command(_name, short_help=_summary)(_command)
 
 
 def main() -> None:

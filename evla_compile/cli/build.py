@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from evla_compile.cli.arguments import Artifact
+from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import step
 from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.manifest import EngineRecord
@@ -27,7 +27,10 @@ def build(
     memory_gb: Annotated[float | None, typer.Option(help="Most memory for the builder; else what is free.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 to 5: how long to look. TensorRT only.")] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep what was measured for the next build. TensorRT only.")
+        Path | None,
+        typer.Option(
+            parser=read_path, metavar="FILE", help="Keep what was measured for the next build. TensorRT only."
+        ),
     ] = None,
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="For every GPU from 8.0 on. TensorRT only, no Jetson.")

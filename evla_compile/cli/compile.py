@@ -12,7 +12,7 @@ from rich.table import Table
 
 import evla_compile as evla
 from evla_compile.artifact import check_target
-from evla_compile.cli.arguments import RunDirectory
+from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.settings import read_config, read_plan
@@ -31,12 +31,18 @@ STAGES = ("cognition", "samples", "actions")
 def compile_policy(
     ctx: typer.Context,
     run_dir: RunDirectory,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the artifact, or an X.onnx.")],
+    out: Annotated[Path, typer.Option(parser=read_path, metavar="DIR", help="Folder for the artifact, or an X.onnx.")],
     calibration: Annotated[
-        Path | None, typer.Option(metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl.")
+        Path | None,
+        typer.Option(
+            parser=read_path, metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl."
+        ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(metavar="PLAN", help="Plan file, or DIR of a compiled policy: do not measure again.")
+        Path | None,
+        typer.Option(
+            parser=read_path, metavar="PLAN", help="Plan file, or DIR of a compiled policy: do not measure again."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
@@ -55,7 +61,9 @@ def compile_policy(
     cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none.")] = None,
     text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Llama-2's tokenizer.json, or its folder.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(parser=read_path, metavar="FILE|DIR", help="Llama-2's tokenizer.json, or its folder.")
+    ] = None,
     precision: Annotated[
         Precision, typer.Option(help="Of weights and matrix products outside the action head.")
     ] = "float32",
@@ -68,9 +76,10 @@ def compile_policy(
     check_target(out)
     with step("import torch and transformers"):
         from evla_compile.checkpoint import read_checkpoint
+        from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
         from evla_compile.pipeline import check_budgets, check_plan
-        from evla_compile.plan import needs_calibration, plan_without_calibration
+        from evla_compile.plan import kept_layer_count, needs_calibration, plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration)
@@ -82,6 +91,7 @@ def compile_policy(
         check_plan(chosen, config, sizes)
     elif frames is None or not (needs_calibration(sizes.language, config) or precision == "float16"):
         chosen = plan_without_calibration(sizes.language, config)
+    check_parts(parts, kept_layer_count(config, sizes.language.layers) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
         with step("load the policy"):
             policy = evla.load(run_dir, tokenizer=tokenizer, deferred=True)
@@ -113,7 +123,10 @@ def _print_memory(peak: PeakMemory) -> None:
 def compile_summary(report: "CompileReport") -> RenderableType:
     """Return what a compilation did."""
     if not report.deviations:
-        return Group("", pass_table(report), "Deviation from the dense policy: not measured, no frames were given.")
+        advice = (
+            "Deviation from the dense policy: not measured. Give --calibration FRAMES to measure it; with --plan too."
+        )
+        return Group("", pass_table(report), advice)
     return Group("", pass_table(report), deviation_table([("from the dense policy", deviations_by_stage(report))]))
 
 

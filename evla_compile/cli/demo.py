@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from evla_compile.cli.arguments import read_path
 from evla_compile.cli.compile import deviation_table, deviations_by_stage, pass_table
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="New folder to keep everything in.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=read_path, metavar="DIR", help="New folder to keep everything in.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each backend.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each backend.")] = 1,
 ) -> None:

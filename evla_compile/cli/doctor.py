@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 import evla_compile as evla
+from evla_compile.cli.arguments import read_path, read_place
 from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.config import Precision
 from evla_compile.engine_settings import Flavour
@@ -25,9 +26,14 @@ def doctor(
     work: Annotated[
         Literal["compile", "run", "build"] | None, typer.Argument(help="What is going to be done on this machine.")
     ] = None,
-    artifact: Annotated[Path | None, typer.Option(metavar="DIR", help="The compiled policy that it is about.")] = None,
+    artifact: Annotated[
+        Path | None, typer.Option(parser=read_path, metavar="DIR", help="The compiled policy that it is about.")
+    ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Without an artifact: small, base, large or a RUN_DIR. Needs torch.")
+        str | None,
+        typer.Option(
+            parser=read_place, metavar="SIZE", help="Without an artifact: small, base, large or a RUN_DIR. Needs torch."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Of that size: {', '.join(sorted(evla.PRESETS))}, dense.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of that size's export; float32 by default.")] = None,

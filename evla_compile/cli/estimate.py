@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
+from evla_compile.cli.arguments import read_place
 from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.config import DDIM_STEPS, PAPER_TEXT_TOKENS
 from evla_compile.devices import DEVICES
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    size: Annotated[str, typer.Argument(metavar="SIZE", help="small, base or large (or S, B, L), or a RUN_DIR.")],
+    size: Annotated[
+        str, typer.Argument(parser=read_place, metavar="SIZE", help="small, base or large (or S, B, L), or a RUN_DIR.")
+    ],
     preset: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(sorted(evla.PRESETS))}, or all; may be repeated.")
     ] = None,

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from evla_compile.artifact import find_manifest
+from evla_compile.cli.arguments import read_place
 from evla_compile.cli.build import describe_engine
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.estimate import estimate_summary
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A RUN_DIR, or the DIR of a compiled policy.")],
+    path: Annotated[
+        str, typer.Argument(parser=read_place, metavar="PATH", help="A RUN_DIR, or the DIR of a compiled policy.")
+    ],
 ) -> None:
     """Show what a checkpoint or a compiled policy holds, without reading its weights."""
     console = new_console()

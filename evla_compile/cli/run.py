@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
-from evla_compile.cli.arguments import Artifact
+from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import new_table, print_json
 from evla_compile.runtime import Provider
 from evla_compile.terminal import in_one_line, new_console
@@ -29,7 +29,7 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 def run(
     artifact: Artifact,
-    image: Annotated[Path, typer.Option(metavar="FILE", help="Camera frame, 8-bit RGB.")],
+    image: Annotated[Path, typer.Option(parser=read_path, metavar="FILE", help="Camera frame, 8-bit RGB.")],
     instruction: Annotated[str, typer.Option(help="What the robot shall do.")],
     unnorm_key: Annotated[str | None, typer.Option(help="Dataset whose statistics scale the actions.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise.")] = None,
@@ -41,7 +41,8 @@ def run(
         False
     ),
     cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep engines or kernels that are built at load time.")
+        Path | None,
+        typer.Option(parser=read_path, metavar="DIR", help="Keep engines or kernels that are built at load time."),
     ] = None,
     mapped: Annotated[bool, typer.Option("--mapped", help="Leave the weights in their file: slower, less memory.")] = (
         False

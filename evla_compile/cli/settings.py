@@ -29,7 +29,28 @@ def read_config(options: Mapping[str, Any], *, preset: str | None, dense: bool) 
         given["keep_layers"] = _layers(given["keep_layers"])
     if "visual_tokens" in given:
         given["visual_tokens"] = _tokens(given["visual_tokens"])
-    return replace(base, **given)
+    config = replace(base, **given)
+    _refuse_idle(config, given)
+    return config
+
+
+def _refuse_idle(config: CompileConfig, given: Mapping[str, Any]) -> None:
+    """Refuse options that decide nothing beside the others: whoever gave them expects something else.
+
+    Raises:
+        ValueError: there is one.
+    """
+    every_token = config.visual_tokens is None
+    chosen_layers = config.keep_layers is None or isinstance(config.keep_layers, tuple)
+    idle = {
+        "key_tokens": "every visual token is kept; give --visual-tokens N" if every_token else None,
+        "task_share": "every visual token is kept; give --visual-tokens N" if every_token else None,
+        "layer_rule": "no layer is left to a rule; give --keep-layers a count" if chosen_layers else None,
+    }
+    for name, reason in idle.items():
+        if name in given and reason is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {given[name]} would decide nothing, since {reason}, or leave {option} out")
 
 
 def read_plan(path: Path) -> Plan:
