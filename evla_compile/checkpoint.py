@@ -194,10 +194,11 @@ def _check_vocabulary(processor: Processor, vocabulary: int) -> None:
             f"the tokenizer gives {WORD_BOUNDARY!r} the id {blank}, not {BLANK_ID}, and the embedding has {vocabulary}"
             " rows, like Llama-2's: give Llama-2's tokenizer.json, as in openvla/openvla-7b"
         )
-    if processor.vocabulary > vocabulary or blank >= vocabulary:
+    if processor.largest_id >= vocabulary:
         raise CheckpointError(
-            f"the tokenizer has {processor.vocabulary} pieces and gives {WORD_BOUNDARY!r} the id {blank}, but the"
-            f" embedding has {vocabulary} rows: give the tokenizer.json that the policy was trained with"
+            f"the tokenizer has {processor.vocabulary} pieces, ids up to {processor.largest_id}, and gives"
+            f" {WORD_BOUNDARY!r} the id {blank}, but the embedding has {vocabulary} rows: give the tokenizer.json that"
+            " the policy was trained with"
         )
 
 

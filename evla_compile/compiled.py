@@ -105,7 +105,7 @@ class CompiledPolicy(Predictor):
 
         Raises:
             PassError: the graph has no such stage.
-            ValueError: an argument has another dtype or shape, or a text length is out of range.
+            ValueError: an argument has another dtype or shape, or a token id or text length is out of range.
         """
         names = tuple(stages)
         graph = self.exposing(names)
@@ -113,6 +113,7 @@ class CompiledPolicy(Predictor):
         expected = [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
         for name, array, value in zip(INPUT_NAMES, given, expected, strict=True):
             host.check_input(name, array, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))
+        host.check_input_ids(input_ids, self.sizes.language.vocabulary)
         host.check_text_length(text_length, self.config.text_tokens)
         tensors = [torch.from_numpy(array).to(value.device) for array, value in zip(given, expected, strict=True)]
         with torch.no_grad():

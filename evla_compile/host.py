@@ -115,6 +115,18 @@ def check_text_length(text_length: NDArray[np.int64], text_tokens: int) -> None:
         raise ValueError(f"text_length={text_length.tolist()}: expected from 2 to {text_tokens}")
 
 
+def check_input_ids(input_ids: NDArray[np.int64], vocabulary: int) -> None:
+    """Refuse ids without a row in the token embedding; ONNX Runtime counts negative ones from the embedding's end.
+
+    Raises:
+        ValueError: an id is not from 0 to `vocabulary` - 1.
+    """
+    if input_ids.min() < 0 or input_ids.max() >= vocabulary:
+        raise ValueError(
+            f"input_ids has ids from {input_ids.min()} to {input_ids.max()}: expected from 0 to {vocabulary - 1}"
+        )
+
+
 def action_noise(
     noise: NDArray[np.floating] | None, seed: int | None, *, batch_size: int, chunk: int, width: int
 ) -> NDArray[np.float32]:

@@ -17,10 +17,12 @@ from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, read_statistics
 
-FORMAT = "evla_compile/3"
+FORMAT = "evla_compile/4"
 """Version of the manifest's layout; another one is refused."""
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 """What an input or output of a graph may hold, by numpy's names."""
+MOST_TOKENS = 2**31 - 1
+"""Most rows of a token embedding: beyond any, and within what every runtime indexes with."""
 
 _INPUT_FORMS = [("image", "uint8", 4), ("input_ids", "int64", 2), ("text_length", "int64", 1), ("noise", "float32", 3)]
 _JSON_WORDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", bool: "true or false"}
@@ -194,8 +196,8 @@ class Manifest:
 
     Raises:
         ValueError: the inputs or outputs are not those of a CogACT graph of this configuration, the parts are no chain
-            from one to the other, the engines are not those of the parts, two files share a name, or `pad_id` is
-            negative.
+            from one to the other, the engines are not those of the parts, two files share a name, `pad_id` is no row of
+            the token embedding, or the plan measured fewer decoder layers than it keeps.
     """
 
     created_by: str
@@ -222,6 +224,8 @@ class Manifest:
     """Which layers and neurons stay."""
     statistics: Mapping[str, ActionStatistics]
     """Action statistics by dataset name."""
+    vocabulary: int
+    """Rows of the token embedding: token ids are below it."""
     pad_id: int
     """Token id that fills a prompt up to the text budget."""
     opset: int
@@ -235,8 +239,16 @@ class Manifest:
         names = [record.name for record in self.files]
         if len(set(names)) != len(names):
             raise ValueError(f"files {names}: expected names that differ")
-        if self.pad_id < 0:
-            raise ValueError(f"pad_id {self.pad_id}: expected a token id from 0 up")
+        if not 1 <= self.vocabulary <= MOST_TOKENS:
+            raise ValueError(f"vocabulary {self.vocabulary!s:.20}: expected the rows of the token embedding")
+        if not 0 <= self.pad_id < self.vocabulary:
+            raise ValueError(f"pad_id {self.pad_id!s:.20}: expected a token id from 0 to {self.vocabulary - 1}")
+        measured, last = len(self.plan.layer_importance), self.plan.keep_layers[-1]
+        if measured and last >= measured:
+            raise ValueError(
+                f"layer_importance of {measured} decoder layers, of which the plan keeps layer {last}: expected a value"
+                " of every layer, or none"
+            )
         forms = [(spec.name, spec.dtype, len(spec.shape)) for spec in self.inputs]
         if forms != _INPUT_FORMS:
             raise ValueError(f"inputs are {forms} as (name, dtype, rank): expected {_INPUT_FORMS}")
@@ -300,6 +312,7 @@ class Manifest:
             "config": self.config.to_json(),
             "plan": self.plan.to_json(),
             "statistics": {dataset: entry.to_json() for dataset, entry in self.statistics.items()},
+            "vocabulary": self.vocabulary,
             "pad_id": self.pad_id,
             "opset": self.opset,
             "versions": dict(self.versions),
@@ -331,6 +344,7 @@ class Manifest:
             config=CompileConfig.from_json(_get(data, "config", dict)),
             plan=Plan.from_json(_get(data, "plan", dict)),
             statistics=read_statistics(_get(data, "statistics", dict)),
+            vocabulary=_get(data, "vocabulary", int),
             pad_id=_get(data, "pad_id", int),
             opset=_get(data, "opset", int),
             versions={library: _get(versions, library, str) for library in versions},

@@ -85,6 +85,7 @@ class Processor:
         image_side: side in pixels of the square image that the vision towers take.
         pad_id: token id that fills a prompt up to its budget; any row of the embedding will do.
         vocabulary: pieces of the tokenizer, special ones included.
+        largest_id: the largest token id that a prompt may hold; the embedding must have a row for it.
         blank_id: the tokenizer's id of the lone word-boundary piece, which stands before the end token.
     """
 
@@ -114,6 +115,9 @@ class Processor:
         self.vocabulary = self._tokenizer.get_vocab_size()
         blank = self._tokenizer.token_to_id(WORD_BOUNDARY)
         self.blank_id = BLANK_ID if blank is None else blank
+        # Pieces may be numbered with gaps, so that their count says nothing of their ids.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.largest_id = max(self.blank_id, EOS_ID, BOS_ID, *ids)
 
     def image(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Squash a frame of any size to uint8 [S,S,3] with PIL's bicubic filter; the aspect ratio is not kept.

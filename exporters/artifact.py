@@ -141,6 +141,7 @@ def _describe(
         config=compiled.config,
         plan=compiled.plan,
         statistics=compiled.processor.statistics,
+        vocabulary=compiled.sizes.language.vocabulary,
         pad_id=compiled.processor.pad_id,
         opset=settings.opset,
         versions={library: version(library) for library in _LIBRARIES},

@@ -78,6 +78,7 @@ def example_manifest(*, dataset: str = "toy", versions: str = "2.13.0") -> Manif
         config=config,
         plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
         statistics={dataset: ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7)},
+        vocabulary=32064,
         pad_id=3,
         opset=23,
         versions={"torch": versions},

@@ -516,6 +516,9 @@ def test_a_policy_with_a_tokenizer_of_its_own_is_loaded(run: Path, stored: Group
     replace(run / "tokenizer.json", small_tokenizer(lift=3))
     with pytest.raises(CheckpointError, match=r"gives '\u2581' the id 29871, but the embedding has 5 rows"):
         load(run)
+    replace(run / "tokenizer.json", small_tokenizer(**{"\u2581": 3, "lift": 9}))
+    with pytest.raises(CheckpointError, match=r"5 pieces, ids up to 9, .*but the embedding has 5 rows"):
+        load(run)
 
 
 def test_a_foreign_tokenizer_beside_llama_2s_embedding_is_refused(run: Path) -> None:

@@ -84,6 +84,7 @@ def write(folder: Path, record: EngineRecord, tokenizer_json: str, contents: dic
         config=CompileConfig.dense(text_tokens=20),
         plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 6 + (False,))},
+        vocabulary=32064,
         pad_id=3,
         opset=23,
         versions={},

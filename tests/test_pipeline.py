@@ -123,6 +123,10 @@ def test_wrong_inputs_are_refused(compiled: CompiledPolicy) -> None:
     ids, noise = np.ones((1, 32), dtype=np.int64), np.zeros((1, 16, 7), dtype=np.float32)
     with pytest.raises(ValueError, match=r"text_length=\[33\]: expected from 2 to 32"):
         compiled.sample(image, ids, np.array([33]), noise)
+    with pytest.raises(ValueError, match="input_ids has ids from -1 to -1: expected from 0 to"):
+        compiled.sample(image, -ids, np.array([20]), noise)
+    with pytest.raises(ValueError, match="input_ids has ids from 99999 to 99999: expected from 0 to"):
+        compiled.sample(image, 99999 * ids, np.array([20]), noise)
     with pytest.raises(ValueError, match=r"image is float32\[1, 224, 224, 3\]: expected a numpy array uint8"):
         compiled.sample(image.astype(np.float32), ids, np.array([20]), noise)
     with pytest.raises(ValueError, match="expected a numpy array"):

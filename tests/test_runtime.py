@@ -31,7 +31,7 @@ from evla_compile.runtime.providers import PROVIDERS
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
 
-SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 31999
+SIDE, TEXT, CHUNK, WIDTH, PAD, VOCABULARY = 28, 20, 16, 7, 31999, 32064
 STATISTICS = {"toy": ActionStatistics(low=(-0.5,) * 7, high=(1.5,) * 7, mask=(True,) * 6 + (False,))}
 GAIN = np.linspace(0.5, 1.5, CHUNK * WIDTH, dtype=np.float32).reshape(CHUNK, WIDTH)
 
@@ -118,6 +118,7 @@ def describe(folder: Path, names: ArtifactFiles, batch: int) -> Manifest:
         config=CompileConfig.dense(text_tokens=TEXT, batch_size=batch),
         plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
         statistics=STATISTICS,
+        vocabulary=VOCABULARY,
         pad_id=PAD,
         opset=20,
         versions={"onnx": onnx.__version__},
@@ -223,6 +224,8 @@ def test_the_same_seed_gives_the_same_actions_and_the_default_is_0(policy: Runti
         ("image", np.zeros((1, 3, SIDE, SIDE), np.uint8), r"image is uint8\[1, 3, 28, 28\]"),
         ("input_ids", np.zeros((1, TEXT), np.int32), r"input_ids is int32"),
         ("input_ids", np.zeros((1, TEXT + 1), np.int64), r"input_ids is int64\[1, 21\].*\[1, 20\]"),
+        ("input_ids", np.full((1, TEXT), -1), "input_ids has ids from -1 to -1: expected from 0 to 32063"),
+        ("input_ids", np.full((1, TEXT), VOCABULARY), "input_ids has ids from 32064 to 32064"),
         ("text_length", np.array(7), r"text_length is int64\[\]"),
         ("text_length", [7], "text_length is list"),
         ("text_length", np.array([1]), r"text_length=\[1\]: expected from 2 to 20"),
@@ -315,6 +318,18 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path, tokenizer_json: str, text
     (folder / "tokenizer.json").write_bytes(text)
     remeasure(folder)
     with pytest.raises(ArtifactError, match=rf"tokenizer .*tokenizer\.json: .*{message}"):
+        load(folder)
+
+
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path, tokenizer_json: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    remeasure(folder, lambda manifest: replace(manifest, vocabulary=32000))
+    assert load(folder).processor.largest_id == 31999
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["vocab"]["far"] = 40_000  # ids with a gap: the number of pieces is 32001 only
+    (folder / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    remeasure(folder)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: it has ids up to 40000.*embedding has 32000 rows"):
         load(folder)
 
 

@@ -86,7 +86,7 @@ class RuntimePolicy(Predictor):
             noise: float32 [B,A,F].
 
         Raises:
-            ValueError: an argument has another dtype or shape, or a text length is out of range.
+            ValueError: an argument has another dtype or shape, or a token id or text length is out of range.
         """
         feeds: dict[str, NDArray[Any]] = {
             "image": image,
@@ -96,6 +96,7 @@ class RuntimePolicy(Predictor):
         }
         for spec in self.manifest.inputs:
             host.check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
+        host.check_input_ids(input_ids, self.manifest.vocabulary)
         host.check_text_length(text_length, self.config.text_tokens)
         with self.latency.timing("graph"):
             return self._session.run(feeds)
@@ -170,7 +171,7 @@ def load(
 
 def _read_processor(manifest: Manifest, tokenizer: Path) -> Processor:
     try:
-        return Processor(
+        processor = Processor(
             tokenizer_json=tokenizer.read_text(encoding="utf-8"),
             statistics=manifest.statistics,
             image_side=manifest.image_side,
@@ -178,3 +179,9 @@ def _read_processor(manifest: Manifest, tokenizer: Path) -> Processor:
         )
     except (UnicodeDecodeError, CheckpointError) as error:
         raise ArtifactError(f"tokenizer {tokenizer}: {error}; compile the policy again") from error
+    if processor.largest_id >= manifest.vocabulary:
+        raise ArtifactError(
+            f"tokenizer {tokenizer}: it has ids up to {processor.largest_id}, and the policy's embedding has"
+            f" {manifest.vocabulary} rows by the manifest; compile the policy again"
+        )
+    return processor
