@@ -42,7 +42,7 @@ check: $(INSTALLED) ## lint, check the formatting, check the types
 	$(BIN)/mypy
 
 bench: $(INSTALLED) ## time compilation, export and inference of the demo policy
-	$(BIN)/python benchmarks/compile_and_export.py
+	$(BIN)/python -m benchmarks.compile_and_export
 
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

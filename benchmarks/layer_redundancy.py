@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import random
-import shlex
 import subprocess
 import sys
 import zipfile
@@ -33,6 +32,7 @@ from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from benchmarks.conditions import command_line
 from evla_compile.calibration import LayerObserver
 from evla_compile.capture import capture_decoder
 from evla_compile.demo import describe_machine
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f" {describe_machine(given.threads)}, transformers {version('transformers')}, gguf {version('gguf')}",
         f"importance on {_tokens(calibration)} tokens, perplexity on {_tokens(evaluation)} other tokens,"
         f" windows of {WINDOW}; {RANDOM_DRAWS} random draws",
-        f"{datetime.now(UTC):%Y-%m-%d}: {shlex.join(['python', *sys.argv])}",
+        f"{datetime.now(UTC):%Y-%m-%d}: {command_line('benchmarks.layer_redundancy')}",
     ]
     text = _to_markdown(dense, importance, rows, conditions)
     console.print(Markdown(text))

@@ -20,9 +20,7 @@ from evla_compile.cli.settings import read_plan
 from evla_compile.estimate import Estimate
 from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from command_line import Outcome, evla, refused
+from tests.command_line import Outcome, evla, refused
 
 Groups = dict[str, dict[str, Tensor]]
 INSTRUCTION, KEY = "pick up the apple", "bridge_orig"

@@ -1,8 +1,5 @@
 """Options: help that fits a terminal, paths that are empty, options that decide nothing."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from evla_compile.cli.compile import compile_summary
@@ -11,9 +8,7 @@ from evla_compile.config import CompileConfig
 from evla_compile.graph import GraphStats, PassReport
 from evla_compile.report import CompileReport
 from evla_compile.terminal import new_console
-
-sys.path.insert(0, str(Path(__file__).parent))
-from command_line import evla
+from tests.command_line import evla
 
 COMMANDS = ("demo", "compile", "inspect", "estimate", "run", "build", "verify", "doctor")
 

@@ -16,12 +16,12 @@ from evla_compile.demo_policy import DEMO_POLICY, calibration_frames
 pytest.importorskip("metaworld", reason="needs the extra sim: make sim", exc_type=ImportError)
 
 ASKED = ("--variant", "dense", "--variant", "dense@torch", "--episodes", "2")
-CLOSED_LOOP = Path(__file__).parents[1] / "benchmarks" / "closed_loop"
+ROOT = Path(__file__).parents[1]
 EXPERT = """
 import json, sys
 import numpy as np
-from sim_environment import SimEnvironment
-from sim_tasks import TASKS
+from benchmarks.closed_loop.simulation.environment import SimEnvironment
+from benchmarks.closed_loop.simulation.tasks import TASKS
 from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.checkpoint import load
 
@@ -44,8 +44,8 @@ print(json.dumps(outcomes))
 """
 REPEAT = """
 import hashlib, json
-from sim_environment import SimEnvironment
-from sim_tasks import TASKS
+from benchmarks.closed_loop.simulation.environment import SimEnvironment
+from benchmarks.closed_loop.simulation.tasks import TASKS
 
 def told(environment):
     # whether the frame behind a reset already shows what MuJoCo computes from where things are
@@ -75,7 +75,7 @@ print(json.dumps(found))
 """
 
 
-def run(*command: str, cwd: Path = CLOSED_LOOP) -> str:
+def run(*command: str, cwd: Path = ROOT) -> str:
     """Run Python by itself: the simulator's libraries warn on import, and tests turn warnings into errors."""
     done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,11 +98,13 @@ def test_demonstrations_train_a_policy(tmp_path: Path) -> None:
     """Two steps teach nothing: what counts is that each command takes what the one before made."""
     demonstrations, trained = str(tmp_path / "demonstrations"), str(tmp_path / "trained")
     tasks = ["--tasks", "reach", "window-open"]
-    printed = run("collect.py", demonstrations, "--episodes", "2", "--wander", "20", *tasks)
+    printed = run(
+        "-m", "benchmarks.closed_loop.training.collect", demonstrations, "--episodes", "2", "--wander", "20", *tasks
+    )
     assert printed.count("2 episodes, 0 dropped") == 2
     assert len(list(Path(demonstrations).glob("*/*.npz"))) == 4
-    run("train.py", demonstrations, trained, "--steps", "2", "--batch", "2", *tasks)
-    run("calibration_frames.py", f"{trained}/run")
+    run("-m", "benchmarks.closed_loop.training.train", demonstrations, trained, "--steps", "2", "--batch", "2", *tasks)
+    run("-m", "benchmarks.closed_loop.training.calibration_frames", f"{trained}/run")
     policy, frames = load(tmp_path / "trained" / "run"), read_frames(tmp_path / "trained" / "run" / "calibration")
     assert policy.sizes == load(DEMO_POLICY).sizes
     assert len(frames) == 15
@@ -116,7 +118,7 @@ def test_demonstrations_train_a_policy(tmp_path: Path) -> None:
 def evaluation(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two episodes a task of the dense demo policy on ONNX Runtime, and of the same in torch."""
     out = tmp_path_factory.mktemp("evaluation")
-    run("evaluate.py", *ASKED, "--strips", "dense", "--out", str(out))
+    run("-m", "benchmarks.closed_loop.evaluation", *ASKED, "--strips", "dense", "--out", str(out))
     contents: dict[str, Any] = json.loads((out / "results.json").read_text())
     episodes = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
     return contents | {"folder": out, "episodes": episodes}
@@ -141,7 +143,7 @@ def test_an_evaluation_goes_on_where_it_stopped(evaluation: dict[str, Any]) -> N
     folder = evaluation["folder"]
     lines = (folder / "episodes.jsonl").read_text().splitlines()
     (folder / "episodes.jsonl").write_text("\n".join(lines[:-3]) + "\n")
-    run("evaluate.py", *ASKED, "--out", str(folder))
+    run("-m", "benchmarks.closed_loop.evaluation", *ASKED, "--out", str(folder))
     again = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
     kept = [json.dumps(entry) for entry in again[: len(lines) - 3]]
     assert kept == [json.dumps(json.loads(line)) for line in lines[:-3]]
@@ -150,7 +152,7 @@ def test_an_evaluation_goes_on_where_it_stopped(evaluation: dict[str, Any]) -> N
         for entries in (evaluation["episodes"], again)
     ]
     assert outcomes[0] == outcomes[1]
-    run("evaluate.py", *ASKED, "--variant", "mlp-75", "--out", str(folder))
+    run("-m", "benchmarks.closed_loop.evaluation", *ASKED, "--variant", "mlp-75", "--out", str(folder))
     added = json.loads((folder / "results.json").read_text())["variants"]["mlp-75"]
     assert added["all"]["success"]["episodes"] == 10
     assert 0.0 < added["deviation_mm"] < 1.0

@@ -26,9 +26,7 @@ from evla_compile.runtime import load
 from evla_compile.runtime.cuda import Gpu, find_gpu
 from evla_compile.runtime.engine_match import check_match
 from evla_compile.tensorrt_library import find_flavour
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_tensorrt import VERSION, FakeGpu, FakeTensorRT, fake_engine
+from tests.fake_tensorrt import VERSION, FakeGpu, FakeTensorRT, fake_engine
 
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()
 INPUTS = (

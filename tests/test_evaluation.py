@@ -8,20 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, fx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "closed_loop"))
-
-import evaluate
-from evaluation_report import _spans, console_tables, draw_plot, summarize, to_markdown
-from evaluation_variants import PAPER, RECIPES, Prepared, RandomTokens, Recipe, Variant, make_plan, parse_variant
-from layer_rules import OtherRule
-from rich.console import Console
-from rollout import Deviation, EpisodeResult, call_noise
-from sim_episodes import CHUNK
-from sim_tokenizer import PAD_ID, VOCABULARY, make_tokenizer
-from training_policy import demo_sizes, initialize
-
+from benchmarks.closed_loop.evaluation import evaluate
+from benchmarks.closed_loop.evaluation.layer_rules import OtherRule
+from benchmarks.closed_loop.evaluation.report import _spans, console_tables, draw_plot, summarize, to_markdown
+from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult, call_noise
+from benchmarks.closed_loop.evaluation.variants import (
+    PAPER,
+    RECIPES,
+    Prepared,
+    RandomTokens,
+    Recipe,
+    Variant,
+    make_plan,
+    parse_variant,
+)
+from benchmarks.closed_loop.training.episodes import CHUNK
+from benchmarks.closed_loop.training.policy import demo_sizes, initialize
+from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_tokenizer
 from evla_compile.calibration import Frame
 from evla_compile.demo import DEMO_CONFIG
 from evla_compile.model.policy import CogACT

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import latency
-import latency_backends
-import latency_timing
-import latency_variants
-from latency_backends import Backend, Sampler, check_backends, draw_inputs, make_sampler
-from latency_parts import Cost, bound_seconds, costs_of, upstream_costs
-from latency_policies import MadeRow, PolicyMaker, random_weight
-from latency_report import COLUMNS, Entry, to_markdown
-from latency_rows import MID_SIZES, SIZES, Row, make_rows, select_rows
-from latency_timing import Latency, Stopwatch, measure, summarize
-from latency_variants import prepare_row
-
+from benchmarks.latency import backends, compare, timing
+from benchmarks.latency import variants as latency_variants
+from benchmarks.latency.backends import Backend, Sampler, check_backends, draw_inputs, make_sampler
+from benchmarks.latency.parts import Cost, bound_seconds, costs_of, upstream_costs
+from benchmarks.latency.policies import MadeRow, PolicyMaker, random_weight
+from benchmarks.latency.report import COLUMNS, Entry, to_markdown
+from benchmarks.latency.rows import MID_SIZES, SIZES, Row, make_rows, select_rows
+from benchmarks.latency.timing import Latency, Stopwatch, measure, summarize
+from benchmarks.latency.variants import prepare_row
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.devices import DEVICES, Device
 from evla_compile.errors import EvlaError, VerificationError
@@ -72,8 +66,8 @@ def sampler_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sample
 
 
 @pytest.fixture(scope="module")
-def settings(sizes: ModelSizes, rows: dict[str, Row], tmp_path_factory: pytest.TempPathFactory) -> latency.Settings:
-    return latency.Settings(
+def settings(sizes: ModelSizes, rows: dict[str, Row], tmp_path_factory: pytest.TempPathFactory) -> compare.Settings:
+    return compare.Settings(
         name="tiny",
         sizes=sizes,
         checkpoint=None,
@@ -87,16 +81,16 @@ def settings(sizes: ModelSizes, rows: dict[str, Row], tmp_path_factory: pytest.T
         threads=1,
         seed=0,
         out=tmp_path_factory.mktemp("results") / "new",
-        command="python benchmarks/latency.py --size tiny",
+        command="python -m benchmarks.latency --size tiny",
     )
 
 
 @pytest.fixture(scope="module")
-def written(settings: latency.Settings) -> tuple[Path, ...]:
+def written(settings: compare.Settings) -> tuple[Path, ...]:
     """A whole run, whose roof is given instead of measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "find_roof", lambda _: ROOF)
-        return latency.run(settings)
+        patch.setattr(compare, "find_roof", lambda _: ROOF)
+        return compare.run(settings)
 
 
 def entry(median: float = 2.0, *, backend: str = "eager", modules: tuple[float, ...] = ()) -> Entry:
@@ -132,7 +126,7 @@ def test_summary_of_calls_that_mark_nothing_has_no_modules() -> None:
 
 
 def test_stopwatch_measures_between_its_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_timing, "perf_counter", iter([1.0, 1.5, 3.5]).__next__)
+    monkeypatch.setattr(timing, "perf_counter", iter([1.0, 1.5, 3.5]).__next__)
     stopwatch = Stopwatch(CPU)
     for _ in range(3):
         stopwatch.mark()
@@ -150,7 +144,7 @@ def test_calls_take_turns_and_the_first_rounds_do_not_count() -> None:
         step=lambda: steps.append(None),
     )
     assert "".join(called) == "ababababab"
-    assert [len(latency.calls) for latency in found] == [3, 3]
+    assert [len(compare.calls) for compare in found] == [3, 3]
     assert len(steps) == 5
 
 
@@ -346,7 +340,7 @@ def test_a_backend_that_returns_something_else_is_refused(
     def wrong(backend: Backend, made: MadeRow, **settings: Any) -> Sampler:
         right = make_sampler("eager", made, **settings)
 
-        def sample(inputs: latency_backends.Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
+        def sample(inputs: backends.Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
             found = right(inputs, stopwatch)
             if backend == "eager":
                 return found
@@ -385,10 +379,10 @@ def test_backends_that_do_not_fit_the_device_are_refused(
 
 def test_missing_tools_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     providers = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(latency_backends, "import_module", lambda _: providers)
+    monkeypatch.setattr(backends, "import_module", lambda _: providers)
     with pytest.raises(EvlaError, match=r"offers CPUExecutionProvider alone.*evla-compile\[gpu\]"):
         check_backends(["onnx-cuda"], CUDA, "float32")
-    monkeypatch.setattr(latency_backends, "find_spec", lambda _: None)
+    monkeypatch.setattr(backends, "find_spec", lambda _: None)
     with pytest.raises(EvlaError, match=r"ONNX Runtime is not installed: pip install \"evla-compile\[cpu\]\""):
         check_backends(["onnx-cpu"], CPU, "float32")
     with pytest.raises(EvlaError, match="pip install triton"):
@@ -403,10 +397,10 @@ def test_backends_that_are_there_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     check_backends(["eager", "compile", "onnx-cpu"], CPU, "float32")
 
 
-def test_backends_are_checked_before_anything_is_made(settings: latency.Settings, tmp_path: Path) -> None:
+def test_backends_are_checked_before_anything_is_made(settings: compare.Settings, tmp_path: Path) -> None:
     refused = replace(settings, backends=("cudagraphs",), out=tmp_path / "results")
     with pytest.raises(EvlaError, match="needs a GPU"):
-        latency.run(refused)
+        compare.run(refused)
     assert not refused.out.exists()
 
 
@@ -422,26 +416,26 @@ def test_backends_are_checked_before_anything_is_made(settings: latency.Settings
     ],
 )
 def test_a_wrong_command_line_ends_with_a_line(arguments: str, message: str) -> None:
-    with pytest.raises(SystemExit, match=f"^latency.py: .*{message}"):
-        latency.main(["--device", "cpu", *arguments.split()])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        compare.main(["--device", "cpu", *arguments.split()])
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda: this torch sees no GPU"):
-        latency.main(["--device", "cuda"])
+        compare.main(["--device", "cuda"])
 
 
 def test_defaults_on_a_cpu_are_float32_eager_and_onnx() -> None:
-    found = latency.parse(["--device", "cpu", "--size", "demo"])
+    found = compare.parse(["--device", "cpu", "--size", "demo"])
     assert (found.dtype, found.backends, found.name) == ("float32", ("eager", "onnx-cpu"), "demo")
     assert [row.label for row in found.rows] == [
         *("upstream-float32", "dense", "l10-t112", "l10-t56", "l8-t112", "l8-t56 (ex7)")
     ]
-    assert found.command == "python benchmarks/latency.py --device cpu --size demo"
+    assert found.command == "python -m benchmarks.latency --device cpu --size demo"
 
 
-def test_a_run_writes_its_table_numbers_and_plot(written: tuple[Path, ...], settings: latency.Settings) -> None:
+def test_a_run_writes_its_table_numbers_and_plot(written: tuple[Path, ...], settings: compare.Settings) -> None:
     assert [file.name for file in written] == [f"latency-tiny-cpu-float32.{end}" for end in ("md", "json", "png")]
     numbers = json.loads(written[1].read_text(encoding="utf-8"))
     assert [(entry["row"], entry["backend"]) for entry in numbers["entries"]] == [
@@ -460,7 +454,7 @@ def test_a_run_writes_its_table_numbers_and_plot(written: tuple[Path, ...], sett
     assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_says_under_what_conditions(written: tuple[Path, ...], settings: latency.Settings) -> None:
+def test_the_table_says_under_what_conditions(written: tuple[Path, ...], settings: compare.Settings) -> None:
     markdown = written[0].read_text(encoding="utf-8")
     assert f"- command: `{settings.command}`" in markdown
     assert "- calls: 3 of each in turn, after 1 rounds to warm up" in markdown
@@ -483,9 +477,9 @@ def test_the_table_derives_rates_bound_and_speed_up() -> None:
 
 
 def test_a_measured_roof_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_timing, "_PRODUCT_SIDE", dict.fromkeys(latency_timing._PRODUCT_SIDE, 64))
-    monkeypatch.setattr(latency_timing, "_STREAM_FLOATS", 4096)
-    roof: Device = latency_timing.find_roof(CPU)
+    monkeypatch.setattr(timing, "_PRODUCT_SIDE", dict.fromkeys(timing._PRODUCT_SIDE, 64))
+    monkeypatch.setattr(timing, "_STREAM_FLOATS", 4096)
+    roof: Device = timing.find_roof(CPU)
     assert roof.source.startswith("measured in this run")
     assert min(roof.bandwidth, roof.float32_flops, roof.bfloat16_flops) > 1e6
 

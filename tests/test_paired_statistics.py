@@ -1,11 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "closed_loop"))
-
-from paired_statistics import mcnemar_exact, paired_difference, success_rate
+from benchmarks.closed_loop.evaluation.paired_statistics import mcnemar_exact, paired_difference, success_rate
 
 
 @pytest.mark.parametrize(

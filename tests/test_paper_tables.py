@@ -1,52 +1,22 @@
-"""`benchmarks/paper_tables.py`: what it counts on small policies, what it lets pass, and CogACT-Base itself."""
+"""`python -m benchmarks.paper`: what it counts on small policies, what it lets pass, and CogACT-Base itself."""
 
-import importlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.paper import counts, published, tables
 from evla_compile.config import CompileConfig
 from evla_compile.model.policy import ModelSizes
 from evla_compile.model.upstream import UpstreamCogACT
 from evla_compile.sizes import published_sizes
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ROWS = 16 + 26
 """Sequence length of the small policy: patches and text tokens."""
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[tuple[ModuleType, ModuleType, ModuleType]]:
-    """The script, what it counts with and what was published."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield (
-            importlib.import_module("paper_tables"),
-            importlib.import_module("paper_counts"),
-            importlib.import_module("paper_published"),
-        )
-
-
-@pytest.fixture(scope="module")
-def tables(modules: tuple[ModuleType, ModuleType, ModuleType]) -> ModuleType:
-    return modules[0]
-
-
-@pytest.fixture(scope="module")
-def counts(modules: tuple[ModuleType, ModuleType, ModuleType]) -> ModuleType:
-    return modules[1]
-
-
-@pytest.fixture(scope="module")
-def published(modules: tuple[ModuleType, ModuleType, ModuleType]) -> ModuleType:
-    return modules[2]
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +26,12 @@ def sizes(small_sizes: ModelSizes) -> ModelSizes:
 
 
 @pytest.fixture(scope="module")
-def counter(counts: ModuleType, sizes: ModelSizes) -> Any:
+def counter(sizes: ModelSizes) -> Any:
     return counts.Counter({"base": sizes}, lambda line: None)
 
 
 @pytest.fixture(scope="module")
-def dense(published: ModuleType) -> CompileConfig:
+def dense() -> CompileConfig:
     config: CompileConfig = published.setting()
     return replace(config, ddim_steps=2)
 
@@ -92,9 +62,7 @@ def test_what_the_rewrites_remove_is_taken_off(counter: Any, dense: CompileConfi
     assert whole.flops["action"] - cut.flops["action"] == 2 * block
 
 
-def test_a_row_that_selects_tokens_is_counted_in_both_readings(
-    tables: ModuleType, published: ModuleType, counter: Any, dense: CompileConfig
-) -> None:
+def test_a_row_that_selects_tokens_is_counted_in_both_readings(counter: Any, dense: CompileConfig) -> None:
     rows = [
         published.Row(
             2, "selected", replace(dense, visual_tokens=7), ((("total", "%"), "50.0"), (("language", "M"), "0.1"))
@@ -131,15 +99,13 @@ def test_a_row_that_selects_tokens_is_counted_in_both_readings(
     ],
 )
 def test_a_figure_agrees_within_its_tolerance(
-    tables: ModuleType, unit: str, printed: str | None, ours: float, agrees: bool
+    unit: published.Unit, printed: str | None, ours: float, agrees: bool
 ) -> None:
     found = tables.Comparison(table=1, row="row", quantity=("total", unit), published=printed, ours=ours, strict=None)
     assert found.agrees is agrees
 
 
-def test_steps_lead_from_upstream_to_the_compiled_policy(
-    counts: ModuleType, counter: Any, dense: CompileConfig
-) -> None:
+def test_steps_lead_from_upstream_to_the_compiled_policy(counter: Any, dense: CompileConfig) -> None:
     config = replace(dense, keep_layers=3, mlp_keep=0.75, visual_tokens=7, cache_interval=2)
     upstream, head, towers, late, *passes = counts.exact_steps(counter, config, lambda line: None)
     assert upstream.paper == sum(counter.count("base", dense).flops.values())
@@ -164,9 +130,6 @@ def test_steps_lead_from_upstream_to_the_compiled_policy(
 
 @pytest.fixture
 def run(
-    tables: ModuleType,
-    counts: ModuleType,
-    published: ModuleType,
     sizes: ModelSizes,
     counter: Any,
     dense: CompileConfig,
@@ -182,9 +145,8 @@ def run(
         monkeypatch.setattr(tables, "Counter", lambda *_: counter)
         monkeypatch.setattr(tables, "exact_steps", lambda *_: tuple(steps))
         files = [f"--{kind}={tmp_path / kind}" for kind in ("markdown", "json")]
-        monkeypatch.setattr("sys.argv", ["paper_tables.py", *files])
-        status: int = tables.main()
-        return status
+        monkeypatch.setattr("sys.argv", ["python", *files])
+        return tables.main()
 
     return main
 
@@ -229,14 +191,12 @@ def test_too_many_operations_behind_all_rewrites_fail_the_run(run: Any, capsys: 
         ("Ex7", (22, 0.75, 56, 5)),
     ],
 )
-def test_an_ablation_row_has_the_settings_that_its_ticks_say(
-    published: ModuleType, row: str, settings: tuple[object, ...]
-) -> None:
+def test_an_ablation_row_has_the_settings_that_its_ticks_say(row: str, settings: tuple[object, ...]) -> None:
     (config,) = [r.config for r in published.PUBLISHED if r.table == 5 and r.name.startswith(row)]
     assert (config.keep_layers, config.mlp_keep, config.visual_tokens, config.cache_interval) == settings
 
 
-def test_every_published_row_can_be_counted_in_both_readings(published: ModuleType) -> None:
+def test_every_published_row_can_be_counted_in_both_readings() -> None:
     assert {row.table for row in published.PUBLISHED} == {1, 2, 3, 4, 5}
     for row in published.PUBLISHED:
         tokens, patches = row.config.visual_tokens, published_sizes(row.size).patches
@@ -245,7 +205,7 @@ def test_every_published_row_can_be_counted_in_both_readings(published: ModuleTy
         assert all(printed is None or math.isfinite(float(printed)) for _, printed in row.figures)
 
 
-def test_cogact_base_counts_as_published(counts: ModuleType, published: ModuleType) -> None:
+def test_cogact_base_counts_as_published() -> None:
     # Full size on meta tensors: half a minute, nearly all of it in torch.export.
     base = counts.Counter({"base": published_sizes("base")}, lambda line: None).count("base", published.setting())
     assert {part: flops / 1e9 for part, flops in base.flops.items()} == pytest.approx(

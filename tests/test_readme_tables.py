@@ -1,33 +1,25 @@
 """The README's tables: made from the results, and still what the results say."""
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from benchmarks import readme_tables as tables
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tables() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("readme_tables")
 
 
 def marks(*names: str) -> str:
     return "".join(f"before {name}\n<!-- table: {name} -->\nstale text\n<!-- end -->\nafter\n" for name in names)
 
 
-def test_the_readme_says_what_the_results_say(tables: ModuleType) -> None:
+def test_the_readme_says_what_the_results_say() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.fill(readme, tables.RESULTS) == readme, "run python benchmarks/readme_tables.py"
+    assert tables.fill(readme, tables.RESULTS) == readme, "run python -m benchmarks.readme_tables"
 
 
-def test_another_result_changes_its_table_alone(tables: ModuleType, tmp_path: Path) -> None:
+def test_another_result_changes_its_table_alone(tmp_path: Path) -> None:
     for file in tables.RESULTS.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     text = marks(*tables.TABLES)
@@ -43,7 +35,7 @@ def test_another_result_changes_its_table_alone(tables: ModuleType, tmp_path: Pa
     assert "123,456" in changed[0]
 
 
-def test_every_row_of_every_table_has_its_conditions(tables: ModuleType) -> None:
+def test_every_row_of_every_table_has_its_conditions() -> None:
     for name, make in tables.TABLES.items():
         header, _, *rows = make(tables.RESULTS)
         assert rows, name
@@ -54,7 +46,7 @@ def test_every_row_of_every_table_has_its_conditions(tables: ModuleType) -> None
             assert all(len(row.split(" | ")[-1].strip("| ")) > 10 for row in rows), name
 
 
-def test_conditions_that_rows_share_are_said_once(tables: ModuleType) -> None:
+def test_conditions_that_rows_share_are_said_once() -> None:
     rows = [["a", "1", "one CPU"], ["b", "2", "one CPU"]]
     header = ("row", "ms", "conditions")
     assert tables._table(header, rows, left=1) == [
@@ -72,6 +64,6 @@ def test_conditions_that_rows_share_are_said_once(tables: ModuleType) -> None:
         ("", "no marks for the tables closed-loop, closed-loop-confirmation, compile-and-export, full-size"),
     ],
 )
-def test_wrong_marks_are_refused(tables: ModuleType, text: str, message: str) -> None:
+def test_wrong_marks_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tables.fill(text, tables.RESULTS)

@@ -1,7 +1,6 @@
 """The demo policy's training: what it is fed, that it learns, resumes exactly, and writes what `load` reads."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "closed_loop"))
-
-import train
-from sim_episodes import CHUNK, Episode, load_demonstrations
-from sim_tasks import TASKS
-from sim_tokenizer import PAD_ID, VOCABULARY, make_tokenizer
-from training_policy import TrainingPolicy, _drop_patches, demo_sizes
-from training_run import action_statistics
-
+from benchmarks.closed_loop.simulation.tasks import TASKS
+from benchmarks.closed_loop.training import train
+from benchmarks.closed_loop.training.episodes import CHUNK, Episode, load_demonstrations
+from benchmarks.closed_loop.training.policy import TrainingPolicy, _drop_patches, demo_sizes
+from benchmarks.closed_loop.training.run_directory import action_statistics
+from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_tokenizer
 from evla_compile.checkpoint import load
 from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.processor import Processor
@@ -148,7 +144,7 @@ def test_chunks_follow_their_frames(demonstrations: Path) -> None:
 
 
 def test_missing_demonstrations_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"reach: no episodes; run benchmarks/closed_loop/collect\.py"):
+    with pytest.raises(FileNotFoundError, match=r"reach: no episodes; run python -m benchmarks\..*\.collect"):
         load_demonstrations(tmp_path)
 
 

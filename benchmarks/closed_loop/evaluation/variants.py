@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
-from layer_rules import OTHER_RULES, OtherRule, kept_by_rule
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, OtherRule, kept_by_rule
 from evla_compile import runtime
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.capture import capture

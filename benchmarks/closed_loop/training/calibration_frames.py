@@ -1,6 +1,6 @@
 """Render frames to calibrate a policy on, and one to show it at work.
 
-    python benchmarks/closed_loop/calibration_frames.py RUN
+    python -m benchmarks.closed_loop.training.calibration_frames RUN
 
 They come from experts' episodes of seeds that neither training nor evaluation uses.
 """
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from sim_environment import SimEnvironment, simulator_lack
-from sim_tasks import CALIBRATION_SEED, EVALUATION_SEEDS, TASKS
+
+from benchmarks.closed_loop.simulation.environment import SimEnvironment, simulator_lack
+from benchmarks.closed_loop.simulation.tasks import CALIBRATION_SEED, EVALUATION_SEEDS, TASKS
 
 CALIBRATION_STEPS = (0, 16, 32)
 """Control step at which each of a task's frames is taken, each in another episode."""

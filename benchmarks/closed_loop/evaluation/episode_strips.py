@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from evaluation_variants import Prepared
 from PIL import Image, ImageDraw
-from rollout import Execution, run_episode
-from sim_environment import SimEnvironment
-from sim_tasks import TASKS
+
+from benchmarks.closed_loop.evaluation.rollout import Execution, run_episode
+from benchmarks.closed_loop.evaluation.variants import Prepared
+from benchmarks.closed_loop.simulation.environment import SimEnvironment
+from benchmarks.closed_loop.simulation.tasks import TASKS
 
 PICTURES = 6
 """Frames of an episode that are shown, spread evenly from its start to its end."""

@@ -1,7 +1,7 @@
 """Train a policy of CogACT's architecture on demonstrations, by behaviour cloning with CogACT's diffusion loss.
 
-    python benchmarks/closed_loop/train.py DEMONSTRATIONS FOLDER --steps 6000
-    torchrun --nproc-per-node 2 benchmarks/closed_loop/train.py DEMONSTRATIONS FOLDER --steps 6000
+    python -m benchmarks.closed_loop.training.train DEMONSTRATIONS FOLDER --steps 6000
+    torchrun --nproc-per-node 2 -m benchmarks.closed_loop.training.train DEMONSTRATIONS FOLDER --steps 6000
 
 FOLDER gets the state to resume from (the same command goes on where it stopped), log.jsonl, and `run`, an official run
 directory with the moving average of the weights in half precision. Under torchrun every process takes its share of the
@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sim_episodes import CHUNK, Demonstrations, load_demonstrations
-from sim_tasks import TASKS
-from sim_tokenizer import PAD_ID, VOCABULARY, make_tokenizer
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from training_policy import TrainingPolicy, demo_sizes
-from training_run import action_statistics, write_run
 
+from benchmarks.closed_loop.simulation.tasks import TASKS
+from benchmarks.closed_loop.training.episodes import CHUNK, Demonstrations, load_demonstrations
+from benchmarks.closed_loop.training.policy import TrainingPolicy, demo_sizes
+from benchmarks.closed_loop.training.run_directory import action_statistics, write_run
+from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_tokenizer
 from evla_compile.processor import GRIPPER, Processor
 
 TEXT_TOKENS = 28

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sim_tasks import TASKS
+
+from benchmarks.closed_loop.simulation.tasks import TASKS
 
 CHUNK = 16
 """Action steps that the policy predicts at once."""
@@ -77,7 +78,8 @@ def load_demonstrations(
     for task in tasks:
         files = sorted((folder / task).glob("[0-9]*.npz"))[:limit]
         if not files:
-            raise FileNotFoundError(f"{folder / task}: no episodes; run benchmarks/closed_loop/collect.py {folder}")
+            command = f"python -m benchmarks.closed_loop.training.collect {folder}"
+            raise FileNotFoundError(f"{folder / task}: no episodes; run {command}")
         parts += [(task, Episode.load(file)) for file in files if not file.name.endswith(".partial.npz")]
     owners = np.repeat([task for task, _ in parts], [len(episode.frames) for _, episode in parts])
     return Demonstrations(

@@ -6,8 +6,6 @@ random; plans are stand-ins, so the actions mean nothing, and times do not depen
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from latency_backends import draw_inputs
-from latency_policies import random_weight
-from latency_rows import SIZES
-from latency_timing import Stopwatch, describe_machine, measure
 from rich.console import Console
 from rich.progress import Progress
 
 import evla_compile as evla
+from benchmarks.conditions import command_line
+from benchmarks.latency.backends import draw_inputs
+from benchmarks.latency.policies import random_weight
+from benchmarks.latency.rows import SIZES
+from benchmarks.latency.timing import Stopwatch, describe_machine, measure
 from evla_compile import __version__
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.estimate import skeleton
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     console, device, dtype = Console(stderr=True), torch.device(settings.device), getattr(torch, settings.dtype)
@@ -103,7 +102,7 @@ def main() -> None:
         for name, latency in zip(paths, latencies, strict=True)
     ]
     result = {
-        "command": shlex.join(["python", "benchmarks/torch_paths.py", *sys.argv[1:]]),
+        "command": command_line("benchmarks.latency.torch_paths"),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"evla_compile": __version__, "torch": torch.__version__},
         "machine": describe_machine(device),

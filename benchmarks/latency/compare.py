@@ -7,7 +7,6 @@ Before anything is timed, every backend must return what the row's eager graph r
 
 import argparse
 import platform
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +18,19 @@ from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
-from latency_backends import BACKENDS, Backend, check_backends, draw_inputs
-from latency_parts import bound_seconds
-from latency_policies import PolicyMaker
-from latency_report import Entry, to_json, to_markdown
-from latency_rows import SIZES, DtypeName, Row, make_rows, select_rows
-from latency_timing import Latency, describe_clocks, describe_machine, find_roof, measure
-from latency_variants import Variant, prepare_row
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from roofline_plot import draw_roofline
 from torch import Tensor
 
+from benchmarks.conditions import command_line
+from benchmarks.latency.backends import BACKENDS, Backend, check_backends, draw_inputs
+from benchmarks.latency.parts import bound_seconds
+from benchmarks.latency.policies import PolicyMaker
+from benchmarks.latency.report import Entry, to_json, to_markdown
+from benchmarks.latency.roofline_plot import draw_roofline
+from benchmarks.latency.rows import SIZES, DtypeName, Row, make_rows, select_rows
+from benchmarks.latency.timing import Latency, describe_clocks, describe_machine, find_roof, measure
+from benchmarks.latency.variants import Variant, prepare_row
 from evla_compile import __version__
 from evla_compile.checkpoint import read_checkpoint
 from evla_compile.config import PAPER_TEXT_TOKENS
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         files = run(parse(sys.argv[1:] if arguments is None else arguments))
     except (EvlaError, ValueError) as error:
-        sys.exit(f"latency.py: {error}")
+        sys.exit(f"error: {error}")
     print(files[0].read_text(encoding="utf-8"))
     print(*(f"wrote {file}" for file in files), sep="\n")
 
@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         threads=given.threads,
         seed=given.seed,
         out=given.out,
-        command=shlex.join(["python", "benchmarks/latency.py", *arguments]),
+        command=command_line("benchmarks.latency", arguments),
     )
 
 
@@ -243,7 +243,7 @@ def _progress() -> Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="latency.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument("--size", choices=SIZES, help="policy with random weights (base)")
     policy.add_argument("--checkpoint", type=Path, help="run directory of a policy with trained weights")
@@ -262,7 +262,3 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("benchmarks/results"), help="folder of the results (%(default)s)"
     )
     return parser
-
-
-if __name__ == "__main__":
-    main()

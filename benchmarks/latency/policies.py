@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from latency_parts import Cost, Parts, costs_of, cut, upstream_costs
-from latency_rows import DtypeName, Row
 from torch import Tensor, fx
 
+from benchmarks.latency.parts import Cost, Parts, costs_of, cut, upstream_costs
+from benchmarks.latency.rows import DtypeName, Row
 from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
@@ -166,7 +166,7 @@ def random_weight(name: str, shape: torch.Size, *, seed: int, device: torch.devi
 
 def _processor(sizes: ModelSizes) -> Processor:
     """Return the host's side of a policy, which exports carry along; no call that is timed uses it."""
-    packed = Path(__file__).parents[1] / "tests" / "data" / "tokenizer.json.xz"
+    packed = Path(__file__).parents[2] / "tests" / "data" / "tokenizer.json.xz"
     tokenizer = lzma.decompress(packed.read_bytes()).decode("utf-8")
     unscaled = ActionStatistics(low=(-1.0,) * ACTION_WIDTH, high=(1.0,) * ACTION_WIDTH)
     return Processor(

@@ -1,7 +1,7 @@
 """Success of policies in Meta-World, compared episode by episode.
 
-    python benchmarks/closed_loop/evaluate.py --variant dense --variant efficientvla --episodes 5
-    python benchmarks/closed_loop/evaluate.py --policy RUN --variant dense --variant mine=ARTIFACT --out FOLDER
+    python -m benchmarks.closed_loop.evaluation --variant dense --variant efficientvla --episodes 5
+    python -m benchmarks.closed_loop.evaluation --policy RUN --variant dense --variant mine=ARTIFACT --out FOLDER
 
 Every variant meets the same initial states with the same initial noises. A variant is a recipe by name (see --list),
 applied to the policy given by --policy, by default the one that the package carries, or something made before:
@@ -14,8 +14,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,15 +24,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from episode_strips import draw_strips
-from evaluation_report import console_tables, draw_plot, summarize, to_markdown
-from evaluation_variants import RECIPES, Prepared, Variant, parse_variant, prepare
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rollout import Deviation, EpisodeResult, Execution, Worker
-from sim_environment import simulator_lack
-from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 
+from benchmarks.closed_loop.evaluation.episode_strips import draw_strips
+from benchmarks.closed_loop.evaluation.report import console_tables, draw_plot, summarize, to_markdown
+from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult, Execution, Worker
+from benchmarks.closed_loop.evaluation.variants import RECIPES, Prepared, Variant, parse_variant, prepare
+from benchmarks.closed_loop.simulation.environment import simulator_lack
+from benchmarks.closed_loop.simulation.tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
+from benchmarks.conditions import command_line
 from evla_compile.calibration import Frame, read_frames
 from evla_compile.checkpoint import load
 from evla_compile.demo import describe_machine
@@ -76,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _folder(given.out) as folder:
             results, conditions = _evaluate(given, variants, folder, console)
     except (EvlaError, ValueError) as error:
-        console.print(f"evaluate.py: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False)
         return 2
     reference = given.reference or names[0]
     for condition in conditions:
@@ -125,7 +124,7 @@ def _evaluate(
         "ms a call: median, batch 1, from frame and instruction to actions, first call of an episode left out,"
         f" {given.workers} processes beside each other, {describe_machine(execution.threads)}",
         f"MuJoCo {version('mujoco')}, Meta-World {version('metaworld')}; policy sha256 {settings['policy'][:16]}",
-        f"{datetime.now(UTC):%Y-%m-%d}: {shlex.join(['python', *sys.argv])}",
+        f"{datetime.now(UTC):%Y-%m-%d}: {command_line('benchmarks.closed_loop.evaluation')}",
     ]
     if given.out is not None:
         document = {
@@ -270,7 +269,9 @@ def _execute(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.closed_loop.evaluation", description=(__doc__ or "").partition("\n")[0]
+    )
     for option, settings, text in (
         ("--policy", {"type": Path}, "run directory that recipes are applied to (default: the shipped one)"),
         ("--calibration", {"type": Path}, "folder of frames with a frames.jsonl (default: calibration in --policy)"),
@@ -308,7 +309,3 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(option, help=text, **settings)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,12 +10,12 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from latency_policies import MadeRow
-from latency_rows import DtypeName
-from latency_timing import Stopwatch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.latency.policies import MadeRow
+from benchmarks.latency.rows import DtypeName
+from benchmarks.latency.timing import Stopwatch
 from evla_compile import runtime
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PAPER_TEXT_TOKENS

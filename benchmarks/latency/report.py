@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from latency_parts import PARTS, Cost
-from latency_timing import Latency
-
+from benchmarks.latency.parts import PARTS, Cost
+from benchmarks.latency.timing import Latency
 from evla_compile.devices import Device
 from evla_compile.flops import Part
 

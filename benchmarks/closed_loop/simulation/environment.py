@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sim_tasks import SimTask
 
+from benchmarks.closed_loop.simulation.tasks import SimTask
 from evla_compile.errors import EvlaError
 from evla_compile.processor import ACTION_WIDTH, GRIPPER
 

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import torch
-from latency_rows import DtypeName
 from torch import fx
 
+from benchmarks.latency.rows import DtypeName
 from evla_compile.capture import capture_upstream
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.devices import Device

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias, get_args
 
 import torch
-from paper_published import setting
 from torch import fx
 
+from benchmarks.paper.published import setting
 from evla_compile.capture import capture, capture_upstream
 from evla_compile.config import CompileConfig
 from evla_compile.estimate import skeleton

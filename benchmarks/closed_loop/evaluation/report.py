@@ -7,11 +7,12 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from evaluation_variants import Prepared
-from paired_statistics import PairedDifference, Rate, paired_difference, success_rate
 from rich import box
 from rich.table import Table
-from rollout import Deviation, EpisodeResult
+
+from benchmarks.closed_loop.evaluation.paired_statistics import PairedDifference, Rate, paired_difference, success_rate
+from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult
+from benchmarks.closed_loop.evaluation.variants import Prepared
 
 _EMPTY = 30.0
 """Points of success between which nothing lies, from which on the plot leaves them out."""

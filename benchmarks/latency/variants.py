@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from latency_backends import Backend, Inputs, Sampler, make_sampler
-from latency_policies import MadeRow, PolicyMaker
-from latency_rows import DtypeName, Row
-from latency_timing import Stopwatch
 
+from benchmarks.latency.backends import Backend, Inputs, Sampler, make_sampler
+from benchmarks.latency.policies import MadeRow, PolicyMaker
+from benchmarks.latency.rows import DtypeName, Row
+from benchmarks.latency.timing import Stopwatch
 from evla_compile.tolerances import TOLERANCES, check
 
 BFLOAT16_TOLERANCE = 5e-2

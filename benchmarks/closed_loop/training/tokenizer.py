@@ -2,9 +2,9 @@
 
 from string import printable
 
-from sim_tasks import TASKS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from benchmarks.closed_loop.simulation.tasks import TASKS
 from evla_compile.processor import PROMPT
 
 VOCABULARY = 512

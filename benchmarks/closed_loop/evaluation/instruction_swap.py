@@ -1,14 +1,12 @@
 """Whether the instruction decides: the same half-open windows, told to open and told to close.
 
-    python benchmarks/closed_loop/instruction_swap.py --episodes 50
+    python -m benchmarks.closed_loop.evaluation.instruction_swap --episodes 50
 
 Both window tasks share their scene, and from a half-open window neither frame nor arm tells what is wanted.
 """
 
 import argparse
 import json
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -19,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rollout import call_noise
-from sim_environment import SimEnvironment, simulator_lack
-from sim_tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 
+from benchmarks.closed_loop.evaluation.rollout import call_noise
+from benchmarks.closed_loop.simulation.environment import SimEnvironment, simulator_lack
+from benchmarks.closed_loop.simulation.tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
+from benchmarks.conditions import command_line
 from evla_compile.checkpoint import load
 from evla_compile.demo import describe_machine
 from evla_compile.demo_policy import DEMO_POLICY
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         contents = {
             "conditions": f"{given.episodes} half-open windows, seeds from {EVALUATION_SEEDS}, dense policy in torch;"
             f" MuJoCo {version('mujoco')}, Meta-World {version('metaworld')}; {describe_machine(1)};"
-            f" {datetime.now(UTC):%Y-%m-%d}: {shlex.join(['python', *sys.argv])}",
+            f" {datetime.now(UTC):%Y-%m-%d}: {command_line('benchmarks.closed_loop.evaluation.instruction_swap')}",
             "counts": {instruction: {o: counts[instruction][o] for o in OUTCOMES} for instruction in INSTRUCTIONS},
         }
         given.json.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ figure is off.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,12 +16,12 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 import torch
-from paper_counts import Counter, Counts, Step, exact_steps
-from paper_published import EXTRA_TOKENS, PUBLISHED, Quantity, Row, Unit, efficient, setting
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.paper.counts import Counter, Counts, Step, exact_steps
+from benchmarks.paper.published import EXTRA_TOKENS, PUBLISHED, Quantity, Row, Unit, efficient, setting
 from evla_compile import __version__
 from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.model.policy import ModelSizes
@@ -187,7 +186,7 @@ def faults(comparisons: Sequence[Comparison], steps: Sequence[Step]) -> list[str
 
 def main() -> int:
     """Count, print the tables, write them if asked to, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
     parser.add_argument("--markdown", type=Path, help="file to write the tables to")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
@@ -201,7 +200,7 @@ def main() -> int:
         Console().print(to_rich(sheet))
     made = f"evla_compile {__version__}, torch {torch.__version__}, {datetime.now(UTC).date().isoformat()}"
     if arguments.markdown is not None:
-        sections = [NOTES, f"Counted by benchmarks/paper_tables.py; {made}.\n", *map(to_markdown, sheets)]
+        sections = [NOTES, f"Counted by python -m benchmarks.paper; {made}.\n", *map(to_markdown, sheets)]
         arguments.markdown.write_text("\n".join(sections), encoding="utf-8")
     if arguments.json is not None:
         numbers = {"made": made, "tables": [asdict(c) for c in comparisons], "steps": [asdict(step) for step in steps]}
@@ -210,7 +209,3 @@ def main() -> int:
     for line in off:
         progress(line)
     return 1 if off else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

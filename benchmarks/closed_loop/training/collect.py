@@ -1,7 +1,7 @@
 """Let Meta-World's scripted experts demonstrate the tasks, one .npz an episode, in parallel and resumable.
 
-    python benchmarks/closed_loop/collect.py FOLDER --episodes 300 --workers 2
-    python benchmarks/closed_loop/collect.py FOLDER --first-seed 300 --episodes 200 --wander 40 --workers 2
+    python -m benchmarks.closed_loop.training.collect FOLDER --episodes 300 --workers 2
+    python -m benchmarks.closed_loop.training.collect FOLDER --first-seed 300 --episodes 200 --wander 40 --workers 2
 
 Half of the 10-step segments of an episode carry Gaussian noise on the executed translation, so that the policy sees how
 the expert recovers; what is recorded is the expert's clean action. With --wander the arm first goes somewhere else,
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
-from sim_environment import STEP_METRES, SimEnvironment, simulator_lack
-from sim_episodes import CHUNK, Episode
-from sim_tasks import CALIBRATION_SEED, TASKS
 
+from benchmarks.closed_loop.simulation.environment import STEP_METRES, SimEnvironment, simulator_lack
+from benchmarks.closed_loop.simulation.tasks import CALIBRATION_SEED, TASKS
+from benchmarks.closed_loop.training.episodes import CHUNK, Episode
 from evla_compile.processor import ACTION_WIDTH, GRIPPER
 
 FRAME_EVERY = 3

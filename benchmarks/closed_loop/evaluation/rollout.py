@@ -8,12 +8,12 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from evaluation_variants import Policy, Prepared
 from numpy.typing import NDArray
 from PIL import Image
-from sim_environment import SimEnvironment
-from sim_tasks import MAX_STEPS, TASKS
 
+from benchmarks.closed_loop.evaluation.variants import Policy, Prepared
+from benchmarks.closed_loop.simulation.environment import SimEnvironment
+from benchmarks.closed_loop.simulation.tasks import MAX_STEPS, TASKS
 from evla_compile.processor import draw_noise
 from evla_compile.simpler import AdaptiveEnsembler
 

@@ -1,0 +1,1 @@
+"""A policy in simulation: trained, compiled, and evaluated by success."""

@@ -1,0 +1,1 @@
+"""Success of policies, compared episode by episode."""

@@ -1,0 +1,1 @@
+"""Demonstrations to a trained policy."""

@@ -1,0 +1,1 @@
+"""EfficientVLA's tables, counted on our graphs."""
