@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 from torch.nn import functional
 
+from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
-from evla_compile.host import CameraFrame, read_image
+from evla_compile.host import read_image
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites

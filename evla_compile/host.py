@@ -3,21 +3,19 @@
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from evla_compile.camera_frame import CameraFrame, upright
 from evla_compile.config import CompileConfig
 from evla_compile.processor import Processor, draw_noise
-
-CameraFrame: TypeAlias = Image.Image | NDArray[np.uint8]
-"""A PIL image of mode RGB, or uint8 [H,W,3] in RGB order."""
 
 Sampler: TypeAlias = Callable[
     [NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]
@@ -37,8 +35,8 @@ class HostInputs:
     """Real tokens of each prompt, [B]."""
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image file whole.
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file whole, the right way up: an orientation in its EXIF data is applied.
 
     Raises:
         ValueError: it is missing, damaged, not an image, or deeper than 8 bits a channel.
@@ -52,7 +50,10 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
     if deep:
         raise ValueError(f"image {path} has 16 bits a channel: expected 8; scale and save it as 8-bit RGB")
-    return image
+    try:
+        return upright(image)
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}") from error
 
 
 def prepare(

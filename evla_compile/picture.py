@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from evla_compile.host import CameraFrame
+from evla_compile.camera_frame import CameraFrame, rgb_image
 
 _DIMMED = 0.25  # brightness of a patch that is dropped
 _FRAME_COLOUR = (255, 200, 0)
@@ -26,8 +26,7 @@ def draw_kept_tokens(image: CameraFrame, kept: NDArray[np.int64], patches: int, 
     """
     row = _row(kept, patches)
     cell = side // row
-    source = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    pixels = np.asarray(source.resize((cell * row, cell * row), Image.Resampling.BICUBIC))
+    pixels = np.asarray(rgb_image(image).resize((cell * row, cell * row), Image.Resampling.BICUBIC))
     mask = np.kron(_grid(kept, row), np.ones((cell, cell), dtype=bool))
     drawn = np.where(mask[..., None], pixels, (_DIMMED * pixels).astype(np.uint8))
     for index in kept.tolist():

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from tokenizers import Tokenizer
 
+from evla_compile.camera_frame import CameraFrame, Framing, fit
 from evla_compile.errors import CheckpointError
 
 ACTION_WIDTH = 7
@@ -119,17 +119,18 @@ class Processor:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.largest_id = max(self.blank_id, EOS_ID, BOS_ID, *ids)
 
-    def image(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Squash a frame of any size to uint8 [S,S,3] with PIL's bicubic filter; the aspect ratio is not kept.
+    def image(self, image: CameraFrame, framing: Framing = "whole") -> NDArray[np.uint8]:
+        """Return a frame of any size as the policy's square image, uint8 [S,S,3].
 
         Args:
-            image: PIL image of mode RGB, or uint8 [H,W,3] in RGB order.
+            image: PIL image of mode RGB, or uint8 [H,W,3] in RGB order; an orientation in its EXIF data is applied.
+            framing: "whole" squashes it with PIL's bicubic filter, its aspect ratio lost; "deploy" cuts it first as
+                CogACT's server for real robots does; see `evla_compile.camera_frame.Framing`.
 
         Raises:
-            ValueError: the image is not 8-bit RGB or has no pixels.
+            ValueError: the image is not 8-bit RGB or has no pixels, or the framing is unknown.
         """
-        side = self.image_side
-        return np.array(_rgb(image).resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)
+        return fit(image, self.image_side, framing)
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """Return the token ids of the prompt, BOS first, the word-boundary and EOS ids last.
@@ -255,23 +256,3 @@ def _read_tokenizer(text: str) -> Tokenizer:
     if end not in (None, EOS_ID):
         raise CheckpointError(f"the tokenizer gives '</s>' the id {end}, not {EOS_ID}: {advice}")
     return tokenizer
-
-
-def _rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
-    if isinstance(image, Image.Image):
-        if image.mode != "RGB":
-            raise ValueError(
-                f"the image has PIL mode {image.mode!r}: expected 'RGB'; use image.convert(\"RGB\"), after scaling it"
-                " to 8 bits where it is deeper"
-            )
-        if 0 in image.size:
-            raise ValueError(f"the image has {image.width}x{image.height} pixels; check the camera")
-        return image
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"the image is a {type(image).__name__}: expected a PIL image or a uint8 array [H,W,3]")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"the image is an array of {image.dtype} {list(image.shape)}: expected uint8 [H,W,3] in RGB order with at"
-            ' least one pixel; open other images with PIL and use image.convert("RGB")'
-        )
-    return Image.fromarray(image)

@@ -185,6 +185,16 @@ def test_run_prints_json(artifact: Path, photo: Path, frame: Image.Image) -> Non
     np.testing.assert_allclose(result["actions"], expected, rtol=0, atol=1e-5)
 
 
+def test_run_turns_a_photo_the_right_way_up(artifact: Path, photo: Path, frame: Image.Image, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn the pixels clockwise
+    frame.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    arguments = ("--instruction", INSTRUCTION, "--unnorm-key", KEY, "--json")
+    upright, turned = (evla("run", artifact, "--image", path, *arguments) for path in (photo, tmp_path / "turned.png"))
+    assert turned.status in (0, None), turned.err
+    assert json.loads(turned.out)["actions"] == json.loads(upright.out)["actions"]
+
+
 def test_run_imports_no_torch(artifact: Path, photo: Path) -> None:
     arguments = ["run", str(artifact), "--image", str(photo), "--instruction", INSTRUCTION, "--unnorm-key", KEY]
     code = (

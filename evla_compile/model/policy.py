@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evla_compile import host
+from evla_compile.camera_frame import CameraFrame
 from evla_compile.config import CFG_SCALE, DDIM_STEPS, TEXT_TOKENS
-from evla_compile.host import CameraFrame
 from evla_compile.model.action import ActionModel, ActionSizes
 from evla_compile.model.diffusion import ddim_schedule
 from evla_compile.model.language import LanguageBackbone, LanguageSizes, cognition_token

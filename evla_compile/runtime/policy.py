@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from evla_compile import host
 from evla_compile.artifact import check_files, find_manifest
+from evla_compile.camera_frame import CameraFrame
 from evla_compile.errors import ArtifactError, CheckpointError
-from evla_compile.host import CameraFrame, Predictor
+from evla_compile.host import Predictor
 from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.processor import Processor
 from evla_compile.runtime.engine_match import require_engine
