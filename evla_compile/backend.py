@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from evla_compile.config import CompileConfig
 from evla_compile.dynamo_graph import find_sizes, read_graph
 from evla_compile.errors import PassError
+from evla_compile.finite_weights import check_finite
 from evla_compile.graph import (
     GraphPass,
     copy_graph,
@@ -61,6 +62,7 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
 
     Raises:
         CalibrationError: a budget needs a plan and none is given, or it does not fit.
+        CheckpointError: a weight has values that are not finite.
         PassError: a rewrite does not find its site.
         UnsupportedModelError: the graph is not that of a `CogACT`, or not all of it.
         ValueError: an option is unknown, or the first call was not of the configuration's sizes.
@@ -121,6 +123,7 @@ class _Compiled:
         key, state = tuple(map(id, tensors)), tuple(map(_state, tensors))
         made = self._made.get(key)
         if made is None or not made.alive or made.state != state:
+            check_finite(zip(self._held, tensors, strict=True))
             graph = copy_graph(self._captured)
             for name, tensor in zip(self._held, tensors, strict=True):
                 replace_tensor(graph, name, tensor.detach())

@@ -19,6 +19,7 @@ from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
+from evla_compile.finite_weights import check_finite_policy
 from evla_compile.host import read_image
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, PruneLayers
@@ -59,6 +60,7 @@ def calibrate(
 
     Raises:
         CalibrationError: there are no frames, or the policy's values are not finite.
+        CheckpointError: a weight has values that are not finite.
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
     config = config or CompileConfig()
@@ -67,6 +69,7 @@ def calibrate(
     observations = list(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
+    check_finite_policy(policy)
     observer = _Observer(policy)
     bar = track(
         observations,

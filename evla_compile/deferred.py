@@ -71,6 +71,17 @@ class DeferredWeight(Tensor):
         """Return the value as a plain tensor of its own."""
         return self._recipe.compute()
 
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest value, NaN if one is; a mere cast keeps the order and is not computed."""
+        recipe = self._recipe
+        if recipe.kept is not None:
+            low, high = torch.aminmax(self.compute())
+        elif isinstance(recipe.source, DeferredWeight):
+            low, high = recipe.source.extremes()
+        else:
+            low, high = torch.aminmax(recipe.source)
+        return low.to(recipe.dtype), high.to(recipe.dtype)
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch types its default as a function of no class
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -111,6 +122,10 @@ class _View(DeferredWeight):
 
     def cut(self, dim: int, kept: Tensor) -> DeferredWeight:
         return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        low, high = torch.aminmax(self.compute())
+        return low, high
 
     def compute(self) -> Tensor:
         value: Tensor = self._func(self._base_weight.compute(), *self._args, **self._kwargs)

@@ -9,6 +9,7 @@ from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
+from evla_compile.finite_weights import check_finite_policy
 from evla_compile.graph import GraphPass
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.passes import (
@@ -56,6 +57,7 @@ def compile(
         progress: whether to draw a progress bar of the calibration on standard error.
 
     Raises:
+        CheckpointError: a weight has values that are not finite; every weight is read once to know.
         CalibrationError: a budget needs measuring and neither `calibration` nor `plan` is given, the plan does not fit,
             or there are no frames.
         ValueError: a budget does not fit the policy, or a frame is refused.
@@ -72,6 +74,7 @@ def compile(
         plan = calibrate(policy, frames, config, progress=progress)
     else:
         plan = plan_without_calibration(policy.sizes.language, config)
+    check_finite_policy(policy)
     graph, reports = capture(policy, config), []
     for rewrite in build_passes(config, plan, policy.sizes):
         graph, report = rewrite(graph)

@@ -414,6 +414,16 @@ def test_compile_refuses_a_missing_or_truncated_checkpoint(
     assert "expected exactly one checkpoints/*.pt, found 0" in refused_early("--dense", run=run_directory)
 
 
+@pytest.mark.parametrize("arguments", [("--dense", "--no-verify"), BUDGETS])
+def test_compile_names_a_weight_that_is_not_finite_and_leaves_nothing(
+    refused_early: Callable[..., str], run_directory: Path, frames: Path, arguments: tuple[str, ...]
+) -> None:
+    save_groups(run_directory, lambda groups: groups["projector"]["projector.2.bias"].__setitem__(7, torch.inf))
+    given = () if "--dense" in arguments else ("--calibration", frames)
+    message = refused_early(*arguments, *given, run=run_directory)
+    assert "projector.projector.2.bias (1 of 64 values, the first, inf, at [7])" in message
+
+
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
