@@ -53,7 +53,8 @@ class EngineSettings:
     """Whether the engine shall run on every GPU from compute capability 8.0 on, at some cost in speed; TensorRT only,
     not on a Jetson."""
     version_compatible: bool = False
-    """Whether later versions of TensorRT shall run the engine; TensorRT only."""
+    """Whether later versions of TensorRT shall run the engine, at some cost in speed; TensorRT only. Such an engine
+    carries code that the runtime executes: load it only from where you trust it."""
 
     def __post_init__(self) -> None:
         if self.flavour is not None and self.flavour not in FLAVOURS:

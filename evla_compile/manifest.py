@@ -141,7 +141,7 @@ class EngineRecord:
     """Engines that were built from the parts, and what they run on.
 
     Raises:
-        ValueError: the flavour or a compute capability cannot be one.
+        ValueError: the flavour or a compute capability cannot be one, or TensorRT's GPU is not described.
     """
 
     flavour: Flavour
@@ -155,7 +155,11 @@ class EngineRecord:
     platform: str
     """Operating system and processor that built them, such as `linux-x86_64`."""
     gpu: str | None
-    """Name of the GPU that built them; None where none was needed."""
+    """Name of the GPU that built them; None where none was needed, as for TensorRT-RTX."""
+    gpu_processors: int | None
+    """Its streaming multiprocessors, by which modules that share a name differ: an AGX Orin and an Orin NX."""
+    gpu_memory_bytes: int | None
+    """Its memory."""
     compute_capabilities: tuple[str, ...]
     """GPUs that run them, such as `8.9`; empty for TensorRT-RTX's portable engines: 8.0, 8.6, 8.9 and 12.x."""
     hardware_compatible: bool
@@ -169,6 +173,11 @@ class EngineRecord:
         for capability in self.compute_capabilities:
             if not isinstance(capability, str) or not re.fullmatch(r"\d{1,2}\.\d", capability):
                 raise ValueError(f"compute capability {capability!r}: expected one such as 8.9")
+        described = (self.gpu, self.gpu_processors, self.gpu_memory_bytes)
+        if self.flavour == "tensorrt" and None in described:
+            raise ValueError(
+                f"gpu, gpu_processors and gpu_memory_bytes are {described}: expected those of the GPU that built them"
+            )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -184,6 +193,8 @@ class EngineRecord:
             layers=tuple(layers),
             platform=_get(data, "platform", str),
             gpu=None if data.get("gpu") is None else _get(data, "gpu", str),
+            gpu_processors=None if data.get("gpu_processors") is None else _get(data, "gpu_processors", int),
+            gpu_memory_bytes=None if data.get("gpu_memory_bytes") is None else _get(data, "gpu_memory_bytes", int),
             compute_capabilities=tuple(_get(data, "compute_capabilities", list)),
             hardware_compatible=_get(data, "hardware_compatible", bool),
             version_compatible=_get(data, "version_compatible", bool),

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -87,18 +87,46 @@ def _is_installed(flavour: Flavour) -> bool:
     return True
 
 
+def create(kind: Any, log: Any) -> Any:
+    """Return a new `Builder` or `Runtime` of the library.
+
+    Args:
+        kind: its class.
+        log: what `make_logger` returned.
+
+    Raises:
+        EvlaError: the library makes none, most often for lack of a GPU or a driver that fits.
+    """
+    try:
+        return kind(log)
+    except TypeError as error:  # of its bindings, where the library returned nothing
+        raise EvlaError(f"no {kind.__name__} can be made: {reasons(log.errors)}; see evla doctor") from error
+
+
+def reasons(errors: Sequence[str]) -> str:
+    """Return the first lines of the first errors that the library reported."""
+    return " / ".join(map(first_line, errors[:3])) or "it gave no reason"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a message that says something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+
+
 def make_logger(trt: Any) -> Any:
-    """Return a logger for the library, which keeps what it reports as errors in `errors`."""
+    """Return a logger for the library, which keeps what it reports as errors in `errors`, as warnings in `warnings`."""
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the library is imported at run time
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
                 self.errors.append(message.strip())
             elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message.strip())
                 logger.info("%s", message)
 
     return Log()

@@ -16,7 +16,7 @@ from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import ArtifactError, EvlaError, ExportError
 from evla_compile.exporters.to_tensorrt import check_memory, to_tensorrt
 from evla_compile.manifest import EngineRecord, FileRecord, Manifest, Part, read_manifest, write_manifest
-from evla_compile.runtime.cuda import find_gpu
+from evla_compile.runtime.cuda import Gpu, find_gpu
 from evla_compile.tensorrt_library import find_flavour, import_flavour
 
 
@@ -40,7 +40,7 @@ def build_engine(
         ValueError: the library does not have a setting.
     """
     settings = settings or EngineSettings()
-    flavour, gpu_name, capability = check_engine(settings)
+    flavour, gpu = check_engine(settings)
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files([record for part in manifest.parts for record in part.files], place.parent)
@@ -61,8 +61,10 @@ def build_engine(
             files=tuple(replace(measured, name=engine.name) for _, engine, measured in records),
             layers=tuple(layers),
             platform=f"{platform.system()}-{platform.machine()}".lower(),
-            gpu=gpu_name,
-            compute_capabilities=settings.compute_capabilities if capability is None else (capability,),
+            gpu=None if gpu is None else gpu.name,
+            gpu_processors=None if gpu is None else gpu.processors,
+            gpu_memory_bytes=None if gpu is None else gpu.memory_bytes,
+            compute_capabilities=settings.compute_capabilities if gpu is None else (gpu.compute_capability,),
             hardware_compatible=settings.hardware_compatible,
             version_compatible=settings.version_compatible,
         )
@@ -76,11 +78,11 @@ def build_engine(
     return described
 
 
-def check_engine(settings: EngineSettings) -> tuple[Flavour, str | None, str | None]:
+def check_engine(settings: EngineSettings) -> tuple[Flavour, Gpu | None]:
     """Refuse at once, before the work for it, what `build_engine` would refuse of a machine.
 
     Returns:
-        The flavour, and for TensorRT the name of the GPU and its compute capability.
+        The flavour, and for TensorRT the GPU, which it builds for.
 
     Raises:
         EvlaError: the library is missing or too old, or there is no GPU where one is needed.
@@ -89,14 +91,14 @@ def check_engine(settings: EngineSettings) -> tuple[Flavour, str | None, str | N
     flavour = find_flavour(settings)
     import_flavour(flavour)
     if flavour == "tensorrt_rtx":
-        return flavour, None, None
+        return flavour, None
     gpu = find_gpu()
     if gpu is None:
         raise EvlaError(
             f"{FLAVOUR_NAMES[flavour]} builds engines on the GPU that is to run them, and this machine shows none: run"
             " evla build on the robot (evla doctor says what is missing), or build with TensorRT-RTX for RTX GPUs"
         )
-    return flavour, gpu.name, gpu.compute_capability
+    return flavour, gpu
 
 
 def _build_part(part: Part, folder: Path, new: Path, settings: EngineSettings, *, progress: bool) -> int:

@@ -15,7 +15,15 @@ from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import EvlaError, ExportError
 from evla_compile.exporters.build_progress import watching
 from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, available_memory, build_bytes
-from evla_compile.tensorrt_library import describe_tensor, find_flavour, import_flavour, make_logger
+from evla_compile.tensorrt_library import (
+    create,
+    describe_tensor,
+    find_flavour,
+    first_line,
+    import_flavour,
+    make_logger,
+    reasons,
+)
 
 _JETSON_MARK = Path("/etc/nv_tegra_release")
 _OUT_OF_MEMORY = re.compile(r"out.?of.?memory|bad_alloc|insufficient (memory|workspace)|cannot allocate", re.IGNORECASE)
@@ -54,21 +62,21 @@ def to_tensorrt(model: Path, engine: Path, settings: EngineSettings, *, progress
     flavour = find_flavour(settings)
     trt = import_flavour(flavour)
     check_memory(model, settings)
-    said = make_logger(trt)
-    builder = trt.Builder(said)
+    log = make_logger(trt)
+    builder = create(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, model, said, flavour)
+    _parse(trt, network, model, log, flavour)
     built = BuiltEngine(
         layers=network.num_layers,
         attentions=_allow_decomposition(trt, network),
         inputs=_signature(network.get_input, network.num_inputs, model),
         outputs=_signature(network.get_output, network.num_outputs, model),
     )
-    config = _configure(trt, builder, settings)
+    config = _configure(trt, builder, settings, log)
     with watching(trt, config, f"Building {engine.name}", shown=progress):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise build_error(model, said.errors, flavour)
+        raise build_error(model, log.errors, flavour)
     with engine.open("wb") as file:
         file.write(plan)
     if settings.timing_cache is not None:
@@ -95,15 +103,15 @@ def check_memory(model: Path, settings: EngineSettings) -> None:
     )
 
 
-def _parse(trt: Any, network: Any, model: Path, said: Any, flavour: Flavour) -> None:
-    parser = trt.OnnxParser(network, said)
+def _parse(trt: Any, network: Any, model: Path, log: Any, flavour: Flavour) -> None:
+    parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(model)):
         return
     name = f"{FLAVOUR_NAMES[flavour]} {trt.__version__}"
-    if any(_OUT_OF_MEMORY.search(error) for error in said.errors):
-        raise build_error(model, said.errors, flavour)
+    if any(_OUT_OF_MEMORY.search(error) for error in log.errors):
+        raise build_error(model, log.errors, flavour)
     if not parser.num_errors or not parser.get_error(0).node_operator():
-        raise ExportError(f"{name} cannot read {model}: {_reasons(said.errors)}")
+        raise ExportError(f"{name} cannot read {model}: {reasons(log.errors)}")
     error = parser.get_error(0)
     module, _, rest = error.node_name().rpartition("/")
     writer, dot, _ = rest.rpartition(".")
@@ -111,16 +119,8 @@ def _parse(trt: Any, network: Any, model: Path, said: Any, flavour: Flavour) -> 
     hint = ": export with an opset that has no such operator, opset=20 for instance"
     raise ExportError(
         f"{name} refuses the {error.node_operator()} node {error.node_name()!r} of {origin} in"
-        f" {model.name}: {_first_line(error.desc())}{hint if error.node_operator() in _NEW_OPERATORS else ''}"
+        f" {model.name}: {first_line(error.desc())}{hint if error.node_operator() in _NEW_OPERATORS else ''}"
     )
-
-
-def _reasons(errors: list[str]) -> str:
-    return " / ".join(map(_first_line, errors[:3])) or "it gave no reason"
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
 
 
 def _allow_decomposition(trt: Any, network: Any) -> int:
@@ -152,7 +152,7 @@ def _signature(get: Any, count: int, model: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _configure(trt: Any, builder: Any, settings: EngineSettings) -> Any:
+def _configure(trt: Any, builder: Any, settings: EngineSettings, log: Any) -> Any:
     config = builder.create_builder_config()
     if settings.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
@@ -161,7 +161,11 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings) -> Any:
     if settings.compute_capabilities:
         config.num_compute_capabilities = len(settings.compute_capabilities)
         for index, capability in enumerate(settings.compute_capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+            value = getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}")
+            if not config.set_compute_capability(value, index):
+                raise ExportError(
+                    f"TensorRT-RTX does not take the compute capability {capability}: {reasons(log.errors)}"
+                )
     if settings.hardware_compatible:
         if platform.machine() == "aarch64" and _JETSON_MARK.exists():
             raise ValueError(
@@ -172,26 +176,47 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings) -> Any:
     if settings.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if settings.timing_cache is not None:
-        known = settings.timing_cache.read_bytes() if settings.timing_cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        _read_timing_cache(config, settings.timing_cache, log)
     return config
+
+
+def _read_timing_cache(config: Any, path: Path, log: Any) -> None:
+    """Give the builder what it measured before; it ignores what it cannot use, and is not allowed to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # where it is written in the end, hours later
+        known = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise EvlaError(f"timing cache {path} cannot be used: {error}; name another file") from error
+    log.warnings.clear()
+    cache = config.create_timing_cache(known)
+    taken = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
+    refused = [message for message in log.warnings if "timing cache" in message.lower()] if known else []
+    if not taken or refused:
+        raise EvlaError(
+            f"timing cache {path} is refused ({reasons([*log.errors, *refused])}): it is damaged, or of another GPU or"
+            " version; delete it, or name another file"
+        )
 
 
 def _write_timing_cache(config: Any, path: Path) -> None:
     new = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    new.write_bytes(bytes(config.get_timing_cache().serialize()))
-    new.replace(path)
+    try:
+        new.write_bytes(bytes(config.get_timing_cache().serialize()))
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise EvlaError(f"timing cache {path} cannot be written: {error}; name another file") from error
 
 
 def build_error(model: Path, errors: list[str], flavour: Flavour) -> EvlaError:
-    """Return the error for a build that failed, from what the library said; a lack of memory is called that."""
-    name, reasons = FLAVOUR_NAMES[flavour], _reasons(errors)
+    """Return the error for a build that failed, from what the library said; out of memory is reported as such."""
+    name, why = FLAVOUR_NAMES[flavour], reasons(errors)
     if any(_OUT_OF_MEMORY.search(error) for error in errors):
         return EvlaError(
-            f"{name} ran out of memory building {model.name} ({reasons}): export it in more parts, in half precision,"
+            f"{name} ran out of memory building {model.name} ({why}): export it in more parts, in half precision,"
             " lower the workspace, add swap, or build on a larger machine"
         )
     advice = ""
     if any(_NO_KERNEL in error.lower() for error in errors):
         advice = "; it also says so when memory is short: try a smaller workspace, more parts, or a larger machine"
-    return ExportError(f"{name} cannot build {model.name}: {reasons}{advice}")
+    return ExportError(f"{name} cannot build {model.name}: {why}{advice}")

@@ -7,6 +7,7 @@ where and when, what is destroyed before what. That TensorRT computes what it sh
 import ctypes
 import json
 from collections.abc import Iterable, Sequence
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,15 @@ VERSION = "10.13.0"
 ADDRESS = 0x1000
 
 
-def fake_engine(name: str, tensors: Iterable[tuple[str, str, Sequence[int], bool]]) -> bytes:
-    """Return an engine file of the fake: name, and (tensor, dtype, shape, whether it is an input) of its tensors."""
-    return json.dumps({"name": name, "tensors": [list(map(_plain, entry)) for entry in tensors]}).encode()
+def fake_engine(
+    name: str, tensors: Iterable[tuple[str, str, Sequence[int], bool]], *, host_code: bool = False
+) -> bytes:
+    """Return an engine file of the fake: name, and (tensor, dtype, shape, whether it is an input) of its tensors.
+
+    Version-compatible engines have host code, which the runtime must be told to allow.
+    """
+    plain = [list(map(_plain, entry)) for entry in tensors]
+    return json.dumps({"name": name, "tensors": plain, "host_code": host_code}).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -29,16 +36,19 @@ def _plain(value: Any) -> Any:
 class FakeGpu:
     """Device memory, streams and graphs of the fake, and the log of all calls."""
 
-    def __init__(self, *, name: str = "Fake RTX", capability: str = "8.9", count: int = 1) -> None:
+    def __init__(self) -> None:
         self.log: list[str] = []
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.host: dict[int, Any] = {}
-        self.count = count
-        self.name = name
-        self.capability = capability
+        self.count = 1
+        self.name = "Fake RTX"
+        self.capability = "8.9"
+        self.wait = 0.0
+        self.refusing: str | None = None
         self.capturing: list[Any] | None = None
         self.failing: str | None = None
         self.capturable = True
+        self.host_code_allowed: bool | None = None
 
     def say(self, *words: object, gives: tuple[Any, ...] = ()) -> tuple[Any, ...]:
         self.log.append(" ".join(map(str, words)))
@@ -55,7 +65,13 @@ class FakeGpu:
         """Return the module `cuda.bindings.runtime`."""
         ok, gpu = SimpleNamespace(cudaSuccess=0, cudaErrorNoDevice=100, cudaErrorInsufficientDriver=35), self
         major, minor = map(int, self.capability.split("."))
-        properties = SimpleNamespace(name=self.name.encode() + b"\0", major=major, minor=minor, totalGlobalMem=24_000)
+        properties = SimpleNamespace(
+            name=self.name.encode() + b"\0",
+            major=major,
+            minor=minor,
+            totalGlobalMem=24_000,
+            multiProcessorCount=24,
+        )
 
         def call(name: str, work: Any) -> Any:
             def function(*arguments: Any) -> tuple[Any, ...]:
@@ -74,12 +90,12 @@ class FakeGpu:
             "cudaFreeHost": self._unpin,
             "cudaMemcpyAsync": self._copy,
             "cudaStreamCreate": lambda: self.say("create stream", gives=(7,)),
-            "cudaStreamSynchronize": lambda stream: self.say("synchronize"),
+            "cudaStreamSynchronize": self._synchronize,
             "cudaStreamDestroy": lambda stream: self.say("destroy stream"),
             "cudaStreamBeginCapture": self._begin,
             "cudaStreamEndCapture": self._end,
             "cudaGraphInstantiate": lambda graph, flags: (graph,),
-            "cudaGraphDestroy": lambda graph: (),
+            "cudaGraphDestroy": lambda graph: self.say("destroy recording"),
             "cudaGraphLaunch": self._launch,
             "cudaGraphExecDestroy": lambda graph: self.say("destroy graph"),
         }
@@ -127,6 +143,11 @@ class FakeGpu:
         self.do(work)
         return ()
 
+    def _synchronize(self, stream: int) -> tuple[()]:
+        self.say("synchronize")
+        sleep(self.wait)
+        return ()
+
     def _begin(self, stream: int, mode: int) -> tuple[()]:
         self.say("begin capture")
         self.capturing = []
@@ -163,13 +184,19 @@ class FakeTensorRT:
 class _Runtime:
     def __init__(self, gpu: FakeGpu, logger: Any) -> None:
         self._gpu, self._logger = gpu, logger
+        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, data: bytes) -> Any:
         try:
-            return _Engine(self._gpu, json.loads(data))
+            engine = json.loads(data)
         except ValueError:
             self._logger.log(1, "Magic tag does not match")
             return None
+        if engine.get("host_code") and not self.engine_host_code_allowed:
+            self._logger.log(1, "The engine contains host code, which is not allowed")
+            return None
+        self._gpu.host_code_allowed = self.engine_host_code_allowed
+        return _Engine(self._gpu, engine)
 
 
 class _Engine:
@@ -200,15 +227,21 @@ class _Engine:
         class Cache:
             data = b""
 
-            def deserialize(self, data: bytes) -> None:
+            def deserialize(self, data: bytes) -> bool:
                 gpu.say("read kernels", len(data))
+                if gpu.refusing == "kernels":
+                    return False
                 self.data = data
+                return True
 
             def serialize(self) -> bytes:
                 gpu.say("keep kernels")
                 return self.data + b"kernel"
 
-        return SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: gpu.say("set kernels"))
+        return SimpleNamespace(
+            create_runtime_cache=lambda: None if gpu.refusing == "create_runtime_cache" else Cache(),
+            set_runtime_cache=lambda cache: gpu.refusing != "set_runtime_cache",
+        )
 
     def create_execution_context(self, config: Any = None) -> Any:
         return _Context(self._gpu, self.name, self._tensors)
@@ -225,14 +258,18 @@ class _Context:
     def is_stream_capturable(self, stream: int) -> bool:
         return self._gpu.capturable
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if self._gpu.refusing == name:
+            return False
         self._addresses[name] = address
         self._gpu.say("bind", self._name, name)
+        return True
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 7
         self._gpu.say("execute", self._name)
-        if self._gpu.failing == "execute":
+        doing = "execute" if self._gpu.capturing is None else "capture"
+        if self._gpu.failing in ("execute", f"{doing} {self._name}"):
             return False
         self._gpu.do(self._work)
         return True

@@ -26,7 +26,13 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.model.policy import CogACT
 from evla_compile.runtime.cuda import Gpu
 
-ADA = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9", memory_bytes=24_000_000_000, driver_version="13.0")
+ADA = Gpu(
+    name="NVIDIA GeForce RTX 4090",
+    compute_capability="8.9",
+    memory_bytes=24_000_000_000,
+    processors=128,
+    driver_version="13.0",
+)
 FACTS = Facts(
     python=(3, 11),
     platform="linux-x86_64",

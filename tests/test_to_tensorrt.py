@@ -22,7 +22,7 @@ from evla_compile.errors import EvlaError, ExportError
 from evla_compile.exporters import to_tensorrt as exporter
 from evla_compile.exporters.build_progress import make_monitor
 from evla_compile.exporters.to_tensorrt import build_error, check_memory, to_tensorrt
-from evla_compile.tensorrt_library import find_flavour, import_flavour
+from evla_compile.tensorrt_library import create, find_flavour, import_flavour, make_logger
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13, which has wheels for x86-64 alone")
 RTX = EngineSettings(flavour="tensorrt_rtx")
@@ -280,10 +280,15 @@ class NamedTensorRT:
                 self._config.set_compute_capability(trt.ComputeCapability.SM89, 0)
 
             def create_timing_cache(self, data: bytes) -> Cache:
+                if data == b"damaged":
+                    logger.log(trt.ILogger.WARNING, "Failed to deserialize timing cache. Returning an empty one.")
                 return Cache(data)
 
             def set_timing_cache(self, cache: Cache, *, ignore_mismatch: bool) -> bool:
                 recorded["cache"], recorded["ignore_mismatch"] = cache, ignore_mismatch
+                if recorded["read"] == b"of another GPU":
+                    logger.log(trt.ILogger.ERROR, "Device properties differ")
+                    return False
                 return True
 
             def get_timing_cache(self) -> Cache:
@@ -347,6 +352,54 @@ def test_tensorrt_is_told_every_setting_and_its_timings_are_kept(
     assert recorded["read"] == b"timings of "
     assert (tmp_path / "timing.cache").read_bytes() == b"timings of timings of "
     assert sorted(path.name for path in tmp_path.iterdir()) == ["timing.cache", "toy.engine", "toy.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "reason"),
+    [(b"of another GPU", "Device properties differ"), (b"damaged", "Failed to deserialize timing cache")],
+)
+def test_a_timing_cache_that_is_refused_is_not_ignored(
+    contents: bytes, reason: str, named_tensorrt: NamedTensorRT, toy: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(contents)
+    settings = EngineSettings(flavour="tensorrt", timing_cache=cache)
+    with pytest.raises(EvlaError, match=rf"timing\.cache is refused \({reason}.*another GPU or version; delete it"):
+        to_tensorrt(toy, tmp_path / "toy.engine", settings)
+    assert cache.read_bytes() == contents
+    assert not (tmp_path / "toy.engine").exists()
+
+
+def test_the_folder_of_a_timing_cache_is_made_before_the_build(
+    named_tensorrt: NamedTensorRT, toy: Path, tmp_path: Path
+) -> None:
+    settings = EngineSettings(flavour="tensorrt", timing_cache=tmp_path / "robot" / "kept" / "timing.cache")
+    to_tensorrt(toy, tmp_path / "toy.engine", settings)
+    assert (tmp_path / "robot" / "kept" / "timing.cache").exists()
+    with pytest.raises(EvlaError, match=r"timing cache .*toy\.onnx/timing\.cache cannot be used: "):
+        to_tensorrt(toy, tmp_path / "new.engine", replace(settings, timing_cache=toy / "timing.cache"))
+    assert not (tmp_path / "new.engine").exists()
+
+
+def test_a_capability_that_the_library_refuses_is_not_ignored() -> None:
+    """The library says so by what it returns, and goes on without it."""
+    log = SimpleNamespace(errors=["Compute capability is invalid or not supported"], warnings=[])
+    config = SimpleNamespace(set_compute_capability=lambda capability, index: False)
+    builder = SimpleNamespace(create_builder_config=lambda: config)
+    with pytest.raises(ExportError, match=r"does not take the compute capability 8\.9: Compute capability is invalid"):
+        exporter._configure(trt, builder, replace(RTX, compute_capabilities=("8.9",)), log)
+
+
+def test_a_library_that_gives_no_builder_is_an_error_of_ours() -> None:
+    """Without a driver TensorRT's bindings raise a TypeError of their own."""
+
+    class Builder:
+        def __init__(self, log: Any) -> None:
+            log.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(EvlaError, match="no Builder can be made: CUDA initialization failure with error: 35"):
+        create(Builder, make_logger(trt))
 
 
 def test_hardware_compatible_engines_are_refused_on_a_jetson(

@@ -1,6 +1,8 @@
 """The few CUDA calls of the runtime, through cuda-bindings, every one of them checked; no torch."""
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -24,6 +26,8 @@ class Gpu:
     """Such as `8.9`."""
     memory_bytes: int
     """Its memory; on a Jetson the CPU shares it."""
+    processors: int
+    """Its streaming multiprocessors; a Jetson's power mode turns some of them off."""
     driver_version: str
     """Newest CUDA that the driver supports, such as `13.0`."""
 
@@ -47,8 +51,17 @@ def find_gpu() -> Gpu | None:
         name=name.rstrip("\0"),
         compute_capability=f"{properties.major}.{properties.minor}",
         memory_bytes=int(properties.totalGlobalMem),
+        processors=int(properties.multiProcessorCount),
         driver_version=f"{version // 1000}.{version % 1000 // 10}",
     )
+
+
+@dataclass(slots=True)
+class Recording:
+    """Work that was recorded from a stream; filled in when `Cuda.capturing` ends."""
+
+    graph: Any = None
+    """CUDA's graph of it, which cannot be launched yet."""
 
 
 class Cuda:
@@ -116,18 +129,31 @@ class Cuda:
         """Give a stream back."""
         self.checked("cudaStreamDestroy", stream)
 
-    def begin_capture(self, stream: Any) -> None:
-        """Record what is put into a stream from here on, instead of running it."""
+    @contextmanager
+    def capturing(self, stream: Any) -> Iterator["Recording"]:
+        """Record what is put into a stream within the block instead of running it; the stream runs again after it.
+
+        Raises:
+            EvlaError: CUDA does not begin or end it.
+        """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.checked("cudaStreamBeginCapture", stream, mode)
-
-    def end_capture(self, stream: Any) -> Any:
-        """Return the recorded work as a graph that can be launched."""
-        graph = self.checked("cudaStreamEndCapture", stream)
+        recording = Recording()
         try:
-            return self.checked("cudaGraphInstantiate", graph, 0)
+            yield recording
+        except BaseException:
+            # Without this the stream would record for ever. What failed may have ended the recording itself.
+            with suppress(EvlaError):
+                self.checked("cudaGraphDestroy", self.checked("cudaStreamEndCapture", stream))
+            raise
+        recording.graph = self.checked("cudaStreamEndCapture", stream)
+
+    def instantiate(self, recording: "Recording") -> Any:
+        """Return recorded work as a graph that can be launched."""
+        try:
+            return self.checked("cudaGraphInstantiate", recording.graph, 0)
         finally:
-            self.checked("cudaGraphDestroy", graph)
+            self.checked("cudaGraphDestroy", recording.graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
         """Run recorded work once."""

@@ -10,6 +10,13 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import EngineRecord, Manifest
 from evla_compile.runtime.cuda import Gpu
 
+_ALSO_RUNS = {10: 11}
+"""Major versions of TensorRT whose version-compatible engines the given later one runs too, by NVIDIA's support matrix;
+all others run those of their own."""
+
+_MEMORY_TOLERANCE = 0.2
+"""Share by which the memory of two modules of one kind may differ: a Jetson's firmware takes some of it."""
+
 
 def require_engine(manifest: Manifest, place: Path) -> EngineRecord:
     """Return what the manifest says of its engines.
@@ -52,10 +59,15 @@ def check_match(record: EngineRecord, version: str, gpu: Gpu | None, place: Path
             " CPU (provider='cpu')"
         )
     if not _runs_gpu(record, gpu):
-        built_for = ", ".join(record.compute_capabilities or RTX_CAPABILITIES)
+        capabilities = ", ".join(record.compute_capabilities or RTX_CAPABILITIES)
+        built_for = f"{record.gpu or 'GPUs'} of compute capability {capabilities}"
+        size = ""
+        if record.gpu_processors is not None and record.gpu_memory_bytes is not None:
+            built_for += _size(record.gpu_processors, record.gpu_memory_bytes)
+            size = _size(gpu.processors, gpu.memory_bytes)
         raise ArtifactError(
-            f"the engine in {place.parent} was built for {record.gpu or 'GPUs'} of compute capability {built_for}, and"
-            f" this is {gpu.name}, {gpu.compute_capability}; {rebuild(record, place, gpu)}"
+            f"the engine in {place.parent} was built for {built_for}, and this is {gpu.name}, {gpu.compute_capability}"
+            f"{size}; {rebuild(record, place, gpu)}{_power_mode(record, gpu)}"
         )
 
 
@@ -85,7 +97,7 @@ def _runs_version(record: EngineRecord, version: str) -> bool:
     if not record.version_compatible:
         return version == record.version
     built, here = ([int(number) for number in re.findall(r"\d+", text)] for text in (record.version, version))
-    return here[0] == built[0] and here >= built
+    return here >= built and here[0] in (built[0], _ALSO_RUNS.get(built[0]))
 
 
 def _runs_gpu(record: EngineRecord, gpu: Gpu) -> bool:
@@ -93,4 +105,22 @@ def _runs_gpu(record: EngineRecord, gpu: Gpu) -> bool:
         return gpu.compute_capability in (record.compute_capabilities or RTX_CAPABILITIES)
     if record.hardware_compatible:
         return tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0)
-    return gpu.compute_capability in record.compute_capabilities and gpu.name == record.gpu
+    return (
+        gpu.compute_capability in record.compute_capabilities
+        and gpu.name == record.gpu
+        and gpu.processors == record.gpu_processors
+        and abs(gpu.memory_bytes - (record.gpu_memory_bytes or 0)) <= _MEMORY_TOLERANCE * gpu.memory_bytes
+    )
+
+
+def _size(processors: int, memory_bytes: int) -> str:
+    """Return the words that tell apart GPUs of one name."""
+    return f" with {processors} multiprocessors and {memory_bytes / 1e9:.1f} GB"
+
+
+def _power_mode(record: EngineRecord, gpu: Gpu) -> str:
+    """Return a hint for a Jetson that differs in size alone from the one that built the engines."""
+    alike = gpu.name == record.gpu and gpu.compute_capability in record.compute_capabilities
+    if not alike or not record.platform.endswith("aarch64"):
+        return ""
+    return "; on a Jetson, in the power mode that it runs in (nvpmodel turns multiprocessors off)"

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 
 import numpy as np
@@ -39,11 +40,12 @@ class LatencySummary:
 
 
 class LatencyCounter:
-    """Times of the calls of a policy."""
+    """Times of the calls of a policy, which threads may share."""
 
     def __init__(self) -> None:
         self._first: dict[str, float] = {}
         self._times: dict[str, deque[float]] = {}
+        self._lock = Lock()
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
@@ -51,19 +53,22 @@ class LatencyCounter:
         start = perf_counter()
         yield
         elapsed = 1e3 * (perf_counter() - start)
-        if kind in self._first:
-            self._times[kind].append(elapsed)
-        else:
-            self._first[kind], self._times[kind] = elapsed, deque(maxlen=KEPT_CALLS)
+        with self._lock:
+            if kind in self._first:
+                self._times[kind].append(elapsed)
+            else:
+                self._first[kind], self._times[kind] = elapsed, deque(maxlen=KEPT_CALLS)
 
     def reset(self) -> None:
         """Forget every call, the first ones too."""
-        self._first.clear()
-        self._times.clear()
+        with self._lock:
+            self._first.clear()
+            self._times.clear()
 
     def summary(self) -> tuple[LatencySummary, ...]:
         """Return the figures of every kind that was called."""
-        return tuple(self._summarize(kind) for kind in INCLUDES if kind in self._first)
+        with self._lock:
+            return tuple(self._summarize(kind) for kind in INCLUDES if kind in self._first)
 
     def _summarize(self, kind: str) -> LatencySummary:
         times = list(self._times[kind]) or [self._first[kind]]

@@ -11,6 +11,7 @@ from evla_compile.arguments import whole_number
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
+from evla_compile.runtime.kernel_cache import prepare_cache
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
 
 _DTYPES = {
@@ -115,7 +116,8 @@ class OnnxChain:
         cache: Path | None,
     ) -> None:
         """Load every part and check its signature; see `OnnxSession` for the arguments and errors."""
-        self._manifest, self._sessions = manifest, list[OnnxSession]()
+        self._manifest = manifest
+        sessions = []
         for part in manifest.parts:
             session = OnnxSession(
                 folder / part.model.name,
@@ -126,7 +128,8 @@ class OnnxChain:
                 cache=cache,
             )
             session.check_signature(part.inputs, part.outputs)
-            self._sessions.append(session)
+            sessions.append(session)
+        self._sessions = tuple(sessions)
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the chain once: the policy's inputs by name -> its outputs by name.
@@ -134,16 +137,17 @@ class OnnxChain:
         Raises:
             EvlaError: ONNX Runtime failed, or the chain is closed.
         """
-        if not self._sessions:
+        sessions = self._sessions  # another thread may close the chain
+        if not sessions:
             raise EvlaError("this policy is closed: load it again")
         values = dict(feeds)
-        for part, session in zip(self._manifest.parts, self._sessions, strict=True):
+        for part, session in zip(self._manifest.parts, sessions, strict=True):
             values |= session.run({spec.name: values[spec.name] for spec in part.inputs})
         return {spec.name: values[spec.name] for spec in self._manifest.outputs}
 
     def close(self) -> None:
         """Let the sessions go."""
-        self._sessions.clear()
+        self._sessions = ()
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
@@ -178,7 +182,7 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
     asked = PROVIDERS[provider]
     options = dict(asked.options)
     if provider == "tensorrt" and cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+        prepare_cache(cache)
         kept = ("trt_engine_cache", "trt_timing_cache")
         for name in kept:
             options |= {f"{name}_enable": "1", f"{name}_path": str(cache)}

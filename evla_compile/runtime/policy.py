@@ -137,9 +137,9 @@ def load(
         check_hashes: whether to read every file through for its SHA-256 first.
         mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes
             best: runs a policy larger than memory, loads at once, and makes every call slower. On the CPU only.
-        cuda_graph: whether to launch each call of an engine as one CUDA graph.
+        cuda_graph: whether to launch each call of an engine as one CUDA graph, captured while the policy is loaded.
         cache: folder for what is built at load time: engines and timings of "tensorrt", kernels of a TensorRT-RTX
-            engine; None keeps nothing.
+            engine; made if missing; None keeps nothing.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or not what its manifest says, or its engine is for another

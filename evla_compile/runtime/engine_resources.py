@@ -1,0 +1,84 @@
+"""What a session of engines has on the GPU, and the order in which it is given back; no torch."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evla_compile.errors import EvlaError
+from evla_compile.manifest import Part, TensorSpec
+from evla_compile.runtime.cuda import Cuda
+from evla_compile.runtime.kernel_cache import KernelCache
+
+
+class EngineResources:
+    """Engines, contexts, buffers, a stream and a graph.
+
+    Attributes:
+        lock: taken by whoever uses them: one call at a time, since all calls share the buffers and the stream. A
+            thread may take it again, since the garbage collector may give resources back in the middle of anything.
+        buffers: address on the GPU of every tensor of the chain, by name.
+        arrays: pinned host memory of the policy's own inputs and outputs, by name.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.lock = RLock()
+        self.runtime: Any = None
+        self.stream: Any = None
+        self.graph: Any = None
+        self.engines: list[Any] = []
+        self.contexts: list[Any] = []
+        self.kernels: list[KernelCache] = []
+        self.buffers: dict[str, int] = {}
+        self.arrays: dict[str, NDArray[Any]] = {}
+
+    def allocate(self, parts: Iterable[Part], policy: Iterable[TensorSpec]) -> None:
+        """Make one buffer on the GPU for every tensor of the chain, and one on the host for each of the policy's own.
+
+        Raises:
+            EvlaError: memory is short.
+        """
+        for part in parts:
+            for spec in (*part.inputs, *part.outputs):
+                if spec.name not in self.buffers:
+                    self.buffers[spec.name] = self.cuda.allocate(_size(spec))
+        for spec in policy:
+            self.arrays[spec.name] = self.cuda.pinned(spec.shape, spec.dtype)
+
+    def drain(self) -> None:
+        """Wait for what a failed call left in the stream; why it failed is already known, and errors are ignored."""
+        with suppress(EvlaError):
+            self.cuda.synchronize(self.stream)
+
+    def release(self) -> None:
+        """Give everything back, once nothing runs any more: the graph before the contexts, these before their engines.
+
+        Raises:
+            EvlaError: CUDA failed, or kernels could not be kept; everything was given back where that was possible.
+        """
+        with self.lock, ExitStack() as last:  # runs its callbacks in reverse, all of them even if one fails
+            if self.stream is not None:
+                last.callback(self.cuda.destroy_stream, self.stream)
+            for array in self.arrays.values():
+                last.callback(self.cuda.free_pinned, array)
+            for address in self.buffers.values():
+                last.callback(self.cuda.free, address)
+            last.callback(setattr, self, "runtime", None)
+            last.callback(self.engines.clear)
+            last.callback(self.contexts.clear)
+            for cache in self.kernels:
+                last.callback(cache.keep)
+            if self.graph is not None:
+                last.callback(self.cuda.destroy_graph, self.graph)
+            if self.stream is not None:
+                last.callback(self.cuda.synchronize, self.stream)
+            self.stream, self.graph = None, None
+            self.buffers, self.arrays, self.kernels = {}, {}, []
+
+
+def _size(spec: TensorSpec) -> int:
+    return int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
