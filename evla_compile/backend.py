@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
+from evla_compile.budgets import resolve
 from evla_compile.config import CompileConfig
 from evla_compile.dynamo_graph import find_sizes, read_graph
 from evla_compile.errors import PassError
@@ -26,7 +27,7 @@ from evla_compile.graph import (
     replace_tensor,
 )
 from evla_compile.passes import UnrollDiffusion
-from evla_compile.pipeline import build_passes, check_budgets, check_plan
+from evla_compile.pipeline import build_passes, check_plan
 from evla_compile.plan import Plan, plan_without_calibration
 from evla_compile.sites import (
     ACTION_MODEL,
@@ -70,7 +71,7 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
     config, plan, mode = _read_options(options or {})
     graph, order, held = read_graph(gm, inputs)
     sizes = find_sizes(graph)
-    check_budgets(config, sizes)
+    config = resolve(config, sizes)
     if plan is None:
         plan = plan_without_calibration(sizes.language, config)
     check_plan(plan, config, sizes)

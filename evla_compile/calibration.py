@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 from torch.nn import functional
 
+from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
@@ -24,7 +25,7 @@ from evla_compile.host import read_image
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
-from evla_compile.plan import Plan, check_layer_budget, kept_layers, kept_neurons
+from evla_compile.plan import Plan, most_important
 from evla_compile.sites import argument, decoder_layers, module_path
 from evla_compile.terminal import new_console
 
@@ -65,7 +66,7 @@ def calibrate(
     """
     config = config or CompileConfig()
     sizes = policy.sizes.language
-    check_layer_budget(config, sizes)
+    kept = kept_layer_count(config, sizes)
     observations = list(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
@@ -81,9 +82,12 @@ def calibrate(
     for image, instruction in bar:
         observer.observe(image, instruction)
     importance, scores = observer.importance(), observer.neuron_scores()
-    keep = kept_layers(config, importance)
-    if config.layer_rule == "greedy" and isinstance(config.keep_layers, int) and len(keep) < sizes.layers:
-        keep = _greedy_layers(policy, observations, len(keep), progress=progress)
+    if isinstance(config.keep_layers, tuple):
+        keep = config.keep_layers
+    elif config.layer_rule == "greedy" and kept < sizes.layers:
+        keep = _greedy_layers(policy, observations, kept, progress=progress)
+    else:
+        keep = most_important(importance, kept)
     count = kept_neurons(config, sizes.mlp_width)
     neurons = () if count == sizes.mlp_width else tuple(_top(scores[layer], count) for layer in keep)
     return Plan(

@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 import torch
 
+from evla_compile.budgets import resolve
 from evla_compile.checkpoint import Checkpoint, read_checkpoint
 from evla_compile.config import PRESETS, CompileConfig
 from evla_compile.estimate import Estimate, estimate_upstream, quick_estimates
 from evla_compile.model.policy import ModelSizes
-from evla_compile.pipeline import check_budgets
 from evla_compile.run_directory import naming
 from evla_compile.sizes import PublishedName, check_joints, published_sizes
 
@@ -85,9 +85,9 @@ def compare(
     """
     for name, config in configs.items():
         try:
-            check_budgets(config, sizes)
+            resolve(config, sizes)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}; ask for --dense, or for a --preset that fits") from error
+            raise ValueError(f"{name}: {error}") from error
     with step("count upstream's graph"):
         upstream = estimate_upstream(sizes, next(iter(configs.values())), dtype=dtype)
     with step(f"count the graphs of {', '.join(configs)}"):

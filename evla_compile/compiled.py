@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from evla_compile import host
+from evla_compile.budgets import resolve_tokens
 from evla_compile.calibration import Frame
 from evla_compile.camera_frame import CameraFrame
 from evla_compile.config import OPSET, CompileConfig, Precision
@@ -180,8 +181,8 @@ class CompiledPolicy(Predictor):
             text_tokens=self.config.text_tokens,
             batch_size=self.config.batch_size,
         )
-        budget = self.config.visual_tokens
-        if budget is None or budget == self.sizes.patches:
+        visual_tokens, _ = resolve_tokens(self.config, self.sizes.patches)
+        if visual_tokens == self.sizes.patches:
             kept = np.tile(np.arange(self.sizes.patches), (self.config.batch_size, 1))
         else:
             noise = np.zeros(self.noise_shape, dtype=np.float32)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias, get_args
 
-from evla_compile.arguments import is_listed, is_whole, number, whole_number
+from evla_compile.arguments import is_listed, is_real, is_whole, number, whole_number
 
 DIFFUSION_STEPS = 100
 """Length of the training noise schedule of every published CogACT (T in the paper)."""
@@ -43,6 +43,10 @@ LayerRule: TypeAlias = Literal["importance", "greedy"]
 LAYER_RULES: tuple[LayerRule, ...] = get_args(LayerRule)
 """All of them."""
 
+Share: TypeAlias = float
+"""A budget in proportion to what the model has, above 0 and below 1. A whole number is a count instead, so 1 is one
+layer; where everything may be kept, 1.0 does so, like None."""
+
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""
 
@@ -51,24 +55,29 @@ OPSET = 23
 class CompileConfig:
     """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
 
-    Budgets that depend on the model (layers, patches) are checked against it by `compile`. Numbers of numpy's types,
-    and a list, range or array of layer indices, become the plain values that the annotations name.
+    Defaults and presets are shares, which give the paper's numbers on CogACT's sizes (32 layers, 256 patches) and fit
+    other sizes as well. `evla_compile.budgets` turns them into numbers of a model, and refuses those that do not fit.
+    Numbers of numpy's types, and a list, range or array of layer indices, become the plain values that the annotations
+    name; shares of 1.0 become None.
 
     Raises:
         ValueError: a setting is out of its range; the message names it, its value and the legal range.
     """
 
-    keep_layers: int | tuple[int, ...] | None = 22
-    """Decoder layers kept (the paper's L): a count, for calibration to place; ascending indices; None for all."""
+    keep_layers: int | Share | tuple[int, ...] | None = 22 / 32
+    """Decoder layers kept (the paper's L): a count or a share of all, for calibration to place; ascending indices; None
+    for all."""
     layer_rule: LayerRule = "importance"
-    """Which layers go where `keep_layers` is a count: those of least "importance", by the paper's equation 1; or
+    """Which layers go where `keep_layers` names none: those of least "importance", by the paper's equation 1; or
     "greedy", not in the paper: one after the other, that without which the cognition feature moves least."""
     mlp_keep: float = 0.75
     """Share of every kept layer's MLP neurons that stays, rounded to a multiple of 64 neurons; 1.0 for all."""
-    visual_tokens: int | None = 56
-    """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included; None for all."""
-    key_tokens: int = 4
-    """Visual tokens always kept for their relevance to the instruction (the paper's K_key)."""
+    visual_tokens: int | Share | None = 56 / 256
+    """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included: a count or a share
+    of the patches; None for all."""
+    key_tokens: int | Share = 4 / 256
+    """Visual tokens always kept for their relevance to the instruction (the paper's K_key): a count or a share of the
+    patches."""
     task_share: float = 0.5
     """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
     cache_interval: int = 5
@@ -90,10 +99,8 @@ class CompileConfig:
             "mlp_keep": number("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True),
             "task_share": number("task_share", self.task_share, low=0.0, high=1.0),
             "cfg_scale": check_cfg_scale(self.cfg_scale),
-            "key_tokens": whole_number("key_tokens", self.key_tokens, low=1),
-            "visual_tokens": None
-            if self.visual_tokens is None
-            else whole_number("visual_tokens", self.visual_tokens, low=1),
+            "visual_tokens": _count_or_share_or_all("visual_tokens", self.visual_tokens),
+            "key_tokens": _count_or_share("key_tokens", self.key_tokens),
             "cache_interval": whole_number("cache_interval", self.cache_interval, low=1, high=DIFFUSION_STEPS),
             "text_tokens": check_text_tokens(self.text_tokens),
             "batch_size": whole_number("batch_size", self.batch_size, low=1, high=1024),
@@ -101,11 +108,8 @@ class CompileConfig:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-        if self.visual_tokens is not None and self.visual_tokens < self.key_tokens:
-            raise ValueError(
-                f"visual_tokens={self.visual_tokens} is below key_tokens={self.key_tokens}: the key tokens count"
-                " towards the budget; raise visual_tokens or lower key_tokens"
-            )
+        if type(self.visual_tokens) is type(self.key_tokens):  # else the model decides
+            check_key_tokens(self.visual_tokens, self.key_tokens)
 
     @classmethod
     def dense(
@@ -187,12 +191,23 @@ def check_text_tokens(budget: object) -> int:
     return whole_number("text_tokens", budget, low=4, high=2048)
 
 
-def _layers(keep: object) -> int | tuple[int, ...] | None:
+def check_key_tokens(visual_tokens: int | Share, key_tokens: int | Share) -> None:
+    """Refuse a budget of visual tokens that its key tokens alone exceed, both counts or both shares.
+
+    Raises:
+        ValueError: the message names both settings and a value that fits.
+    """
+    if visual_tokens < key_tokens:
+        raise ValueError(
+            f"visual_tokens={visual_tokens} is below key_tokens={key_tokens}: the key tokens count towards the budget;"
+            f" use visual_tokens={key_tokens} or more, or key_tokens={visual_tokens} or less"
+        )
+
+
+def _layers(keep: object) -> int | Share | tuple[int, ...] | None:
     """Return a budget of decoder layers as a plain value; a refusal names what is wrong with it."""
-    if keep is None:
-        return None
     if not is_listed(keep):
-        return whole_number("keep_layers", keep, low=1)
+        return _count_or_share_or_all("keep_layers", keep)
     if not len(keep) or any(not is_whole(index) or index < 0 for index in keep):
         raise ValueError(f"keep_layers={keep!r}: expected layer indices from 0, at least one")
     indices = tuple(int(index) for index in keep)
@@ -201,11 +216,28 @@ def _layers(keep: object) -> int | tuple[int, ...] | None:
     return indices
 
 
+def _count_or_share_or_all(name: str, budget: object) -> int | Share | None:
+    """Return a budget as a plain value: None and the share 1.0, which would equal one as a count, both as None."""
+    whole_share = is_real(budget) and not is_whole(budget) and budget == 1.0
+    return None if budget is None or whole_share else _count_or_share(name, budget)
+
+
+def _count_or_share(name: str, budget: object) -> int | Share:
+    """Return a budget as an int where it is a count, as a float where it is a share."""
+    if is_whole(budget) and budget >= 1:
+        return int(budget)
+    if is_real(budget) and not is_whole(budget) and 0.0 < budget < 1.0:
+        return float(budget)
+    count = f"; as a count, write {budget:.0f}" if isinstance(budget, float) and budget in range(1, 10_000) else ""
+    raise ValueError(f"{name}={budget!r}: expected a count from 1 up, or a share above 0.0 and below 1.0{count}")
+
+
 PRESETS: Mapping[str, CompileConfig] = MappingProxyType(
     {
-        f"l{layers}-t{tokens}": CompileConfig(keep_layers=layers, visual_tokens=tokens)
+        f"l{layers}-t{tokens}": CompileConfig(keep_layers=layers / 32, visual_tokens=tokens / 256)
         for layers in (28, 22)
         for tokens in (112, 56)
     }
 )
-"""EfficientVLA's rows of Table 2 by name: `l28-t112`, `l28-t56`, `l22-t112`, `l22-t56` (all with MLP 0.75 and N=5)."""
+"""EfficientVLA's rows of Table 2 by name: `l28-t112`, `l28-t56`, `l22-t112`, `l22-t56` (all with MLP 0.75 and N=5). The
+numbers are CogACT's, of 32 layers and 256 patches; other sizes keep the same shares."""

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, processors
 from torch import fx
 
+from evla_compile.budgets import kept_layer_count, resolve
 from evla_compile.capture import capture, capture_upstream
 from evla_compile.config import CompileConfig
 from evla_compile.devices import DEVICES, Device
@@ -21,8 +22,8 @@ from evla_compile.footprint import Footprint, footprint, footprint_by_part
 from evla_compile.graph import GraphPass, PassReport
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.pipeline import build_passes, check_budgets
-from evla_compile.plan import kept_layer_count, stand_in_plan
+from evla_compile.pipeline import build_passes
+from evla_compile.plan import stand_in_plan
 from evla_compile.processor import Processor
 from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
 
@@ -142,9 +143,8 @@ def quick_estimates(
     """
     short, shortened, kept = _shortened(sizes), {}, {}
     for name, config in configs.items():
-        check_budgets(config, sizes)
-        kept[name] = kept_layer_count(config, sizes.language.layers)
-        shortened[name] = replace(config, keep_layers=min(kept[name], short.language.layers))
+        kept[name] = kept_layer_count(config, sizes.language)
+        shortened[name] = replace(resolve(config, sizes), keep_layers=min(kept[name], short.language.layers))
     found = {
         name: _estimate(dtype, _extended(gm, short, sizes, kept[name]))
         for name, gm, _ in _rewrite(short, shortened, dtype)
@@ -198,7 +198,6 @@ def _rewrite(sizes: ModelSizes, configs: Mapping[str, CompileConfig], dtype: tor
     """Yield the finished graph of every configuration, those that begin alike behind each other."""
     pipelines: dict[tuple[int, int, float], dict[str, tuple[GraphPass, ...]]] = {}
     for name, config in configs.items():
-        check_budgets(config, sizes)
         captured = (config.batch_size, config.text_tokens, config.cfg_scale)
         pipelines.setdefault(captured, {})[name] = build_passes(config, stand_in_plan(sizes, config), sizes)
     policy = skeleton(sizes, dtype=dtype)

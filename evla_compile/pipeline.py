@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
+from evla_compile.budgets import kept_layer_count, kept_neurons, resolve, resolve_layers, resolve_tokens
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
@@ -22,14 +23,7 @@ from evla_compile.passes import (
     SpecializeShapes,
     UnrollDiffusion,
 )
-from evla_compile.plan import (
-    Plan,
-    check_layer_budget,
-    kept_layer_count,
-    kept_neurons,
-    needs_calibration,
-    plan_without_calibration,
-)
+from evla_compile.plan import Plan, needs_calibration, plan_without_calibration
 from evla_compile.report import CompileReport, measure_deviations
 
 COMPARED_FRAMES = 2
@@ -50,7 +44,8 @@ def compile(
 
     Args:
         policy: the dense policy, from `load`.
-        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`.
+        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`. The result holds it
+            with counts in place of shares.
         calibration: real observations, (image, instruction) pairs, to measure layers and neurons on. The report then
             also says how far the compiled policy is from the dense one on the first of them.
         plan: the result of an earlier `calibrate` for the same budgets, instead of measuring again.
@@ -63,8 +58,7 @@ def compile(
         ValueError: a budget does not fit the policy, or a frame is refused.
         PassError: the captured graph lacks a site that a rewrite needs.
     """
-    config = config or CompileConfig()
-    check_budgets(config, policy.sizes)
+    config = resolve(config or CompileConfig(), policy.sizes)
     frames = None if calibration is None else [Frame(*frame) for frame in calibration]
     for frame in frames or ():
         policy.processor.text(frame.instruction, config.text_tokens)  # refused here rather than behind the calibration
@@ -94,16 +88,22 @@ def compile(
 
 
 def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[GraphPass, ...]:
-    """Return the rewrites of a configuration and its plan, in their order; those without work are left out."""
+    """Return the rewrites of a configuration and its plan, in their order; those without work are left out.
+
+    Raises:
+        ValueError: a budget does not fit the sizes.
+    """
+    config = resolve(config, sizes)
     layers, width = sizes.language.layers, sizes.language.mlp_width
+    visual_tokens, key_tokens = resolve_tokens(config, sizes.patches)
     passes = (
         UnrollDiffusion(ddim_steps=config.ddim_steps),  # first: from here on, every graph yields samples
         PruneLayers(keep=plan.keep_layers) if len(plan.keep_layers) < layers else None,
         PruneMLP(neurons=tuple(zip(plan.keep_layers, plan.mlp_neurons, strict=True)))
         if kept_neurons(config, width) < width
         else None,  # after the layers, so that no deleted layer is sliced
-        SelectTokens(visual_tokens=config.visual_tokens, key_tokens=config.key_tokens, task_share=config.task_share)
-        if config.visual_tokens is not None and config.visual_tokens < sizes.patches
+        SelectTokens(visual_tokens=visual_tokens, key_tokens=key_tokens, task_share=config.task_share)
+        if visual_tokens < sizes.patches
         else None,  # behind the second layer of those that stay
         CacheFeatures(interval=config.cache_interval) if config.cache_interval > 1 else None,  # needs the unrolled loop
         NarrowLastLayer(),  # exact, but only the lossy passes decide which layer is last and how long its sequence is
@@ -113,39 +113,14 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
     return tuple(rewrite for rewrite in passes if rewrite is not None)
 
 
-def check_budgets(config: CompileConfig, sizes: ModelSizes) -> None:
-    """Refuse budgets that a model of these sizes does not have.
-
-    Raises:
-        ValueError: the message names the setting, its value and the legal range.
-    """
-    check_layer_budget(config, sizes.language)
-    tokens = config.visual_tokens
-    if tokens is not None and tokens > sizes.patches:
-        raise ValueError(f"visual_tokens={tokens}: the policy sees {sizes.patches} patches; None keeps them all")
-    if tokens is None or tokens == sizes.patches:
-        return
-    if sizes.language.kv_heads != sizes.language.heads:
-        raise ValueError(
-            f"visual_tokens={tokens}: relevance is defined for as many key as query heads, and this decoder has"
-            f" {sizes.language.kv_heads} and {sizes.language.heads}; use visual_tokens=None"
-        )
-    layers = kept_layer_count(config, sizes.language.layers)
-    if layers < 3:
-        raise ValueError(
-            f"visual_tokens={tokens} with {layers} decoder layers: selecting visual tokens needs two layers below it"
-            " and one above; keep at least 3 layers, or visual_tokens=None"
-        )
-
-
 def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
     """Refuse a plan that was made for other budgets or another model.
 
     Raises:
         CalibrationError: the message says what differs.
     """
-    kept, language = config.keep_layers, sizes.language
-    wanted = kept_layer_count(config, language.layers)
+    language = sizes.language
+    kept, wanted = resolve_layers(config, language), kept_layer_count(config, language)
     ascending = all(a < b for indices in (plan.keep_layers, *plan.mlp_neurons) for a, b in pairwise(indices))
     if len(plan.keep_layers) != wanted or (isinstance(kept, tuple) and kept != plan.keep_layers) or not ascending:
         raise CalibrationError(

@@ -10,16 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
 
 if TYPE_CHECKING:
     from evla_compile.model.language import LanguageSizes
     from evla_compile.model.policy import ModelSizes
-
-NEURON_MULTIPLE = 64
-"""MLP widths are cut to multiples of this, which matrix units like."""
-
 
 _MAX_LAYERS, _MAX_NEURONS = 256, 100_000  # beyond any decoder; see `Plan.from_json`
 
@@ -93,7 +90,6 @@ def plan_without_calibration(sizes: "LanguageSizes", config: CompileConfig) -> P
         CalibrationError: a budget needs measuring; nothing is ever calibrated on made-up data.
         ValueError: a budget does not fit the policy.
     """
-    check_layer_budget(config, sizes)
     if needs_calibration(sizes, config):
         raise CalibrationError(
             f"keep_layers={config.keep_layers} and mlp_keep={config.mlp_keep} need to know which layers and neurons the"
@@ -114,54 +110,27 @@ def stand_in_plan(sizes: "ModelSizes", config: CompileConfig) -> Plan:
         ValueError: a budget does not fit the policy.
     """
     language = sizes.language
-    check_layer_budget(config, language)
     named, neurons = config.keep_layers, kept_neurons(config, language.mlp_width)
-    keep = named if isinstance(named, tuple) else tuple(range(kept_layer_count(config, language.layers)))
+    keep = named if isinstance(named, tuple) else tuple(range(kept_layer_count(config, language)))
     mlp_neurons = (tuple(range(neurons)),) * len(keep) if neurons < language.mlp_width else ()
     return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=mlp_neurons, frames=0)
 
 
 def needs_calibration(sizes: "LanguageSizes", config: CompileConfig) -> bool:
-    """Tell whether a budget leaves open which layers or neurons stay, so that only measurements can place it."""
-    counted = isinstance(config.keep_layers, int) and config.keep_layers < sizes.layers
+    """Tell whether a budget leaves open which layers or neurons stay, so that only measurements can place it.
+
+    Raises:
+        ValueError: a budget does not fit the decoder.
+    """
+    kept = kept_layer_count(config, sizes)  # refuses layers that the decoder lacks, named ones too
+    counted = not isinstance(config.keep_layers, tuple) and kept < sizes.layers
     return counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width
 
 
-def kept_layer_count(config: CompileConfig, layers: int) -> int:
-    """Return how many of the decoder's layers stay."""
-    keep = config.keep_layers
-    if isinstance(keep, tuple):
-        return len(keep)
-    return layers if keep is None else keep
-
-
-def check_layer_budget(config: CompileConfig, sizes: "LanguageSizes") -> None:
-    """Refuse a layer budget that the decoder does not have.
-
-    Raises:
-        ValueError: the message names the setting and the legal range.
-    """
-    keep = config.keep_layers
-    if isinstance(keep, int) and keep > sizes.layers:
-        raise ValueError(f"keep_layers={keep}: the decoder has {sizes.layers} layers")
-    if isinstance(keep, tuple) and keep[-1] >= sizes.layers:
-        raise ValueError(f"keep_layers={keep}: the decoder has the layers 0 to {sizes.layers - 1}")
-
-
-def kept_layers(config: CompileConfig, importance: Sequence[float]) -> tuple[int, ...]:
-    """Return the layers that stay, ascending: the least important go, the lower index first among equals."""
-    if isinstance(config.keep_layers, tuple):
-        return config.keep_layers
-    count = len(importance) if config.keep_layers is None else config.keep_layers
+def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
+    """Return the `count` layers that stay, ascending: the least important go, the lower index first among equals."""
     ranked = sorted(range(len(importance)), key=lambda layer: (importance[layer], layer))
     return tuple(sorted(ranked[len(importance) - count :]))
-
-
-def kept_neurons(config: CompileConfig, width: int) -> int:
-    """Return how many of an MLP's `width` neurons stay: the share, rounded to a multiple of 64, at least 64."""
-    if config.mlp_keep == 1.0:
-        return width
-    return min(width, max(1, round(config.mlp_keep * width / NEURON_MULTIPLE)) * NEURON_MULTIPLE)
 
 
 def _to_ranges(ascending: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ import evla_compile as evla
 from evla_compile.calibration import Frame, calibrate, read_frames
 from evla_compile.config import CompileConfig
 from evla_compile.model.policy import CogACT
-from evla_compile.plan import Plan, kept_layers, kept_neurons, plan_without_calibration
+from evla_compile.plan import Plan, most_important, plan_without_calibration
 from evla_compile.tolerances import TOLERANCES, check
 
 
@@ -106,15 +106,7 @@ def test_all_budgets_open_keep_everything(tiny_policy: CogACT, frames: list[Fram
 
 
 def test_importance_ranks_and_the_lower_index_goes_first_among_equals() -> None:
-    assert kept_layers(CompileConfig(keep_layers=2), (0.5, 0.1, 0.1, 0.1)) == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("share", "width", "kept"),
-    [(0.75, 11008, 8256), (1.0, 172, 172), (0.75, 172, 128), (0.01, 172, 64), (0.5, 40, 40), (0.99, 128, 128)],
-)
-def test_mlp_width_is_rounded_to_a_multiple_of_64(share: float, width: int, kept: int) -> None:
-    assert kept_neurons(CompileConfig(mlp_keep=share), width) == kept
+    assert most_important((0.5, 0.1, 0.1, 0.1), 2) == (0, 3)
 
 
 def test_plan_survives_json(plan: Plan, tmp_path: Path) -> None:

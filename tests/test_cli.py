@@ -25,7 +25,7 @@ from tests.command_line import Outcome, evla, refused
 Groups = dict[str, dict[str, Tensor]]
 INSTRUCTION, KEY = "pick up the apple", "bridge_orig"
 LONG = "push the red apple and the yellow sponge to the left edge of the wooden table and then to the right edge"
-BUDGETS = ("--keep-layers", "4", "--visual-tokens", "56", "--cache-interval", "2", "--ddim-steps", "2")
+BUDGETS = ("--visual-tokens", "0.22", "--cache-interval", "2", "--ddim-steps", "2")
 
 
 def write_frames(folder: Path, frame: Image.Image, *instructions: str) -> Path:
@@ -143,7 +143,7 @@ def test_compile_reports_its_passes_and_what_to_do_next(compiled: tuple[Path, Ou
     assert "load the policy" in outcome.err
 
 
-def test_compile_takes_its_options_as_settings(artifact: Path) -> None:
+def test_compile_records_its_settings_in_numbers_of_the_policy(artifact: Path) -> None:
     config = read_manifest(find_manifest(artifact)).config
     assert (config.keep_layers, config.visual_tokens, config.cache_interval, config.ddim_steps) == (4, 56, 2, 2)
     assert (config.mlp_keep, config.key_tokens, config.cfg_scale) == (0.75, 4, 1.5)
@@ -285,7 +285,6 @@ def test_estimate_prints_json(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "l28-t112: keep_layers=28: the decoder has 6 layers; ask for --dense, or for a --preset that fits"),
         (("--preset", "l9"), "unknown preset 'l9'; expected one of l22-t112"),
         (("--dense", "--text-tokens", "3"), "text_tokens=3"),
     ],
@@ -320,14 +319,14 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--keep-layers", "some"), "--keep-layers some: expected a count as in 22, indices as in 0,1,4, or all"),
-        (("--keep-layers", "7"), "keep_layers=7: the decoder has 6 layers"),
+        (("--keep-layers", "some"), "--keep-layers some: expected a count as in 22, a share as in 0.69"),
+        (("--keep-layers", "7"), "keep_layers=7: the decoder has 6 layers; use keep_layers=1 to 6"),
         (("--keep-layers", "0"), "keep_layers=0"),
         (("--keep-layers", "0,1,9"), "the decoder has the layers 0 to 5"),
         (("--keep-layers", "0,1,1"), "indices must ascend without repeats"),
         (("--keep-layers", "2,1"), "indices must ascend without repeats"),
         (("--keep-layers", "2"), "needs two layers below it and one above"),
-        (("--visual-tokens", "few"), "--visual-tokens few: expected a count as in 56, or all"),
+        (("--visual-tokens", "few"), "--visual-tokens few: expected a count as in 56, a share as in 0.22, or all"),
         (("--keep-layers", "4", "--visual-tokens", "257"), "visual_tokens=257: the policy sees 256 patches"),
         (("--visual-tokens", "3"), "visual_tokens=3 is below key_tokens=4"),
         (("--mlp-keep", "0"), "mlp_keep=0.0: expected a number in (0.0, 1.0]"),
@@ -341,7 +340,10 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         (("--dense", "--opset", "17"), "--opset 17: expected one from 18 to 23"),
         (("--dense", "--parts", "99"), "parts=99: the policy keeps 6 decoder layers"),
         (("--dense", "--keep-layers", "0,1,2,4", "--parts", "6"), "parts=6: the policy keeps 4 decoder layers"),
-        (("--keep-layers", "4"), "give calibration= frames of the robot's task"),
+        ((), "give calibration= frames of the robot's task"),
+        (("--keep-layers", "4.5"), "keep_layers=4.5: expected a count from 1 up, or a share above 0.0"),
+        (("--keep-layers", "nan"), "keep_layers=nan: expected a count from 1 up, or a share above 0.0"),
+        (("--key-tokens", "most"), "--key-tokens most: expected a count as in 4, or a share as in 0.016"),
         (("--dense", "--tokenizer", "/nowhere"), "tokenizer='/nowhere': expected a tokenizer.json or its folder"),
         (("--dense", "--plan", "/nowhere.json"), "plan /nowhere.json"),
         (("--dense", "--calibration", "/nowhere"), "/nowhere/frames.jsonl cannot be read"),

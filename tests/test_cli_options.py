@@ -64,9 +64,9 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
 @pytest.mark.parametrize(
     ("given", "dense", "expected"),
     [
-        ({"key_tokens": 99}, True, "--key-tokens 99 would decide nothing, since every visual token is kept"),
+        ({"key_tokens": "99"}, True, "--key-tokens 99 would decide nothing, since every visual token is kept"),
         ({"task_share": 0.5}, True, "--task-share 0.5 would decide nothing"),
-        ({"visual_tokens": "all", "key_tokens": 4}, False, "leave --key-tokens out"),
+        ({"visual_tokens": "all", "key_tokens": "4"}, False, "leave --key-tokens out"),
         ({"layer_rule": "greedy"}, True, "--layer-rule greedy would decide nothing, since no layer is left to a rule"),
         ({"keep_layers": "0,1,4", "layer_rule": "importance"}, False, "give --keep-layers a count"),
     ],
@@ -79,7 +79,7 @@ def test_an_option_that_decides_nothing_is_refused(given: dict[str, object], den
 
 def test_options_that_decide_something_pass() -> None:
     options = dict.fromkeys(CompileConfig().to_json())
-    given = options | {"visual_tokens": "20", "key_tokens": 9, "keep_layers": "3", "layer_rule": "greedy"}
+    given = options | {"visual_tokens": "20", "key_tokens": "9", "keep_layers": "3", "layer_rule": "greedy"}
     config = read_config(given, preset=None, dense=True)
     assert (config.visual_tokens, config.key_tokens, config.keep_layers) == (20, 9, 3)
 

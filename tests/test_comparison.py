@@ -70,5 +70,5 @@ def test_a_budget_that_does_not_fit_is_refused_by_its_name_before_anything_is_co
     def step(what: str) -> None:
         raise AssertionError(what)
 
-    with pytest.raises(ValueError, match=r"l22-t56: keep_layers=22: the decoder has 4 layers; ask for --dense"):
-        compare(small_sizes, {"l22-t56": PRESETS["l22-t56"]}, dtype=torch.float32, step=step)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mine: keep_layers=22: the decoder has 4 layers; use keep_layers=1 to 4"):
+        compare(small_sizes, {"mine": CompileConfig(keep_layers=22)}, dtype=torch.float32, step=step)  # type: ignore[arg-type]

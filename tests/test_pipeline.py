@@ -12,14 +12,16 @@ from PIL import Image
 
 import evla_compile as evla
 from evla_compile import pipeline
+from evla_compile.budgets import resolve
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PRESETS, CompileConfig
 from evla_compile.graph import held_tensor
 from evla_compile.model.policy import CogACT
-from evla_compile.pipeline import build_passes, check_budgets, check_plan
+from evla_compile.pipeline import build_passes, check_plan
 from evla_compile.plan import Plan
 from evla_compile.processor import draw_noise
+from evla_compile.sizes import published_sizes
 from evla_compile.tolerances import TOLERANCES, check
 
 BUDGETS = CompileConfig(keep_layers=4)
@@ -32,7 +34,13 @@ def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def compiled(tiny_policy: CogACT, frames: list[Frame]) -> CompiledPolicy:
-    return evla.compile(tiny_policy, BUDGETS, calibration=frames, progress=False)
+    return evla.compile(tiny_policy, calibration=frames, progress=False)
+
+
+def test_defaults_fit_a_decoder_of_another_depth_and_are_recorded_in_numbers(compiled: CompiledPolicy) -> None:
+    found = compiled.report.to_json()["config"]
+    assert (found["keep_layers"], found["visual_tokens"], found["key_tokens"]) == (4, 56, 4)
+    assert compiled.report.config == compiled.config
 
 
 def test_paper_row_runs_all_passes_in_their_order(compiled: CompiledPolicy) -> None:
@@ -176,7 +184,8 @@ def test_a_plan_for_something_else_is_refused(
 
 
 def test_presets_are_the_rows_of_table_2() -> None:
-    rows = {name: (config.keep_layers, config.visual_tokens) for name, config in PRESETS.items()}
+    counts = {name: resolve(config, published_sizes("base")) for name, config in PRESETS.items()}
+    rows = {name: (config.keep_layers, config.visual_tokens) for name, config in counts.items()}
     assert rows == {"l28-t112": (28, 112), "l28-t56": (28, 56), "l22-t112": (22, 112), "l22-t56": (22, 56)}
     assert all(config.mlp_keep == 0.75 and config.cache_interval == 5 for config in PRESETS.values())
     assert CompileConfig.preset("l22-t56") == CompileConfig()
@@ -217,6 +226,6 @@ def test_an_instruction_beyond_the_text_budget_is_refused_before_the_work(
 
 def test_selection_needs_as_many_key_as_query_heads(tiny_policy: CogACT) -> None:
     sizes = replace(tiny_policy.sizes, language=replace(tiny_policy.sizes.language, kv_heads=2))
-    check_budgets(CompileConfig(keep_layers=4, visual_tokens=None), sizes)
+    resolve(CompileConfig(keep_layers=4, visual_tokens=None), sizes)
     with pytest.raises(ValueError, match="as many key as query heads"):
-        check_budgets(BUDGETS, sizes)
+        resolve(BUDGETS, sizes)

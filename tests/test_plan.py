@@ -37,4 +37,4 @@ def test_a_stand_in_for_a_dense_configuration_keeps_everything(sizes: ModelSizes
 
 def test_a_budget_that_the_policy_lacks_is_refused(sizes: ModelSizes) -> None:
     with pytest.raises(ValueError, match="keep_layers=22: the decoder has 4 layers"):
-        stand_in_plan(sizes, CompileConfig())
+        stand_in_plan(sizes, CompileConfig(keep_layers=22))

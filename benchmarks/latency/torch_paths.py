@@ -26,7 +26,7 @@ from evla_compile import __version__
 from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.estimate import skeleton
 from evla_compile.model.policy import CogACT
-from evla_compile.plan import kept_layer_count, stand_in_plan
+from evla_compile.plan import stand_in_plan
 from evla_compile.tolerances import relative_error
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -74,9 +74,6 @@ def main() -> None:
     console, device, dtype = Console(stderr=True), torch.device(settings.device), getattr(torch, settings.dtype)
     sizes = SIZES[settings.size]
     config = CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
-    layers = sizes.language.layers
-    if layers < kept_layer_count(config, layers):
-        config = CompileConfig(text_tokens=PAPER_TEXT_TOKENS, keep_layers=round(22 / 32 * layers))
     policy = make_policy(settings.size, device, dtype, seed=0)
     paths = make_paths(policy, config, device)
     arrays = draw_inputs(sizes, seed=0).arrays

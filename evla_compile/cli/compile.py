@@ -46,13 +46,15 @@ def compile_policy(
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
-    keep_layers: Annotated[str | None, typer.Option(metavar="N|i,j,k|all", help="Decoder layers kept.")] = None,
+    keep_layers: Annotated[str | None, typer.Option(metavar="N|SHARE|i,j,k|all", help="Decoder layers kept.")] = None,
     layer_rule: Annotated[
         LayerRule | None, typer.Option(help="Which layers go: the paper's importance, or one after the other.")
     ] = None,
     mlp_keep: Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")] = None,
-    visual_tokens: Annotated[str | None, typer.Option(metavar="N|all", help="Visual tokens kept.")] = None,
-    key_tokens: Annotated[int | None, typer.Option(help="Of these, always kept by relevance.")] = None,
+    visual_tokens: Annotated[str | None, typer.Option(metavar="N|SHARE|all", help="Visual tokens kept.")] = None,
+    key_tokens: Annotated[str | None, typer.Option(metavar="N|SHARE", help="Of these, always kept by relevance.")] = (
+        None
+    ),
     task_share: Annotated[float | None, typer.Option(help="Share of the others kept by relevance.")] = None,
     cache_interval: Annotated[int | None, typer.Option(help="Denoising steps from one recomputation to the next.")] = (
         None
@@ -75,23 +77,24 @@ def compile_policy(
     config = read_config(ctx.params, preset=preset, dense=dense)
     check_target(out)
     with step("import torch and transformers"):
+        from evla_compile.budgets import kept_layer_count, resolve
         from evla_compile.checkpoint import read_checkpoint
         from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
-        from evla_compile.pipeline import check_budgets, check_plan
-        from evla_compile.plan import kept_layer_count, needs_calibration, plan_without_calibration
+        from evla_compile.pipeline import check_plan
+        from evla_compile.plan import needs_calibration, plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration)
     chosen = None if plan is None else read_plan(plan)
     # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
     sizes = read_checkpoint(run_dir).sizes
-    check_budgets(config, sizes)
+    config = resolve(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
     elif frames is None or not (needs_calibration(sizes.language, config) or precision == "float16"):
         chosen = plan_without_calibration(sizes.language, config)
-    check_parts(parts, kept_layer_count(config, sizes.language.layers) if chosen is None else len(chosen.keep_layers))
+    check_parts(parts, kept_layer_count(config, sizes.language) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
         with step("load the policy"):
             policy = evla.load(run_dir, tokenizer=tokenizer, deferred=True)

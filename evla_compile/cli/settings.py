@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evla_compile.artifact import find_manifest
-from evla_compile.config import CompileConfig
+from evla_compile.config import CompileConfig, Share
 from evla_compile.manifest import read_manifest
 from evla_compile.plan import Plan
 
@@ -25,10 +25,9 @@ def read_config(options: Mapping[str, Any], *, preset: str | None, dense: bool) 
     elif preset is not None:
         base = CompileConfig.preset(preset)
     given = {name: options[name] for name in base.to_json() if options[name] is not None}
-    if "keep_layers" in given:
-        given["keep_layers"] = _layers(given["keep_layers"])
-    if "visual_tokens" in given:
-        given["visual_tokens"] = _tokens(given["visual_tokens"])
+    for name, read in (("keep_layers", _layers), ("visual_tokens", _tokens), ("key_tokens", _key_tokens)):
+        if name in given:
+            given[name] = read(given[name])
     config = replace(base, **given)
     _refuse_idle(config, given)
     return config
@@ -65,17 +64,31 @@ def read_plan(path: Path) -> Plan:
     return Plan.load(path)
 
 
-def _layers(text: str) -> int | tuple[int, ...] | None:
+def _layers(text: str) -> int | Share | tuple[int, ...] | None:
     try:
         if text == "all":
             return None
-        return tuple(int(index) for index in text.split(",")) if "," in text else int(text)
+        return tuple(int(index) for index in text.split(",")) if "," in text else _number(text)
     except ValueError as error:
-        raise ValueError(f"--keep-layers {text}: expected a count as in 22, indices as in 0,1,4, or all") from error
+        raise ValueError(
+            f"--keep-layers {text}: expected a count as in 22, a share as in 0.69, indices as in 0,1,4, or all"
+        ) from error
 
 
-def _tokens(text: str) -> int | None:
+def _tokens(text: str) -> int | Share | None:
     try:
-        return None if text == "all" else int(text)
+        return None if text == "all" else _number(text)
     except ValueError as error:
-        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, or all") from error
+        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, a share as in 0.22, or all") from error
+
+
+def _key_tokens(text: str) -> int | Share:
+    try:
+        return _number(text)
+    except ValueError as error:
+        raise ValueError(f"--key-tokens {text}: expected a count as in 4, or a share as in 0.016") from error
+
+
+def _number(text: str) -> int | Share:
+    """Return a count where `text` is a whole number, else a share: "1" is one, "1.0" is all."""
+    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
