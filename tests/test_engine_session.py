@@ -611,8 +611,9 @@ def test_a_call_that_fails_is_named(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"provider": "engine", "mapped": True}, "mapped= and threads= are for the CPU"),
-        ({"provider": "engine", "threads": 2}, "mapped= and threads= are for the CPU"),
+        ({"provider": "engine", "mapped": True}, "mapped=, threads= and allow_cpu= are for ONNX Runtime"),
+        ({"provider": "engine", "allow_cpu": True}, "mapped=, threads= and allow_cpu= are for ONNX Runtime"),
+        ({"provider": "engine", "threads": 2}, "mapped=, threads= and allow_cpu= are for ONNX Runtime"),
         ({"provider": "cpu", "cuda_graph": True}, "cuda_graph=True with provider='cpu'"),
         ({"provider": "engine", "cache": "x"}, "cache=x with TensorRT, which compiles when it builds"),
     ],

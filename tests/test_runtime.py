@@ -340,6 +340,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path, to
         ({"threads": 0}, "threads=0"),
         ({"threads": True}, "threads=True"),
         ({"threads": 1.5}, "threads=1.5"),
+        ({"allow_cpu": True}, "allow_cpu=True with provider='cpu'"),
         ({"mapped": True, "provider": "cuda"}, "mapped=True with provider='cuda'"),
     ],
 )
@@ -515,6 +516,52 @@ def test_every_public_name_resolves(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'evla_compile' has no attribute 'decompile'"):
         getattr(evla_compile, "decompile")  # noqa: B009  mypy knows that the name is not there
+
+
+# Operators that a provider leaves to the CPU
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A real provider other than the CPU's, which takes no operator at all: every package of ONNX Runtime has it."""
+    name = "AzureExecutionProvider"
+    if name not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {name}")
+    row = replace(PROVIDERS["openvino"], name=name, options={})
+    monkeypatch.setattr(onnx_session, "PROVIDERS", {**PROVIDERS, "openvino": row})
+    return name
+
+
+def test_operators_that_fall_back_to_the_cpu_are_refused_by_name(artifact: Path, remote: str) -> None:
+    message = r"provider='openvino': .* puts 14 of 14 operators of .*model\.onnx on the CPU: \S* \(Cast\), "
+    with pytest.raises(EvlaError, match=message + r".* and 9 more; export with opset=20.*allow_cpu=True, or evla run"):
+        load(artifact, "openvino")
+
+
+def test_operators_may_run_on_the_cpu_and_are_named_where_that_is_asked_for(
+    artifact: Path, remote: str, inputs: dict[str, NDArray[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        policy = load(artifact, "openvino", allow_cpu=True)
+    assert "puts 14 of 14 operators of" in caplog.text
+    assert np.array_equal(policy.sample(**inputs), load(artifact).sample(**inputs))
+
+
+def test_an_older_onnx_runtime_refuses_to_fall_back_without_naming_operators(
+    artifact: Path, remote: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+    with pytest.raises(EvlaError, match=r"puts operators of .*model\.onnx on the CPU, which a newer one would name"):
+        load(artifact, "openvino")
+    with caplog.at_level("WARNING"):
+        load(artifact, "openvino", allow_cpu=True)
+    assert "does not say which operators" in caplog.text
+
+
+def test_the_cpu_itself_is_asked_for_and_nothing_is_reported(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        load(artifact)
+    assert not caplog.records
 
 
 # The table of providers

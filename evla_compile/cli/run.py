@@ -47,13 +47,18 @@ def run(
     mapped: Annotated[bool, typer.Option("--mapped", help="Leave the weights in their file: slower, less memory.")] = (
         False
     ),
+    allow_cpu: Annotated[
+        bool, typer.Option("--allow-cpu", help="Let operators that the provider lacks run on the CPU.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the action chunk for a camera frame on ONNX Runtime or TensorRT; imports no torch."""
     from evla_compile.host import read_image
 
     frame = read_image(image)
-    policy = evla.runtime.load(artifact, provider, mapped=mapped, cuda_graph=cuda_graph, cache=cache)
+    policy = evla.runtime.load(
+        artifact, provider, mapped=mapped, cuda_graph=cuda_graph, cache=cache, allow_cpu=allow_cpu
+    )
     for _ in range(repeat):
         actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed)
     latency = policy.latency.summary() if repeat > 1 else ()

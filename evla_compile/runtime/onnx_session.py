@@ -12,6 +12,7 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
 from evla_compile.runtime.kernel_cache import prepare_cache
+from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
 
 _DTYPES = {
@@ -41,6 +42,7 @@ class OnnxSession:
         mapped: bool,
         weight_bytes: int,
         cache: Path | None = None,
+        allow_cpu: bool = False,
     ) -> None:
         """Load a file; its external data is found beside it.
 
@@ -51,10 +53,13 @@ class OnnxSession:
             mapped: whether weights stay in their file; see `evla_compile.runtime.load`.
             weight_bytes: size of the file and its external data.
             cache: folder for the engines and timings of "tensorrt", made if missing; None keeps none.
+            allow_cpu: whether operators that the provider does not take may run on the CPU; they are then reported as
+                a warning.
 
         Raises:
-            ValueError: `provider`, `threads` or `mapped` is out of range.
-            EvlaError: ONNX Runtime is not installed, lacks the provider, or needs more memory than is free.
+            ValueError: `provider`, `threads`, `mapped`, `cache` or `allow_cpu` is out of range.
+            EvlaError: ONNX Runtime is not installed, lacks the provider, puts operators on the CPU though the provider
+                is another one, or needs more memory than is free.
             ArtifactError: ONNX Runtime refuses the file.
         """
         if provider not in PROVIDERS:
@@ -65,10 +70,12 @@ class OnnxSession:
             raise ValueError(f"mapped=True with provider={provider!r}: expected provider='cpu', which maps files")
         if cache is not None and provider != "tensorrt":
             raise ValueError(f"cache={cache} with provider={provider!r}, which builds nothing worth keeping")
+        if allow_cpu and provider == "cpu":
+            raise ValueError("allow_cpu=True with provider='cpu', which runs everything there: leave it out")
         if not mapped and provider == "cpu":
             _check_memory(model, weight_bytes)
         self._model = model
-        self._session = _open(model, provider, threads, cache, mapped=mapped)
+        self._session = _open(model, provider, threads, cache, mapped=mapped, allow_cpu=allow_cpu)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -114,6 +121,7 @@ class OnnxChain:
         threads: int | None,
         mapped: bool,
         cache: Path | None,
+        allow_cpu: bool,
     ) -> None:
         """Load every part and check its signature; see `OnnxSession` for the arguments and errors."""
         self._manifest = manifest
@@ -126,6 +134,7 @@ class OnnxChain:
                 mapped=mapped,
                 weight_bytes=sum(record.size for record in part.files),
                 cache=cache,
+                allow_cpu=allow_cpu,
             )
             session.check_signature(part.inputs, part.outputs)
             sessions.append(session)
@@ -174,11 +183,7 @@ def _check_memory(model: Path, weight_bytes: int) -> None:
 
 
 def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers to ask for, in order; what the wanted one cannot compute goes to the next.
-
-    TensorRT hands on what it cannot build to CUDA. Every provider but the CPU's may hand on to the CPU what moves or
-    compares a few numbers, which ONNX Runtime itself prefers to run there.
-    """
+    """Return the providers to ask for, in order; what TensorRT cannot build goes to CUDA."""
     asked = PROVIDERS[provider]
     options = dict(asked.options)
     if provider == "tensorrt" and cache is not None:
@@ -190,7 +195,15 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
     return [(asked.name, options), *((other.name, dict(other.options)) for other in behind)]
 
 
-def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path | None, *, mapped: bool) -> Any:
+def _open(
+    model: Path,
+    provider: OnnxProvider,
+    threads: int | None,
+    cache: Path | None,
+    *,
+    mapped: bool,
+    allow_cpu: bool,
+) -> Any:
     asked = PROVIDERS[provider]
     try:
         # An optional dependency, and one without type stubs.
@@ -208,6 +221,8 @@ def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path 
         options.intra_op_num_threads = threads
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if provider != "cpu":
+        prepare_placement(options, onnxruntime, allow_cpu=allow_cpu)
     try:
         # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
         session = onnxruntime.InferenceSession(
@@ -218,6 +233,8 @@ def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path 
             disabled_optimizers=list(asked.disabled_optimizers),
         )
     except _runtime_errors() as error:
+        if is_refusal(error):
+            raise EvlaError(refusal(model, provider, onnxruntime)) from error
         raise ArtifactError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {error}; install a newer one, or export with"
             " a lower opset"
@@ -228,4 +245,6 @@ def _open(model: Path, provider: OnnxProvider, threads: int | None, cache: Path 
             f"provider={provider!r}: expected {wanted}, but ONNX Runtime {onnxruntime.__version__} took"
             f" {', '.join(taken)}; its log says why: most often CUDA or cuDNN is missing or of another version"
         )
+    if provider != "cpu":
+        check_placement(session, model, provider, onnxruntime, allow_cpu=allow_cpu)
     return session

@@ -124,6 +124,7 @@ def load(
     mapped: bool = False,
     cuda_graph: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    allow_cpu: bool = False,
 ) -> RuntimePolicy:
     """Load an exported policy; imports neither torch nor transformers.
 
@@ -131,12 +132,13 @@ def load(
         path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, or that manifest.
         provider: "engine" for the TensorRT engine in the artifact; or ONNX Runtime on the "cpu", with onnxruntime-gpu
             on "cuda" or "tensorrt", with onnxruntime-openvino on "openvino" (a CPU's). None is "engine" for an
-            `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider;
-            but ONNX Runtime keeps operators on the CPU that the provider lacks.
+            `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider.
         threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
         check_hashes: whether to read every file through for its SHA-256 first.
         mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes
             best: runs a policy larger than memory, loads at once, and makes every call slower. On the CPU only.
+        allow_cpu: whether ONNX Runtime may run on the CPU the operators that another provider does not take; each is
+            named in a warning. Otherwise they are an error that names them.
         cuda_graph: whether to launch each call of an engine as one CUDA graph, captured while the policy is loaded.
         cache: folder for what is built at load time: engines and timings of "tensorrt", kernels of a TensorRT-RTX
             engine; made if missing; None keeps nothing.
@@ -163,10 +165,12 @@ def load(
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
     kept = None if cache is None else Path(cache)
     if chosen == "engine":
-        if mapped or threads is not None:
-            raise ValueError("mapped= and threads= are for the CPU: leave them out with provider='engine'")
+        if mapped or threads is not None or allow_cpu:
+            raise ValueError("mapped=, threads= and allow_cpu= are for ONNX Runtime: leave them out with an engine")
         return RuntimePolicy(EngineSession(place, manifest, cuda_graph=cuda_graph, cache=kept), manifest, processor)
-    session = OnnxChain(manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept)
+    session = OnnxChain(
+        manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept, allow_cpu=allow_cpu
+    )
     return RuntimePolicy(session, manifest, processor)
 
 
