@@ -118,7 +118,7 @@ def run_onnx(job: Job, *, dense: bool) -> Result:
     policy = _timed(
         times, "load, s", lambda: evla.runtime.load(folder, threads=job.threads, check_hashes=False, mapped=True)
     )
-    case = read_cases(folder / "cases.npz")[0]
+    case = read_cases(folder / "cases.npz", policy.manifest)[0]
     for call in ("first", "second"):
         samples = _timed(times, f"{call} call, s", lambda: policy.sample(**case.inputs))
     error = check("samples", samples, case.outputs["samples"], tolerance=TOLERANCES.lowered)

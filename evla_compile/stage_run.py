@@ -1,7 +1,6 @@
 """An artifact's ONNX graphs run on a CPU with their stages as outputs, in float32 arithmetic whatever their dtype."""
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from evla_compile.errors import VerificationError
-from evla_compile.manifest import Part
+from evla_compile.errors import ArtifactError, VerificationError
+from evla_compile.manifest import Manifest
+from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
+from evla_compile.runtime.providers import PROVIDERS
 
 
 class StageRun:
@@ -20,37 +21,46 @@ class StageRun:
     which float32 holds exactly, in float32 operators. What this leaves out is the rounding of activations.
     """
 
-    def __init__(self, parts: Sequence[Part], folder: Path, stages: Sequence[str], *, threads: int | None) -> None:
+    def __init__(self, manifest: Manifest, folder: Path, stages: Sequence[str], *, threads: int | None) -> None:
         """Load the graphs.
 
         Args:
-            parts: the chain.
+            manifest: that of the artifact.
             folder: where its files lie.
             stages: values to return beside the outputs, by their names in the graphs.
             threads: threads of ONNX Runtime; None leaves the number to it.
 
         Raises:
+            ArtifactError: ONNX Runtime refuses a graph.
             VerificationError: no graph has one of the stages.
         """
-        self._parts, self._sessions = parts, []
+        self._parts, self._sessions, self._folder = manifest.parts, [], folder
         missing = set(stages)
-        for part in parts:
+        for part in manifest.parts:
             model = onnx.load(str(folder / part.model.name), load_external_data=False)
             known = {output.name for output in model.graph.output}
             here = [name for node in model.graph.node for name in node.output if name in missing and name not in known]
             model.graph.output.extend(map(helper.make_empty_tensor_value_info, here))
             missing -= known | set(here)
             widen(model)
-            self._sessions.append(_open(model, folder, threads))
+            self._sessions.append(_open(model, folder / part.model.name, manifest.opset, threads))
         if missing:
             raise VerificationError(f"{folder}: no graph has the recorded stages {', '.join(sorted(missing))}")
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return every output and stage by name."""
+        """Return every output and stage by name.
+
+        Raises:
+            VerificationError: ONNX Runtime failed.
+        """
         values = dict(inputs)
         for part, session in zip(self._parts, self._sessions, strict=True):
             names = [output.name for output in session.get_outputs()]
-            found = session.run(names, {spec.name: values[spec.name] for spec in part.inputs})
+            try:
+                found = session.run(names, {spec.name: values[spec.name] for spec in part.inputs})
+            except runtime_errors() as error:
+                file = self._folder / part.model.name
+                raise VerificationError(f"ONNX Runtime failed on {file}: {str(error).strip()}") from error
             values |= zip(names, found, strict=True)
         return {name: value for name, value in values.items() if name not in inputs}
 
@@ -73,17 +83,23 @@ def widen(model: onnx.ModelProto) -> None:
     graph.node.extend(nodes)
 
 
-def _open(model: onnx.ModelProto, folder: Path, threads: int | None) -> Any:
-    onnxruntime = import_module("onnxruntime")
+def _open(model: onnx.ModelProto, file: Path, opset: int, threads: int | None) -> Any:
+    onnxruntime = import_onnxruntime(PROVIDERS["cpu"].remedy)
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     # Nothing is copied or computed in advance: a few calls, of any size of policy.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["ConstantFolding", "MatMulAddFusion"],
-    )
+    try:
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding", "MatMulAddFusion"],
+        )
+    except runtime_errors() as error:
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}: {str(error).strip()};"
+            f" {refusal_advice(onnxruntime.__version__, opset)}"
+        ) from error

@@ -65,8 +65,11 @@ def check_stages(what: str, errors: Mapping[str, float], precision: Precision) -
         precision: that of the lowered graph.
 
     Raises:
-        VerificationError: the message names the first stage that exceeds it, and what was before.
+        VerificationError: the message names the first stage that exceeds it, and what was before; or nothing was
+            compared.
     """
+    if not errors:
+        raise VerificationError(f"{what}: nothing was compared, so nothing is proven: do not deploy it")
     before: str | None = None
     for stage, error in errors.items():
         tolerance = lowered_tolerance(precision, stage)
@@ -85,13 +88,19 @@ def relative_error(actual: NDArray[np.generic], reference: NDArray[np.generic]) 
     A reference of zeros is measured absolutely.
 
     Raises:
-        ValueError: the shapes differ, or a value is not finite.
+        VerificationError: the shapes differ, there are no values, or one of them is not finite.
     """
     if actual.shape != reference.shape:
-        raise ValueError(f"shapes differ: {list(actual.shape)} against a reference of {list(reference.shape)}")
+        raise VerificationError(f"has the shape {list(actual.shape)}, the reference {list(reference.shape)}")
+    if not reference.size:
+        raise VerificationError("cannot be compared: the reference has no values")
     found, expected = actual.astype(np.float64), reference.astype(np.float64)
-    if not np.isfinite(found).all() or not np.isfinite(expected).all():
-        raise ValueError("cannot compare: a value is infinite or not a number")
+    for whose, values in (("its", found), ("the reference's", expected)):
+        wrong = int(np.count_nonzero(~np.isfinite(values)))
+        if wrong:
+            raise VerificationError(
+                f"cannot be compared: {wrong} of {whose} {values.size} values are infinite or not a number"
+            )
     largest = float(np.abs(expected).max(initial=0.0))
     return float(np.abs(found - expected).max(initial=0.0)) / (largest or 1.0)
 
@@ -100,10 +109,12 @@ def check(stage: str, actual: NDArray[np.generic], reference: NDArray[np.generic
     """Return the relative error of a stage, or raise where it exceeds the tolerance.
 
     Raises:
-        VerificationError: the error exceeds `tolerance`; the message names the stage and both figures.
-        ValueError: the arrays cannot be compared.
+        VerificationError: the error exceeds `tolerance`, or the arrays cannot be compared; the message names the stage.
     """
-    error = relative_error(actual, reference)
-    if error > tolerance:
+    try:
+        error = relative_error(actual, reference)
+    except VerificationError as reason:
+        raise VerificationError(f"{stage} {reason}") from reason
+    if not error <= tolerance:
         raise VerificationError(f"{stage}: relative error {error:.2e} exceeds the tolerance {tolerance:.0e}")
     return error

@@ -1,22 +1,27 @@
 """Proofs about an exported policy: intact files, static shapes, and the outputs of the graph that it was made from."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
-from onnx import checker, shape_inference
+from google.protobuf.message import DecodeError
+from onnx import TensorProto, checker, shape_inference
 
 from evla_compile.arguments import whole_number
 from evla_compile.artifact import check_files, find_manifest
-from evla_compile.errors import ArtifactError, VerificationError
-from evla_compile.manifest import Manifest, Part, TensorSpec, read_manifest
-from evla_compile.recorded import RecordedCase, read_cases, stage_errors
-from evla_compile.runtime import Provider, RuntimePolicy, load
+from evla_compile.errors import VerificationError
+from evla_compile.external_data import check_external_data
+from evla_compile.manifest import Part, read_manifest
+from evla_compile.recorded import read_cases
+from evla_compile.replay import replay
+from evla_compile.runtime import Provider, load
 from evla_compile.stage_run import StageRun
-from evla_compile.tolerances import check_stages, lowered_tolerance
+from evla_compile.tolerances import lowered_tolerance
 
+_FLOATS = {"float": "float32", "double": "float64"}
+"""Dtypes that ONNX names otherwise than numpy."""
 _DATA_DEPENDENT = ("Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique")
 
 
@@ -54,28 +59,29 @@ def verify(
         provider: where the runtime computes; see `evla_compile.runtime.load`.
 
     Raises:
-        ArtifactError: the artifact is missing or damaged.
+        ArtifactError: the artifact is missing or damaged, its graphs read files that its manifest does not list, or its
+            recorded cases are none of such a policy.
         EvlaError: the runtime cannot compute where it was asked to.
         ValueError: `threads` is no whole number from 1 up.
-        VerificationError: a shape is not static, or a stage or output differs; the message names the first.
+        VerificationError: a shape is not static, inputs or outputs are not those of the manifest, or a stage or output
+            differs; the message names the first.
     """
     if threads is not None:
         threads = whole_number("threads", threads, low=1, otherwise="None")
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files(manifest.files, place.parent)
-    nodes = sum(_prove(place.with_name(part.model.name), part) for part in manifest.parts)
-    cases = read_cases(place.with_name(manifest.cases.name))
-    for case in cases:
-        _check_names("inputs", case.inputs, manifest.inputs)
-        _check_names("outputs", case.outputs, manifest.outputs)
-    stages = _replay_stages(manifest, place, cases, threads)
-    check_stages(f"{place.parent} on ONNX Runtime", stages, manifest.precision)
-    errors = {name: error for name, error in stages.items() if name not in cases[0].stages}
+    nodes = sum(_prove(place.parent, part) for part in manifest.parts)
+    cases = read_cases(place.with_name(manifest.cases.name), manifest)
+    settings: Any = {"precision": manifest.precision, "text_tokens": manifest.config.text_tokens}
+    graphs = StageRun(manifest, place.parent, tuple(cases[0].stages), threads=threads)
+    stages = replay(f"{place.parent} on ONNX Runtime", graphs.run, cases, **settings)
+    errors = {name: stages[name] for name in cases[0].outputs}
     on_cpu = provider == "cpu" or (provider is None and Path(path).suffix != ".engine")
     if not on_cpu or manifest.precision != "bfloat16":
-        errors = _replay_outputs(load(path, provider, threads, check_hashes=False, mapped=on_cpu), cases)
-        check_stages(f"{place.parent} in the runtime", errors, manifest.precision)
+        policy = load(path, provider, threads, check_hashes=False, mapped=on_cpu)
+        outputs = [replace(case, stages={}) for case in cases]
+        errors = replay(f"{place.parent} in the runtime", lambda inputs: policy.outputs(**inputs), outputs, **settings)
     return Verification(
         nodes=nodes,
         cases=len(cases),
@@ -85,35 +91,33 @@ def verify(
     )
 
 
-def _replay_stages(
-    manifest: Manifest, place: Path, cases: Sequence[RecordedCase], threads: int | None
-) -> dict[str, float]:
-    graphs = StageRun(manifest.parts, place.parent, tuple(cases[0].stages), threads=threads)
-    text_tokens = manifest.config.text_tokens
-    return _worst(stage_errors(case, graphs.run(case.inputs), text_tokens) for case in cases)
-
-
-def _replay_outputs(policy: RuntimePolicy, cases: Sequence[RecordedCase]) -> dict[str, float]:
-    inputs, text_tokens = policy.manifest.inputs, policy.config.text_tokens
-    found = (policy.outputs(*(case.inputs[spec.name] for spec in inputs)) for case in cases)
-    return _worst(stage_errors(case, outputs, text_tokens) for case, outputs in zip(cases, found, strict=True))
-
-
-def _worst(errors: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    worst: dict[str, float] = {}
-    for found in errors:
-        worst |= {name: max(worst.get(name, 0.0), error) for name, error in found.items()}
-    return worst
-
-
-def _prove(model: Path, part: Part) -> int:
+def _prove(folder: Path, part: Part) -> int:
     """Prove what holds of one graph without running it; return the number of its operators."""
+    path = folder / part.model.name
+    check_external_data(part, folder)
     try:
-        checker.check_model(str(model))
-    except checker.ValidationError as error:
-        raise VerificationError(f"{model}: onnx.checker refuses it: {error}") from error
-    _check_external_data(model, {record.name for record in part.data})
-    return prove_static_shapes(model)
+        checker.check_model(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+    except (checker.ValidationError, DecodeError) as error:
+        raise VerificationError(f"{path}: onnx.checker refuses it: {error}") from error
+    nodes = prove_static_shapes_of(model, str(path))
+    for kind, values, specs in (
+        ("inputs", model.graph.input, part.inputs),
+        ("outputs", model.graph.output, part.outputs),
+    ):
+        found, expected = sorted(map(_describe, values)), sorted(map(str, specs))
+        if found != expected:
+            raise VerificationError(
+                f"{path}: its {kind} are {', '.join(found)}: expected {', '.join(expected)} by the manifest"
+            )
+    return nodes
+
+
+def _describe(value: onnx.ValueInfoProto) -> str:
+    """Return a value of static shape as `TensorSpec` prints it."""
+    tensor = value.type.tensor_type
+    kind = TensorProto.DataType.Name(tensor.elem_type).lower()
+    return f"{value.name} {_FLOATS.get(kind, kind)}{[size.dim_value for size in tensor.shape.dim]}"
 
 
 def prove_static_shapes(path: Path) -> int:
@@ -150,20 +154,6 @@ def prove_static_shapes_of(model: onnx.ModelProto, path: str) -> int:
                 f"{path}: {node.op_type} node {node.name!r} has a dynamic shape in {dynamic or list(node.output)}"
             )
     return len(graph.node)
-
-
-def _check_names(kind: str, arrays: Mapping[str, object], specs: Sequence[TensorSpec]) -> None:
-    if set(arrays) != {spec.name for spec in specs}:
-        raise ArtifactError(f"a recorded case has the {kind} {sorted(arrays)}: expected {', '.join(map(str, specs))}")
-
-
-def _check_external_data(path: Path, listed: set[str]) -> None:
-    """Refuse weights that lie in files which the manifest does not list, and so nobody hashes."""
-    model = onnx.load(str(path), load_external_data=False)
-    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
-    used = {entry.value for entry in entries if entry.key == "location"}
-    if used != listed:
-        raise VerificationError(f"{path} keeps weights in {sorted(used)}, its manifest lists {sorted(listed)}")
 
 
 def _is_static(value: onnx.ValueInfoProto) -> bool:

@@ -14,8 +14,8 @@ from evla_compile.errors import ExportError, PassError
 from evla_compile.exporters.split import Piece
 from evla_compile.graph import weights
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
-from evla_compile.recorded import RecordedCase, stage_errors
-from evla_compile.tolerances import check_stages
+from evla_compile.recorded import RecordedCase
+from evla_compile.replay import replay
 
 
 def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str, float], ...]) -> tuple[Piece, ...]:
@@ -46,17 +46,18 @@ def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str
 def compare(
     pieces: Sequence[Piece], cases: Sequence[RecordedCase], precision: Precision, text_tokens: int
 ) -> dict[str, float]:
-    """Run a lowered chain in torch and return how far each stage is from the recorded ones, at worst.
+    """Run a lowered chain in torch and return how far each stage is from the recorded ones, at worst; see `replay`.
 
     Raises:
-        VerificationError: a stage leaves the tolerance of `precision`; the message names the first.
+        VerificationError: a stage leaves the tolerance of `precision`, or overflows it; the message names the first.
     """
-    worst: dict[str, float] = {}
-    for case in cases:
-        for name, error in stage_errors(case, run(pieces, case.inputs), text_tokens).items():
-            worst[name] = max(worst.get(name, 0.0), error)
-    check_stages(f"this policy in {precision}", worst, precision)
-    return worst
+    return replay(
+        f"this policy in {precision}",
+        lambda inputs: run(pieces, inputs),
+        cases,
+        precision=precision,
+        text_tokens=text_tokens,
+    )
 
 
 def run(pieces: Sequence[Piece], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

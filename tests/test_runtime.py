@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -26,7 +28,7 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, read_manifest, write_manifest
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
-from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session
+from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session, onnx_versions
 from evla_compile.runtime.providers import PROVIDERS
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
@@ -300,7 +302,23 @@ def test_a_file_that_is_no_onnx_graph_is_refused(tmp_path: Path, tokenizer_json:
     folder = export(tmp_path / "policy", tokenizer_json)
     (folder / "model.onnx").write_bytes(b"no graph")
     remeasure(folder)
-    with pytest.raises(ArtifactError, match=r"cannot load .*model\.onnx"):
+    with pytest.raises(ArtifactError, match=r"model\.onnx is no ONNX file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("other", ["hidden.bin", "../hidden.bin"])
+def test_weights_in_a_file_that_nobody_hashes_are_refused(tmp_path: Path, tokenizer_json: str, other: str) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    shutil.copy(folder / "model.onnx.data", folder / other)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = other if entry.key == "location" else entry.value
+    onnx.save(model, folder / "model.onnx")
+    remeasure(folder)
+    with pytest.raises(
+        ArtifactError, match=r"keeps weights in \['.*hidden\.bin'\], its manifest lists \['model.onnx.data'\]"
+    ):
         load(folder)
 
 
@@ -308,8 +326,39 @@ def test_a_graph_without_its_external_data_is_refused(tmp_path: Path, tokenizer_
     folder = export(tmp_path / "policy", tokenizer_json)
     (folder / "model.onnx.data").unlink()
     remeasure(folder, lambda manifest: replace(manifest, parts=(replace(manifest.parts[0], data=()),)))
-    with pytest.raises(ArtifactError, match=r"cannot load .*model\.onnx"):
+    with pytest.raises(ArtifactError, match=r"keeps weights in \['model\.onnx\.data'\], its manifest lists \[\]"):
         load(folder)
+
+
+def test_every_opset_that_is_written_states_its_oldest_runtime() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (comment,) = re.findall(r"((?:^# .*\n)+)cpu = ", text, re.MULTILINE)
+    stated = {int(opset): version for version, opset in re.findall(r"(1\.\d+) for (?:opset )?(\d+)", comment)}
+    assert stated == {opset: f"{major}.{minor}" for opset, (major, minor) in onnx_versions.OLDEST_RUNTIME.items()}
+
+
+@pytest.mark.parametrize(
+    ("version", "opset", "advice"),
+    [
+        ("1.16.3", 23, r"opset 23 needs 1\.23 or newer: pip install --upgrade onnxruntime, or export with opset=19 \("),
+        ("1.22.1", 23, r"opset 23 needs 1\.23 or newer.*, or export with opset=22 \(evla compile --opset 22\)$"),
+        ("1.9.0", 18, r"opset 18 needs 1\.15 or newer: pip install --upgrade onnxruntime$"),
+        ("1.23.0", 23, r"another opset would not help"),
+        ("1.32.0.dev1", 23, r"another opset would not help"),
+        ("1.32.0", 24, r"another opset would not help"),
+    ],
+)
+def test_a_lower_opset_is_advised_only_where_it_helps(version: str, opset: int, advice: str) -> None:
+    assert re.search(advice, onnx_versions.refusal_advice(version, opset))
+
+
+def test_a_file_of_another_ir_version_is_refused_with_advice(tmp_path: Path, tokenizer_json: str) -> None:
+    graph = toy_graph()
+    graph.ir_version = 99
+    with pytest.raises(
+        ArtifactError, match=r"cannot load .*model\.onnx: .*this version runs opset 20, so another opset"
+    ):
+        load(export(tmp_path / "policy", tokenizer_json, graph=graph))
 
 
 @pytest.mark.parametrize(("text", "message"), [(b"{}", "cannot be parsed"), (b"\xff", "decode")])
@@ -572,5 +621,6 @@ def test_every_provider_is_installed_by_the_extra_that_its_row_names() -> None:
     assert {"engine", *PROVIDERS} == set(get_args(Provider))
     for row in PROVIDERS.values():
         (installed,) = project["optional-dependencies"][row.extra]
-        assert installed == row.package
+        oldest = ".".join(map(str, min(onnx_versions.OLDEST_RUNTIME.values())))
+        assert installed == f"{row.package}>={oldest}"
         assert f"[{row.extra}]" in row.remedy

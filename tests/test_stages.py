@@ -153,6 +153,6 @@ def test_a_chain_of_parts_verifies_and_runs_like_the_whole(
         *("model.perception-1.onnx", "model.perception-2.onnx", "model.action.onnx")
     ]
     if precision == "float32":
-        (case, *_) = read_cases(tmp_path / "policy" / "cases.npz")
+        (case, *_) = read_cases(tmp_path / "policy" / "cases.npz", manifest)
         samples = evla.runtime.load(tmp_path / "policy", threads=1).sample(**case.inputs)
         assert relative_error(samples, case.outputs["samples"]) < 1e-5

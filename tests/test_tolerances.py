@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evla_compile.errors import VerificationError
-from evla_compile.tolerances import TOLERANCES, check, relative_error
+from evla_compile.tolerances import TOLERANCES, check, check_stages, relative_error
 
 REFERENCE = np.array([[2.0, -8.0], [0.0, 1.0]], np.float32)
 
@@ -29,17 +29,26 @@ def test_differences_of_large_float32_values_are_not_rounded_away() -> None:
 
 @pytest.mark.parametrize("shape", [(4,), (2, 1), (1, 2, 2)])
 def test_shapes_are_never_broadcast(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"shapes differ: \[.*\] against a reference of \[2, 2\]"):
+    with pytest.raises(VerificationError, match=r"has the shape \[.*\], the reference \[2, 2\]"):
         relative_error(np.zeros(shape), REFERENCE)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("side", [0, 1])
-def test_values_that_are_not_finite_are_refused_on_either_side(value: float, side: int) -> None:
+@pytest.mark.parametrize(("side", "whose"), [(0, "its"), (1, "the reference's")])
+def test_values_that_are_not_finite_are_refused_on_either_side(value: float, side: int, whose: str) -> None:
     arrays: list[NDArray[np.generic]] = [REFERENCE, REFERENCE]
     arrays[side] = np.where(REFERENCE == 1.0, value, REFERENCE)
-    with pytest.raises(ValueError, match="a value is infinite or not a number"):
+    with pytest.raises(VerificationError, match=f"compared: 1 of {whose} 4 values are infinite or not a number"):
         relative_error(*arrays)
+    with pytest.raises(VerificationError, match="samples cannot be compared"):
+        check("samples", *arrays, tolerance=1.0)
+
+
+def test_no_values_are_no_agreement() -> None:
+    with pytest.raises(VerificationError, match="the reference has no values"):
+        relative_error(np.zeros((0, 2)), np.zeros((0, 2)))
+    with pytest.raises(VerificationError, match="this policy: nothing was compared, so nothing is proven"):
+        check_stages("this policy", {}, "float32")
 
 
 def test_a_check_returns_the_error_up_to_the_tolerance_and_raises_beyond() -> None:

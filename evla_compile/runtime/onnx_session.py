@@ -1,7 +1,6 @@
 """A graph on ONNX Runtime: on the provider that was asked for, or not at all."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,11 @@ from numpy.typing import NDArray
 
 from evla_compile.arguments import whole_number
 from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.external_data import check_external_data
 from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
 from evla_compile.runtime.kernel_cache import prepare_cache
+from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
 
@@ -41,6 +42,7 @@ class OnnxSession:
         threads: int | None,
         mapped: bool,
         weight_bytes: int,
+        opset: int,
         cache: Path | None = None,
         allow_cpu: bool = False,
     ) -> None:
@@ -52,6 +54,7 @@ class OnnxSession:
             threads: threads within an operator; None leaves the number to ONNX Runtime.
             mapped: whether weights stay in their file; see `evla_compile.runtime.load`.
             weight_bytes: size of the file and its external data.
+            opset: that of the file, which decides on the advice where it is refused.
             cache: folder for the engines and timings of "tensorrt", made if missing; None keeps none.
             allow_cpu: whether operators that the provider does not take may run on the CPU; they are then reported as
                 a warning.
@@ -75,7 +78,7 @@ class OnnxSession:
         if not mapped and provider == "cpu":
             _check_memory(model, weight_bytes)
         self._model = model
-        self._session = _open(model, provider, threads, cache, mapped=mapped, allow_cpu=allow_cpu)
+        self._session = _open(model, provider, threads, cache, opset, mapped=mapped, allow_cpu=allow_cpu)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -104,8 +107,8 @@ class OnnxSession:
         """
         try:
             values = self._session.run(None, feeds)
-        except _runtime_errors() as error:
-            raise EvlaError(f"ONNX Runtime failed on {self._model}: {error}") from error
+        except runtime_errors() as error:
+            raise EvlaError(f"ONNX Runtime failed on {self._model}: {str(error).strip()}") from error
         return dict(zip(self.outputs, values, strict=True))
 
 
@@ -127,12 +130,14 @@ class OnnxChain:
         self._manifest = manifest
         sessions = []
         for part in manifest.parts:
+            check_external_data(part, folder)
             session = OnnxSession(
                 folder / part.model.name,
                 provider=provider,
                 threads=threads,
                 mapped=mapped,
                 weight_bytes=sum(record.size for record in part.files),
+                opset=manifest.opset,
                 cache=cache,
                 allow_cpu=allow_cpu,
             )
@@ -157,20 +162,6 @@ class OnnxChain:
     def close(self) -> None:
         """Let the sessions go."""
         self._sessions = ()
-
-
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Return what ONNX Runtime raises; its errors have no common class of their own."""
-    errors = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    return (
-        errors.Fail,
-        errors.InvalidArgument,
-        errors.InvalidGraph,
-        errors.InvalidProtobuf,
-        errors.NoSuchFile,
-        errors.NotImplemented,
-        errors.RuntimeException,
-    )
 
 
 def _check_memory(model: Path, weight_bytes: int) -> None:
@@ -200,16 +191,13 @@ def _open(
     provider: OnnxProvider,
     threads: int | None,
     cache: Path | None,
+    opset: int,
     *,
     mapped: bool,
     allow_cpu: bool,
 ) -> Any:
     asked = PROVIDERS[provider]
-    try:
-        # An optional dependency, and one without type stubs.
-        onnxruntime = import_module("onnxruntime")
-    except ImportError as error:
-        raise EvlaError(f"ONNX Runtime cannot be imported ({error}): {asked.remedy}") from error
+    onnxruntime = import_onnxruntime(asked.remedy)
     wanted, available = asked.name, onnxruntime.get_available_providers()
     if wanted not in available:
         raise EvlaError(
@@ -232,12 +220,12 @@ def _open(
             enable_fallback=0,
             disabled_optimizers=list(asked.disabled_optimizers),
         )
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         if is_refusal(error):
             raise EvlaError(refusal(model, provider, onnxruntime)) from error
         raise ArtifactError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {error}; install a newer one, or export with"
-            " a lower opset"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {str(error).strip()};"
+            f" {refusal_advice(onnxruntime.__version__, opset, asked.package)}"
         ) from error
     taken = session.get_providers()
     if taken[0] != wanted:
