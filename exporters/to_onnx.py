@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -29,7 +30,10 @@ from evla_compile.exporters.onnx_weights import (
 from evla_compile.graph import WRITTEN_BY
 from evla_compile.terminal import new_console
 
-OPSETS = range(18, 24)
+IR_VERSIONS: Mapping[int, int] = MappingProxyType({18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 10})
+"""Version of ONNX's file format that is written, by opset: the oldest runtimes of an opset read no newer one."""
+
+OPSETS = range(min(IR_VERSIONS), max(IR_VERSIONS) + 1)
 """ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
@@ -129,6 +133,7 @@ def to_model(
     graph = exported.model.graph
     graph.outputs[:] = [value for value in graph.outputs if value.name not in inner]
     _keep_module_paths(exported.model)
+    exported.model.ir_version = IR_VERSIONS[opset]
     return exported.model
 
 

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evla_compile as evla
 from evla_compile.compiled import CompiledPolicy
@@ -187,6 +188,7 @@ def test_every_export_verifies(export: Export, golden: dict[str, Any], tmp_path:
     found = evla.verify(tmp_path / "policy.onnx", threads=1)
     assert dict(found.errors).keys() == {"samples"}
     assert found.nodes > 100
+    assert onnx.load(tmp_path / "policy.onnx").ir_version == 9
     assert "Attention" not in {node.op_type for node in onnx.load(tmp_path / "policy.onnx").graph.node}
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "policy.cases.npz",
@@ -195,6 +197,18 @@ def test_every_export_verifies(export: Export, golden: dict[str, Any], tmp_path:
         "policy.report.json",
         "policy.tokenizer.json",
     ]
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(18, 8), (19, 9), (20, 9), (21, 10), (22, 10), (23, 10)])
+def test_the_ir_version_is_one_that_the_oldest_runtimes_of_the_opset_read(opset: int, ir_version: int) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.ops.aten.relu.default, (x,))
+    graph.output((y,))
+    with FakeTensorMode():
+        x.meta["val"] = y.meta["val"] = torch.empty(2, 3)
+    model = to_model(fx.GraphModule(torch.nn.Module(), graph), outputs=["y"], opset=opset)
+    assert (model.opset_imports[""], model.ir_version) == (opset, ir_version)
 
 
 def test_openvino_runs_the_export(
