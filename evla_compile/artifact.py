@@ -6,22 +6,28 @@ on.
 """
 
 import os
-import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Self
+from types import MappingProxyType
+from typing import Self, TypeAlias
 
 from evla_compile.errors import ArtifactError
+from evla_compile.integrity import mismatch
 from evla_compile.manifest import FileRecord, read_manifest
+from evla_compile.placement import finish, put_in_place
+from evla_compile.scratch import JOURNAL, exclusive, new_folder, partials, remove_stale, scratch
 
 ROOM_BYTES = 100_000_000
 """Bytes of disk that an artifact takes beside its weights: graph, tokenizer, recorded cases."""
 
 _SINGLE_FILES = (".onnx", ".engine")
 _OTHER_KINDS = (".plan", ".pt2", ".trt")
+_Version: TypeAlias = tuple[int, ...]
+_NOTHING: Mapping[str, _Version] = MappingProxyType({})
 _ADVICE = "choose another --out or remove it"
 
 
@@ -52,12 +58,26 @@ class ArtifactFiles:
     def of(cls, target: str | os.PathLike[str]) -> Self:
         """Return the places for a target, which is a folder unless its name ends in `.onnx` or `.engine`."""
         path = Path(target)
-        single = path.suffix in _SINGLE_FILES
-        prefix, stem = (f"{path.stem}.", path.stem) if single else ("", "model")
+        if path.suffix in _SINGLE_FILES:
+            folder = path.parent.resolve()
+            return cls._named(folder / path.name, folder, path.stem)
+        return cls._named(path.resolve(), path.resolve(), None)
+
+    @classmethod
+    def at(cls, manifest: Path) -> Self:
+        """Return the places of the artifact that a manifest belongs to."""
+        folder = manifest.parent.resolve()
+        if manifest.name == "manifest.json":
+            return cls._named(folder, folder, None)
+        stem = manifest.name.removesuffix(".manifest.json")
+        return cls._named(folder / f"{stem}.onnx", folder, stem)
+
+    @classmethod
+    def _named(cls, target: Path, folder: Path, single: str | None) -> Self:
+        prefix, stem = ("", "model") if single is None else (f"{single}.", single)
         model = f"{stem}.onnx"
-        folder = (path.parent if single else path).resolve()
         return cls(
-            target=folder / path.name if single else folder,
+            target=target,
             folder=folder,
             model=model,
             engine=f"{stem}.engine",
@@ -67,6 +87,17 @@ class ArtifactFiles:
             cases=f"{prefix}cases.npz",
             manifest=f"{prefix}manifest.json",
         )
+
+    @property
+    def beside_others(self) -> bool:
+        """Whether the folder may hold other things too: that of a single-file export."""
+        return self.folder != self.target
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """What an export or a build has its scratch folder beside."""
+        whole = self.folder / self.model if self.beside_others else self.folder
+        return (whole, self.folder / self.engine)
 
 
 def part_name(name: str, part: str, parts: int) -> str:
@@ -93,6 +124,12 @@ def find_manifest(path: str | os.PathLike[str]) -> Path:
     for place in places:
         if place.is_file():
             return place
+    for place in places:
+        if any((folder / JOURNAL).exists() for beside in ArtifactFiles.at(place).places for folder in partials(beside)):
+            raise ArtifactError(
+                f"{given} is incomplete: an export was killed, or is at work, while its files were moved into place;"
+                " export or build there again, which finishes that first"
+            )
     raise ArtifactError(
         f"{given} is no compiled policy: expected its manifest at {' or '.join(map(str, places))}; give an artifact's"
         " folder, or an .onnx or .engine file with its manifest beside it"
@@ -108,12 +145,12 @@ def check_files(records: Iterable[FileRecord], folder: Path, *, hashes: bool = T
         hashes: whether to read every file through for its SHA-256; otherwise only presence and size are checked.
 
     Raises:
-        ArtifactError: a file is missing, lies elsewhere through a link, or differs in size or hash.
+        ArtifactError: a file is missing or differs in size or hash, what a link leads to included.
     """
     for record in records:
         path = folder / record.name
         try:
-            problem = _mismatch(record, path, hashes=hashes)
+            problem = mismatch(record, path, hashes=hashes)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         if problem:
@@ -128,7 +165,9 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write an artifact into, which takes its place only if the block succeeds.
 
     The files must carry the names of `ArtifactFiles.of(target)`, since a graph knows its external data by name. A
-    former artifact is replaced; nothing else ever is. When anything fails, an interrupt included, all is as before.
+    former artifact is replaced; nothing else ever is: its files are those whose hash its manifest has. When anything
+    fails, an interrupt or SIGTERM included, all is as before; what a process leaves that is killed without warning is
+    finished or removed by the next export or build at this place.
 
     Args:
         target: an `X.onnx` or `X.engine` for files beside each other, anything else for a folder of its own.
@@ -137,21 +176,29 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
         ArtifactError: the target exists and is not one of ours, or cannot be written: an `OSError` is its cause.
     """
     files = ArtifactFiles.of(target)
-    with _beside(files) as new:
-        yield new
-        _move_into_place(new, files)
+    with writable(files):
+        finish_interrupted(files)
+        former = _former(files, _names(files))
+        known = {record.name: _version(files.folder / record.name) for record in former}
+        with scratch(files.target) as folder:
+            yield new_folder(folder)
+            _move_into_place(folder, files, known)
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
-    """Refuse at once, before the work for it, a target that `writing` would refuse.
+    """Refuse at once, before the work for it, a target that `writing` would refuse, but for hashes.
 
     Raises:
         ArtifactError: as for `writing`, or the target has the name of a file of another kind.
     """
     if Path(target).suffix in _OTHER_KINDS:
         raise ArtifactError(f"cannot write {target}: expected a name that ends in .onnx or .engine, or a folder")
-    with _beside(ArtifactFiles.of(target)):
-        pass
+    files = ArtifactFiles.of(target)
+    with writable(files):
+        finish_interrupted(files)
+        _former(files, _names(files), hashes=False)
+        with scratch(files.target):
+            pass
 
 
 def check_space(target: str | os.PathLike[str], needed: int) -> None:
@@ -163,23 +210,28 @@ def check_space(target: str | os.PathLike[str], needed: int) -> None:
     place = ArtifactFiles.of(target).target
     free = shutil.disk_usage(place.parent).free
     if free < needed:
-        left = [path.name for path in sorted(place.parent.glob(f".{place.name}.partial-*"))]
+        others = [path.name for path in partials(place)]
         raise ArtifactError(
             f"{target} needs {needed / 1e9:.1f} GB, and {place.parent} has {free / 1e9:.1f} GB free: make room, or"
-            " choose another --out"
-            + (f"; exports that were killed left {', '.join(left)}, which can be deleted" if left else "")
+            " choose another --out" + (f"; other exports to it are writing {', '.join(others)}" if others else "")
         )
+
+
+def finish_interrupted(files: ArtifactFiles) -> None:
+    """Finish what a killed export or build was moving into place, and remove what it left behind.
+
+    Raises:
+        ArtifactError: something else has come into its way since.
+    """
+    for place in files.places:
+        remove_stale(place, partial(finish, destination=files.folder))
 
 
 @contextmanager
-def _beside(files: ArtifactFiles) -> Iterator[Path]:
-    """Yield an empty folder beside a target that may be written; it is gone afterwards, unless it has been moved."""
+def writable(files: ArtifactFiles) -> Iterator[None]:
+    """Turn what the file system refuses within this block into an ArtifactError that says what to do."""
     try:
-        _replaceable(
-            files, (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
-        )
-        with _scratch(files) as folder:
-            yield folder
+        yield
     except OSError as error:
         raise ArtifactError(
             f"{files.target} cannot be written: {error}; expected {files.target.parent} to be a writable folder with"
@@ -187,65 +239,59 @@ def _beside(files: ArtifactFiles) -> Iterator[Path]:
         ) from error
 
 
-def _mismatch(record: FileRecord, path: Path, *, hashes: bool) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    if path.resolve().parent != path.parent.resolve():
-        return "is a link that leads out of the artifact"
-    if path.stat().st_size != record.size:
-        return f"has {path.stat().st_size} bytes, the manifest says {record.size}"
-    if hashes:
-        found = FileRecord.measure(path).sha256
-        if found != record.sha256:
-            return f"has the SHA-256 {found[:12]}..., the manifest says {record.sha256[:12]}..."
-    return None
+def _names(files: ArtifactFiles) -> tuple[str, ...]:
+    return (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
 
 
-def _replaceable(files: ArtifactFiles, names: Iterable[str]) -> set[str]:
-    """Return the names of the former artifact's files; refuse when anything else is in the place of `names`."""
-    shared = files.folder != files.target
-    if not shared and not files.folder.exists():
-        return set()
+def _former(
+    files: ArtifactFiles, names: Iterable[str], known: Mapping[str, _Version] = _NOTHING, *, hashes: bool = True
+) -> tuple[FileRecord, ...]:
+    """Return the former artifact's files, its manifest among them; refuse what else is in the place of `names`.
+
+    In a folder of its own, everything there is in the way.
+
+    Args:
+        files: the places.
+        names: what is going to be written.
+        known: versions of files that have been found to be ours before, and are not read again.
+        hashes: whether to read files through; otherwise only their sizes are compared.
+    """
+    if not files.folder.exists() and not files.beside_others:
+        return ()
     present = {path.name for path in files.folder.iterdir()}
-    taken = present.intersection(names) if shared else present
-    owned: set[str] = set()
-    if files.manifest in taken:
+    taken = present.intersection(names) if files.beside_others else present
+    owned: list[FileRecord] = []
+    listed: dict[str, FileRecord] = {}
+    if files.manifest in present:
         try:
             manifest = read_manifest(files.folder / files.manifest)
         except ArtifactError as error:
             raise ArtifactError(f"{files.target} exists and is not ours ({error}): {_ADVICE}") from error
-        owned = {files.manifest, *(record.name for record in manifest.files)} & present
-    foreign = sorted(taken - owned)
+        prefix = files.manifest.removesuffix("manifest.json")
+        listed = {record.name: record for record in manifest.files if record.name.startswith(prefix)}
+        for name in sorted(listed.keys() & present):
+            path = files.folder / name
+            if mismatch(listed[name], path, hashes=hashes and known.get(name) != _version(path)) is None:
+                owned.append(listed[name])
+        owned.append(FileRecord.measure(files.folder / files.manifest))
+    foreign = sorted(taken - {record.name for record in owned})
     if foreign:
-        raise ArtifactError(
-            f"{files.folder} holds {', '.join(foreign[:5])}, which no manifest of ours lists: {_ADVICE}"
-        )
-    return owned
+        why = "differs from what its manifest describes" if foreign[0] in listed else "no manifest of ours lists"
+        raise ArtifactError(f"{files.folder} holds {', '.join(foreign[:5])}, which {why}: {_ADVICE}")
+    return tuple(owned)
 
 
-@contextmanager
-def _scratch(files: ArtifactFiles) -> Iterator[Path]:
-    # Beside the target, so that moving is renaming. Not tempfile's mkdtemp: its mode 0700 would stay with the artifact.
-    folder = files.target.with_name(f".{files.target.name}.partial-{secrets.token_hex(4)}")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
+def _version(path: Path) -> _Version:
+    """Return what changes whenever a file does."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _move_into_place(new: Path, files: ArtifactFiles) -> None:
-    names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == files.manifest, name))
-    former = _replaceable(files, names)
+def _move_into_place(folder: Path, files: ArtifactFiles, known: Mapping[str, _Version]) -> None:
+    new = new_folder(folder)
     if not files.folder.exists():
         new.replace(files.folder)
         return
-    with _scratch(files) as old, ExitStack() as undo:
-        moves = [(files.folder / name, old / name) for name in sorted(former)]
-        # The manifest goes last: without it, what is there is no artifact.
-        moves += [(new / name, files.folder / name) for name in names]
-        for source, destination in moves:
-            source.replace(destination)
-            undo.callback(destination.replace, source)
-        undo.pop_all()
+    with exclusive(files.folder):
+        former = _former(files, [path.name for path in new.iterdir()], known)
+        put_in_place(folder, files.folder, former, files.manifest)

@@ -5,18 +5,19 @@ This is all that a robot needs of the compiler: it imports the builder's library
 
 import os
 import platform
-import secrets
 import shutil
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from evla_compile.artifact import check_files, find_manifest
+from evla_compile.artifact import ArtifactFiles, check_files, find_manifest, finish_interrupted, writable
 from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import ArtifactError, EvlaError, ExportError
 from evla_compile.exporters.to_tensorrt import check_memory, to_tensorrt
+from evla_compile.integrity import mismatch
 from evla_compile.manifest import EngineRecord, FileRecord, Manifest, Part, read_manifest, write_manifest
+from evla_compile.placement import put_in_place
 from evla_compile.runtime.cuda import Gpu, find_gpu
+from evla_compile.scratch import exclusive, new_folder, scratch
 from evla_compile.tensorrt_library import find_flavour, import_flavour
 
 
@@ -24,6 +25,8 @@ def build_engine(
     path: str | os.PathLike[str], settings: EngineSettings | None = None, *, progress: bool = True
 ) -> Manifest:
     """Build the engines of an artifact beside its ONNX files and enter them in its manifest, all or none.
+
+    Engines that the manifest describes are replaced, other files never.
 
     Args:
         path: the artifact's folder, an `.onnx` file with its manifest beside it, or that manifest.
@@ -34,31 +37,34 @@ def build_engine(
         The new manifest.
 
     Raises:
-        ArtifactError: the artifact is missing or damaged, or its folder cannot be written or is full.
+        ArtifactError: the artifact is missing or damaged, its folder cannot be written or is full, or a file that the
+            manifest does not describe is in the place of an engine.
         EvlaError: the library is missing or too old, there is no GPU where one is needed, or memory is short.
         ExportError: the library refuses a graph; the message names the node.
         ValueError: the library does not have a setting.
     """
     settings = settings or EngineSettings()
     flavour, gpu = check_engine(settings)
+    _finish_interrupted(Path(path))
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files([record for part in manifest.parts for record in part.files], place.parent)
+    _former(manifest, place)
     for part in manifest.parts:
         check_memory(place.with_name(part.model.name), settings)
     _check_space(manifest, place)
-    layers, records = [], []
-    with ExitStack() as undo:
-        for part in manifest.parts:
-            engine = place.with_name(Path(part.model.name).with_suffix(".engine").name)
-            new = engine.with_name(f".{engine.name}.partial-{secrets.token_hex(4)}")
-            undo.callback(new.unlink, missing_ok=True)
-            layers.append(_build_part(part, place.parent, new, settings, progress=progress))
-            records.append((new, engine, FileRecord.measure(new)))
+    files = ArtifactFiles.at(place)
+    with writable(files), scratch(files.folder / files.engine) as folder:
+        new = new_folder(folder)
+        engines = [new / _engine_name(part) for part in manifest.parts]
+        layers = [
+            _build_part(part, place.parent, engine, settings, progress=progress)
+            for part, engine in zip(manifest.parts, engines, strict=True)
+        ]
         record = EngineRecord(
             flavour=flavour,
             version=import_flavour(flavour).__version__,
-            files=tuple(replace(measured, name=engine.name) for _, engine, measured in records),
+            files=tuple(map(FileRecord.measure, engines)),
             layers=tuple(layers),
             platform=f"{platform.system()}-{platform.machine()}".lower(),
             gpu=None if gpu is None else gpu.name,
@@ -69,12 +75,11 @@ def build_engine(
             version_compatible=settings.version_compatible,
         )
         described = replace(manifest, engine=record)
-        draft = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
-        undo.callback(draft.unlink, missing_ok=True)
-        write_manifest(described, draft)
-        for new, engine, _ in records:
-            new.replace(engine)
-        draft.replace(place)
+        write_manifest(described, new / place.name)
+        with exclusive(files.folder):
+            if read_manifest(place) != manifest:
+                raise ArtifactError(f"{place} was replaced while engines were built for it: build them again")
+            put_in_place(folder, files.folder, _former(manifest, place), place.name)
     return described
 
 
@@ -99,6 +104,35 @@ def check_engine(settings: EngineSettings) -> tuple[Flavour, Gpu | None]:
             " evla build on the robot (evla doctor says what is missing), or build with TensorRT-RTX for RTX GPUs"
         )
     return flavour, gpu
+
+
+def _finish_interrupted(path: Path) -> None:
+    """Finish what a killed export or build of the same artifact was moving into place."""
+    place = path if path.name.endswith("manifest.json") else path / "manifest.json"
+    known = [ArtifactFiles.at(place)] if path.suffix not in (".onnx", ".engine") else [ArtifactFiles.of(path)]
+    if path.stem == "model":
+        known.append(ArtifactFiles.of(path.parent))
+    for files in known:
+        finish_interrupted(files)
+
+
+def _former(manifest: Manifest, place: Path) -> list[FileRecord]:
+    """Return what new engines replace, the manifest among it; refuse what else is in their place."""
+    listed = {record.name: record for record in manifest.engine.files} if manifest.engine is not None else {}
+    owned = [record for record in listed.values() if mismatch(record, place.with_name(record.name)) is None]
+    names = {record.name for record in owned}
+    for part in manifest.parts:
+        engine = place.with_name(_engine_name(part))
+        if os.path.lexists(engine) and engine.name not in names:
+            raise ArtifactError(
+                f"{engine} would be replaced, and is not the engine that {place.name} describes: move it elsewhere or"
+                " remove it"
+            )
+    return [*owned, FileRecord.measure(place)]
+
+
+def _engine_name(part: Part) -> str:
+    return Path(part.model.name).with_suffix(".engine").name
 
 
 def _build_part(part: Part, folder: Path, new: Path, settings: EngineSettings, *, progress: bool) -> int:

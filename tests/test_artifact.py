@@ -340,12 +340,35 @@ def test_a_changed_file_is_refused_with_both_hashes(target: Path, kind: str) -> 
     check_files(manifest.files, files.folder, hashes=False)
 
 
-def test_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
-    manifest = write(tmp_path / "policy")
+@pytest.mark.parametrize("contents", ["Graph", "another graph"])
+@pytest.mark.parametrize("hashes", [False, True])
+def test_a_link_to_something_else_is_refused(tmp_path: Path, contents: str, hashes: bool) -> None:
+    manifest = write(tmp_path / "policy", graph="graph")
     model = tmp_path / "policy" / "model.onnx"
-    model.rename(tmp_path / "elsewhere.onnx")
+    model.unlink()
+    (tmp_path / "elsewhere.onnx").write_text(contents, encoding="utf-8")
     model.symlink_to(tmp_path / "elsewhere.onnx")
-    with pytest.raises(ArtifactError, match=r"model\.onnx is a link that leads out of the artifact"):
+    with pytest.raises(ArtifactError, match=r"model\.onnx is a link that leads out of the artifact, to .*elsewhere"):
+        check_files(manifest.files, tmp_path / "policy", hashes=hashes)
+
+
+def test_a_link_to_the_contents_that_the_manifest_describes_passes(tmp_path: Path) -> None:
+    """As in Hugging Face's cache."""
+    manifest = write(tmp_path / "policy")
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate((tmp_path / "policy").iterdir()):
+        file.rename(tmp_path / "blobs" / str(number))
+        file.symlink_to(Path("..") / "blobs" / str(number))
+    check_files(manifest.files, tmp_path / "policy")
+    check_files(manifest.files, tmp_path / "policy", hashes=False)
+    assert read_manifest(find_manifest(tmp_path / "policy")) == manifest
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "policy")
+    (tmp_path / "policy" / "model.onnx").unlink()
+    (tmp_path / "policy" / "model.onnx").symlink_to(tmp_path / "gone")
+    with pytest.raises(ArtifactError, match=r"model\.onnx is missing"):
         check_files(manifest.files, tmp_path / "policy")
 
 
@@ -355,8 +378,8 @@ def test_a_link_out_of_the_artifact_is_refused(tmp_path: Path) -> None:
 def test_an_artifact_appears_whole_and_nothing_else_stays(target: Path, tmp_path: Path) -> None:
     with writing(target) as folder:
         assert list(folder.iterdir()) == []
-        assert folder.parent == tmp_path
-        assert folder.name.startswith(f".{target.name}.partial-")
+        assert folder.parent.parent == tmp_path
+        assert folder.parent.name.startswith(f".{target.name}.partial-")
         fill(folder, ArtifactFiles.of(target))
         assert not target.exists()
     names = {
@@ -451,6 +474,53 @@ def foreign_manifest_beside(target: Path) -> None:
     target.with_suffix(".manifest.json").write_text('{"name": "a web page"}', encoding="utf-8")
 
 
+def changed_model(target: Path) -> None:
+    write(target)
+    change_model(target)
+
+
+def change_model(target: Path) -> None:
+    files = ArtifactFiles.of(target)
+    (files.folder / files.model).write_text("mine!", encoding="utf-8")
+
+
+def claim(target: Path, path: Path) -> None:
+    """Let the manifest of an artifact list a file that it never had."""
+    files = ArtifactFiles.of(target)
+    manifest = read_manifest(files.folder / files.manifest)
+    record = replace(manifest.report, name=path.name)
+    write_manifest(replace(manifest, report=record), files.folder / files.manifest)
+
+
+def listed_thesis(target: Path) -> None:
+    file_among_ours(target)
+    claim(target, target / "thesis.tex")
+    (target / "report.json").unlink()
+
+
+def test_a_file_that_a_manifest_lists_and_does_not_describe_is_never_removed(tmp_path: Path) -> None:
+    write(tmp_path / "x.onnx")
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    claim(tmp_path / "x.onnx", tmp_path / "precious.txt")
+    (tmp_path / "x.report.json").unlink()
+    write(tmp_path / "x.onnx", graph="new graph")
+    assert contents(tmp_path)["precious.txt"] == "mine"
+    assert contents(tmp_path)["x.onnx"] == "new graph"
+
+
+def test_a_single_file_export_owns_only_files_of_its_own_name(tmp_path: Path) -> None:
+    """Even where a tampered manifest has the right hash."""
+    write(tmp_path / "x.onnx")
+    (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")
+    files = ArtifactFiles.of(tmp_path / "x.onnx")
+    manifest = read_manifest(tmp_path / files.manifest)
+    record = FileRecord.measure(tmp_path / "precious.txt")
+    write_manifest(replace(manifest, report=record), tmp_path / files.manifest)
+    (tmp_path / "x.report.json").unlink()
+    write(tmp_path / "x.onnx")
+    assert contents(tmp_path)["precious.txt"] == "mine"
+
+
 @pytest.mark.parametrize(
     ("name", "prepare", "message"),
     [
@@ -460,6 +530,9 @@ def foreign_manifest_beside(target: Path) -> None:
         ("policy.onnx", foreign_model, "holds policy.onnx, which no manifest of ours lists"),
         ("policy.onnx", foreign_tokenizer, "holds policy.tokenizer.json, which no manifest of ours lists"),
         ("policy.onnx", foreign_manifest_beside, "exists and is not ours .*'format' is missing"),
+        ("policy", changed_model, "holds model.onnx, which differs from what its manifest describes"),
+        ("policy.onnx", changed_model, "holds policy.onnx, which differs from what its manifest describes"),
+        ("policy", listed_thesis, "holds thesis.tex, which differs from what its manifest describes"),
     ],
 )
 def test_what_is_not_ours_is_refused_before_the_work_and_left_alone(
@@ -483,6 +556,16 @@ def test_checking_a_target_that_may_be_written_leaves_no_trace(target: Path, for
     assert contents(target.parent) == before
 
 
+def test_a_former_file_that_changes_during_the_work_is_not_replaced(target: Path) -> None:
+    write(target)
+    before = contents(target.parent)
+    with pytest.raises(ArtifactError, match=r"differs from what its manifest describes"):
+        write(target, at_last=lambda: change_model(target))
+    files = ArtifactFiles.of(target)
+    model = str((files.folder / files.model).relative_to(target.parent))
+    assert contents(target.parent) == before | {model: "mine!"}
+
+
 def test_a_foreign_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "policy.onnx"
     with pytest.raises(ArtifactError, match=r"holds policy\.onnx"):
@@ -504,8 +587,9 @@ def test_an_interrupted_block_leaves_all_as_it_was(target: Path, error: BaseExce
     assert contents(target.parent) == before
 
 
-# A fresh folder is renamed in one move; a fresh export has six files; a replacement moves five old files aside first.
-MOVES = [("policy", False, 1), ("policy.onnx", False, 6), ("policy", True, 11), ("policy.onnx", True, 11)]
+# A fresh folder is renamed in one move; other exports write a journal first. An export has six files; a replacement
+# moves five old files aside before.
+MOVES = [("policy", False, 1), ("policy.onnx", False, 7), ("policy", True, 12), ("policy.onnx", True, 12)]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -543,8 +627,9 @@ def test_the_manifest_moves_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "replace", recording)
     write(tmp_path / "a.onnx")
+    assert moved[0] == "journal.json"
     assert moved[-1] == "a.manifest.json"
-    assert len(moved) == 6
+    assert len(moved) == 7
 
 
 def test_a_full_disk_during_the_work_is_said_and_leaves_nothing(target: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from evla_compile.host import prepare
 from evla_compile.model.policy import CogACT
 from evla_compile.processor import draw_noise
 from evla_compile.runtime import RuntimePolicy
+from evla_compile.scratch import scratch
 from evla_compile.sites import INPUT_NAMES
 from evla_compile.tolerances import TOLERANCES, check
 
@@ -302,9 +303,22 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     with pytest.raises(evla.ArtifactError, match=r"policy needs 0\.1 GB, and .* has 0\.1 GB free: make room"):
         compiled.export(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".policy.partial-0123").mkdir()
-    with pytest.raises(evla.ArtifactError, match=r"killed left \.policy\.partial-0123, which can be deleted"):
+    refused = pytest.raises(evla.ArtifactError, match=r"other exports to it are writing \.policy\.partial-[0-9a-f]{8}$")
+    with scratch(tmp_path / "policy"), refused:
         compiled.export(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_removes_what_a_killed_one_left(
+    export: Export, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
+    left = tmp_path / ".policy.partial-0123abcd"
+    left.mkdir()
+    (left / "model.onnx.data").write_bytes(bytes(1_000_000))
+    compiled.export(tmp_path / "policy")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+    assert f"removed {left} (1.0 MB), left by a process that was killed" in caplog.text
 
 
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:

@@ -1,0 +1,185 @@
+"""Files that appear whole or not at all: written into a scratch folder beside their place, then renamed; no torch.
+
+A scratch folder is locked as long as its process lives, however that ends, so that the next writer can tell one that
+was left behind from one in use. This protects from the death of a process, not from power loss: for that, the manifest
+has hashes.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+JOURNAL = "journal.json"
+"""Describes a move of several files that is under way; a scratch folder that has one is needed to finish the move."""
+
+_LOCK = "lock"
+_NEW = "new"
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """Yield a new folder `.NAME.partial-TOKEN` beside `place`; it is removed at the end, a SIGTERM included.
+
+    It stays where it holds a `JOURNAL`, without which a move that could not be undone could never be finished.
+
+    Raises:
+        OSError: the folder cannot be made or removed.
+    """
+    with exiting_on_sigterm():
+        folder, lock = _create(place)
+        try:
+            yield folder
+        finally:
+            if folder.exists() and not (folder / JOURNAL).exists():
+                shutil.rmtree(folder)
+            lock.close()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write a file of the same name, which takes the place of `path` if the block succeeds.
+
+    What earlier writers of `path` left behind when they were killed is removed.
+
+    Raises:
+        OSError: the file cannot be written; `path` is as it was.
+    """
+    remove_stale(path)
+    with scratch(path) as folder:
+        new = new_folder(folder) / path.name
+        yield new
+        new.replace(path)
+
+
+def new_folder(folder: Path) -> Path:
+    """Return the folder inside a scratch folder that takes what is to be put in place."""
+    new = folder / _NEW
+    new.mkdir(exist_ok=True)
+    return new
+
+
+def partials(place: Path) -> list[Path]:
+    """Return the scratch folders beside `place`, those in use and those left behind."""
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.partial-[0-9a-f]+")
+    try:
+        found = [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+
+def remove_stale(place: Path, finish: Callable[[Path], None] | None = None) -> None:
+    """Remove the scratch folders beside `place` whose process is dead, and log a warning for each.
+
+    One whose owner cannot be told, since the file system has no locks or it belongs to another user, is left alone.
+
+    Args:
+        place: what they were made for.
+        finish: called with each before it is removed, to finish the move that its `JOURNAL` describes.
+    """
+    for folder in partials(place):
+        try:
+            lock = _take_lock(folder)
+        except OSError as error:
+            _log.warning("%s may be left from a process that was killed, and cannot be examined: %s", folder, error)
+            continue
+        if lock is None:
+            continue
+        with lock:
+            if finish is not None:
+                finish(folder)
+            elif (folder / JOURNAL).exists():
+                continue
+            size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                _log.warning("%s was left by a process that was killed, and cannot be removed: %s", folder, error)
+            else:
+                _log.warning("removed %s (%.1f MB), left by a process that was killed", folder, size / 1e6)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes from moving files into or out of a folder within this block.
+
+    Where the file system has no locks there is no such protection; a move still refuses to replace a file that it does
+    not know.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.info("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Within this block SIGTERM raises SystemExit(143) as SIGINT raises KeyboardInterrupt, so that clean-ups run.
+
+    Only Python's main thread can receive signals, and a program that handles SIGTERM itself goes on doing so.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _create(place: Path) -> tuple[Path, IO[str]]:
+    while True:
+        # Not tempfile's mkdtemp: its mode 0700 would stay with what is moved out of it.
+        folder = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
+        folder.mkdir()
+        try:
+            lock = _take_lock(folder)
+        except FileNotFoundError:
+            continue  # removed by a process that saw it before it was locked
+        except OSError:  # no locks on this file system: then nobody takes it for stale either
+            lock = (folder / _LOCK).open("a")
+        if lock is not None:
+            return folder, lock
+
+
+def _take_lock(folder: Path) -> IO[str] | None:
+    """Return the lock of a scratch folder, which closing gives back; None where a living process has it.
+
+    Raises:
+        OSError: the folder is gone, or nobody can tell.
+    """
+    path = folder / _LOCK
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(f"{path} was replaced")
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file
