@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
+from evla_compile.scratch import replacing
 
 if TYPE_CHECKING:
     from evla_compile.model.language import LanguageSizes
@@ -67,8 +68,9 @@ class Plan:
             raise CalibrationError(f"malformed plan: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        """Write the plan as a JSON file, whole or not at all."""
+        with replacing(Path(path)) as new:
+            new.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -55,11 +55,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; `path` is as it was.
     """
-    remove_stale(path)
-    with scratch(path) as folder:
-        new = new_folder(folder) / path.name
+    place = path.resolve()  # a link stays one, as when it is opened for writing
+    remove_stale(place)
+    with scratch(place) as folder:
+        new = new_folder(folder) / place.name
         yield new
-        new.replace(path)
+        new.replace(place)
 
 
 def new_folder(folder: Path) -> Path:

@@ -2,10 +2,10 @@
 
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import fx
@@ -22,13 +22,14 @@ from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import split
 from evla_compile.graph import copy_graph, materialize, weights
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
+from evla_compile.scratch import replacing
 from evla_compile.sites import INPUT_NAMES, verified_stages
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
 """A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
 
 DESCRIPTION = "evla_compile.json"
-"""Name of the extra file in an ExportedProgram that says what it is."""
+"""Name of the extra file in an ExportedProgram that says what it is, and of that entry in a package's metadata."""
 
 
 def to_pt2(
@@ -36,8 +37,9 @@ def to_pt2(
 ) -> None:
     """Write a policy's finished graph, which takes `INPUT_NAMES` in order and returns a tuple, `samples` first.
 
-    All weights are held in memory while the file is written. An ExportedProgram is read by `torch.export.load`, an
-    AOTInductor package by `torch._inductor.aoti_load_package`, on a machine of the kind that wrote it.
+    A former file of ours is replaced, others never. All weights are held in memory while the file is written. An
+    ExportedProgram is read by `torch.export.load`, an AOTInductor package by `torch._inductor.aoti_load_package`, on a
+    machine of the kind that wrote it; what `DESCRIPTION` names is in its `get_metadata()`.
 
     Args:
         compiled: the policy.
@@ -47,7 +49,7 @@ def to_pt2(
         precision: dtype of matrix products outside the action head.
 
     Raises:
-        ArtifactError: the file cannot be written, or the disk is full.
+        ArtifactError: the file cannot be written, the disk is full, or something else is in its place.
         ExportError: the graph cannot be lowered, or no C++ compiler is there.
         ValueError: `packaging` is unknown.
         VerificationError: a stage leaves the tolerance of `precision`.
@@ -56,6 +58,7 @@ def to_pt2(
         raise ValueError(f"packaging={packaging!r}: expected 'exported' or 'aoti'")
     if packaging == "aoti" and not any(map(shutil.which, ("g++", "clang++"))):
         raise ExportError("AOTInductor needs a C++ compiler and found none: apt install g++")
+    _refuse_foreign(path)
     outputs = (SAMPLES, *stages)
     if precision != "float32":
         _check_precision(compiled, precision)
@@ -72,17 +75,40 @@ def to_pt2(
         "outputs": list(outputs),
         "precision": precision,
     }
-    new = path.with_name(f".{path.stem}.partial-{secrets.token_hex(4)}.pt2")
+    text = json.dumps(about)
     try:
-        if packaging == "exported":
-            torch.export.save(to_exported_program(graph), new, extra_files={DESCRIPTION: json.dumps(about)})
-        else:
-            torch._inductor.aoti_compile_and_package(_traced(graph), package_path=os.fspath(new))
-        new.replace(path)
+        with replacing(path) as new:
+            if packaging == "exported":
+                torch.export.save(to_exported_program(graph), new, extra_files={DESCRIPTION: text})
+            else:
+                torch._inductor.aoti_compile_and_package(
+                    _traced(graph),
+                    package_path=os.fspath(new),
+                    inductor_configs={"aot_inductor.metadata": {DESCRIPTION: text}},
+                )
+            _refuse_foreign(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error}") from error
-    finally:
-        new.unlink(missing_ok=True)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse to replace a file that carries no description of ours."""
+    if os.path.lexists(path) and not (path.is_file() and _is_described(path)):
+        raise ArtifactError(f"{path} exists and is not ours: choose another name or remove it")
+
+
+def _is_described(path: Path) -> bool:
+    try:
+        with ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(f"/extra/{DESCRIPTION}"):
+                    return True
+                if name.endswith("_metadata.json"):
+                    metadata: Any = json.loads(archive.read(name))
+                    return isinstance(metadata, dict) and DESCRIPTION in metadata
+    except (BadZipFile, ValueError, NotImplementedError):  # no zip, no JSON, an unknown compression
+        return False
+    return False
 
 
 def _check_precision(compiled: CompiledPolicy, precision: Precision) -> None:

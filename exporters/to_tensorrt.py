@@ -4,7 +4,6 @@ Networks are strongly typed: the casts in the file are the precision, and no fla
 are static, so there are no optimisation profiles.
 """
 
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import EvlaError, ExportError
 from evla_compile.exporters.build_progress import watching
 from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, available_memory, build_bytes
+from evla_compile.scratch import replacing
 from evla_compile.tensorrt_library import (
     create,
     describe_tensor,
@@ -199,12 +199,10 @@ def _read_timing_cache(config: Any, path: Path, log: Any) -> None:
 
 
 def _write_timing_cache(config: Any, path: Path) -> None:
-    new = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        new.write_bytes(bytes(config.get_timing_cache().serialize()))
-        new.replace(path)
+        with replacing(path) as new:
+            new.write_bytes(bytes(config.get_timing_cache().serialize()))
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise EvlaError(f"timing cache {path} cannot be written: {error}; name another file") from error
 
 

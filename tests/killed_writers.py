@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from evla_compile.artifact import ArtifactFiles, check_files, check_target, find_manifest, writing
 from evla_compile.config import CompileConfig
@@ -63,6 +65,7 @@ def describe(folder: Path, files: ArtifactFiles) -> Manifest:
         plan=Plan(layer_importance=(), keep_layers=(0, 2), mlp_neurons=(), frames=0),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 7)},
         pad_id=3,
+        vocabulary=64,
         opset=23,
         versions={},
     )
@@ -73,12 +76,15 @@ def build_engine(target: Path, version: str) -> None:
 
     def stand_in(model: Path, engine: Path, settings: EngineSettings, *, progress: bool) -> BuiltEngine:
         engine.write_text(f"{version} engine", encoding="utf-8")
-        return BuiltEngine(layers=1, attentions=0, inputs=INPUTS, outputs=OUTPUTS)
+        return BuiltEngine(layers=1, attentions=0, inputs=tuple(map(str, INPUTS)), outputs=tuple(map(str, OUTPUTS)))
 
-    build.to_tensorrt = stand_in  # type: ignore[assignment]  # positional names of a stand-in
-    build.import_flavour = lambda flavour: type("Library", (), {"__version__": "1.7.1.116"})
-    build.find_flavour = lambda settings: "tensorrt_rtx"
-    build.build_engine(target, RTX, progress=False)
+    library = SimpleNamespace(__version__="1.7.1.116")
+    with (
+        patch.object(build, "to_tensorrt", stand_in),
+        patch.object(build, "import_flavour", lambda flavour: library),
+        patch.object(build, "find_flavour", lambda settings: "tensorrt_rtx"),
+    ):
+        build.build_engine(target, RTX, progress=False)
 
 
 def write_file(target: Path, version: str) -> None:

@@ -481,7 +481,7 @@ def changed_model(target: Path) -> None:
 
 def change_model(target: Path) -> None:
     files = ArtifactFiles.of(target)
-    (files.folder / files.model).write_text("mine!", encoding="utf-8")
+    (files.folder / files.model).write_text("mine alone", encoding="utf-8")
 
 
 def claim(target: Path, path: Path) -> None:
@@ -556,6 +556,78 @@ def test_checking_a_target_that_may_be_written_leaves_no_trace(target: Path, for
     assert contents(target.parent) == before
 
 
+def test_a_change_that_keeps_the_size_is_found_before_anything_is_written(target: Path) -> None:
+    write(target, graph="graph")
+    files = ArtifactFiles.of(target)
+    (files.folder / files.model).write_text("Graph", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="differs from what its manifest describes"), writing(target):
+        pytest.fail("the block must not run")
+
+
+def test_what_killed_exports_and_builds_left_is_removed(target: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(target)
+    before = contents(target.parent)
+    files = ArtifactFiles.of(target)
+    left = [target.with_name(f".{target.name}.partial-0123abcd"), files.folder / f".{files.engine}.partial-0123abcd"]
+    for folder in left:
+        folder.mkdir()
+        (folder / files.data).write_bytes(bytes(1_000_000))
+    check_target(target)
+    assert contents(target.parent) == before
+    for folder in left:
+        assert f"removed {folder} (1.0 MB), left by a process that was killed" in caplog.text
+
+
+def test_a_reader_is_told_of_files_that_were_being_moved(target: Path) -> None:
+    left = target.with_name(f".{target.name}.partial-0123abcd")
+    left.mkdir()
+    (left / "journal.json").touch()
+    with pytest.raises(ArtifactError, match="is incomplete: an export was killed, or is at work"):
+        find_manifest(target)
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        "",
+        "[]",
+        '{"former": [], "new": []}',
+        '{"former": [], "new": ["../x"], "manifest": "manifest.json"}',
+        '{"former": [], "new": ["x"], "manifest": "/etc/passwd"}',
+        '{"former": [{"name": "x"}], "new": [], "manifest": "manifest.json"}',
+        '{"former": [3], "new": [], "manifest": "manifest.json"}',
+        '{"former": 3, "new": [], "manifest": "manifest.json"}',
+    ],
+)
+def test_a_malformed_journal_is_refused_by_name(tmp_path: Path, journal: str) -> None:
+    (tmp_path / "policy").mkdir()
+    left = tmp_path / ".policy.partial-0123abcd"
+    (left / "new").mkdir(parents=True)
+    (left / "journal.json").write_text(journal, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=rf"{left}/journal\.json: .*it describes an export that was killed: remove"):
+        check_target(tmp_path / "policy")
+
+
+def test_a_file_that_came_in_the_way_of_a_killed_export_is_not_replaced(tmp_path: Path) -> None:
+    left = tmp_path / ".x.onnx.partial-0123abcd"
+    (left / "new").mkdir(parents=True)
+    fill(left / "new", ArtifactFiles.of(tmp_path / "x.onnx"))
+    journal = {
+        "former": [],
+        "new": sorted(path.name for path in (left / "new").iterdir()),
+        "manifest": "x.manifest.json",
+    }
+    (left / "journal.json").write_text(json.dumps(journal), encoding="utf-8")
+    foreign_model(tmp_path / "x.onnx")
+    with pytest.raises(ArtifactError, match=r"x\.onnx is not ours.*move it elsewhere, then export again"):
+        check_target(tmp_path / "x.onnx")
+    (tmp_path / "x.onnx").rename(tmp_path / "mine.onnx")
+    check_target(tmp_path / "x.onnx")
+    check_files(read_manifest(find_manifest(tmp_path / "x.onnx")).files, tmp_path)
+    assert (tmp_path / "mine.onnx").read_text(encoding="utf-8") == "mine"
+    assert not left.exists()
+
+
 def test_a_former_file_that_changes_during_the_work_is_not_replaced(target: Path) -> None:
     write(target)
     before = contents(target.parent)
@@ -563,7 +635,7 @@ def test_a_former_file_that_changes_during_the_work_is_not_replaced(target: Path
         write(target, at_last=lambda: change_model(target))
     files = ArtifactFiles.of(target)
     model = str((files.folder / files.model).relative_to(target.parent))
-    assert contents(target.parent) == before | {model: "mine!"}
+    assert contents(target.parent) == before | {model: "mine alone"}
 
 
 def test_a_foreign_file_that_appears_during_the_work_is_not_overwritten(tmp_path: Path) -> None:

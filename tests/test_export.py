@@ -309,18 +309,6 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_removes_what_a_killed_one_left(
-    export: Export, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
-    left = tmp_path / ".policy.partial-0123abcd"
-    left.mkdir()
-    (left / "model.onnx.data").write_bytes(bytes(1_000_000))
-    compiled.export(tmp_path / "policy")
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
-    assert f"removed {left} (1.0 MB), left by a process that was killed" in caplog.text
-
-
 def test_export_refuses_what_it_cannot_write(export: Export, tmp_path: Path) -> None:
     compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
     with pytest.raises(evla.ArtifactError, match=r"ends in \.onnx or \.engine"):

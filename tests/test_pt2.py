@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import ArtifactError, EvlaError, ExportError
+from evla_compile.exporters import to_pt2
 from evla_compile.exporters.artifact import record_cases
 from evla_compile.exporters.to_pt2 import DESCRIPTION
 from evla_compile.model.policy import CogACT
@@ -60,6 +62,7 @@ def test_an_exported_program_is_read_back(
     assert CompileConfig.from_json(about["config"]) == CONFIG
     assert about["inputs"] == list(INPUT_NAMES)
     assert about["outputs"] == ["samples"]
+    compiled.export(tmp_path / "policy.pt2")  # over one of ours
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt2"]
 
 
@@ -93,6 +96,8 @@ def test_an_aotinductor_package_is_read_back(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     compiled.export(tmp_path / "policy.pt2", packaging="aoti")
     run = torch._inductor.aoti_load_package(str(tmp_path / "policy.pt2"))
+    about = json.loads(run.get_metadata()[DESCRIPTION])
+    assert CompileConfig.from_json(about["config"]) == CONFIG
     (found,) = run(*small_inputs)
     assert relative_error(found.numpy(), samples(compiled, small_inputs).numpy()) < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "policy.pt2"]
@@ -138,6 +143,22 @@ def test_cuda_graphs_return_results_of_their_own(small_policy: CogACT, small_inp
 
 
 # Refusals
+
+
+def test_a_pt2_of_somebody_else_is_not_replaced(
+    compiled: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = ("text.pt2", "zip.pt2", "policy.pt2")
+    with zipfile.ZipFile(tmp_path / "zip.pt2", "w") as archive:
+        archive.writestr("zip/model_metadata.json", "[1]")
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),)), tmp_path / "policy.pt2")
+    (tmp_path / "text.pt2").write_bytes(b"mine")
+    before = {name: (tmp_path / name).read_bytes() for name in others}
+    monkeypatch.setattr(to_pt2, "split", lambda *arguments: pytest.fail("the work must not start"))
+    for name in others:
+        with pytest.raises(ArtifactError, match=rf"{name} exists and is not ours: choose another name or remove it"):
+            compiled.export(tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_a_pt2_does_not_have_is_refused(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from evla_compile import cli
 from evla_compile.scratch import JOURNAL, exiting_on_sigterm, remove_stale, replacing, scratch
 
 
@@ -80,7 +81,7 @@ def test_a_journal_keeps_a_folder_until_its_move_is_finished(tmp_path: Path) -> 
     (folder / JOURNAL).touch()
     remove_stale(tmp_path / "policy")
     assert folder.is_dir()
-    finished = []
+    finished: list[Path] = []
     remove_stale(tmp_path / "policy", finished.append)
     assert finished == [folder]
     assert not folder.exists()
@@ -114,6 +115,16 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json").read_text(encoding="utf-8") == "old"
 
 
+def test_a_link_to_a_file_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "plan.json").write_text("old", encoding="utf-8")
+    (tmp_path / "plan.json").symlink_to(tmp_path / "elsewhere" / "plan.json")
+    with replacing(tmp_path / "plan.json") as new:
+        new.write_text("new", encoding="utf-8")
+    assert (tmp_path / "elsewhere" / "plan.json").read_text(encoding="utf-8") == "new"
+    assert (tmp_path / "plan.json").is_symlink()
+
+
 SLEEPER = """
 import sys, time
 from pathlib import Path
@@ -134,6 +145,21 @@ def test_sigterm_cleans_up_as_sigint_does(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
     assert names(tmp_path) == []
+
+
+def test_the_command_line_cleans_up_on_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned = []
+
+    def command(prog_name: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(prog_name)
+
+    monkeypatch.setattr(cli, "app", command)
+    with pytest.raises(SystemExit, match=r"^143$"):
+        cli.main()
+    assert cleaned == ["evla"]
 
 
 def test_a_program_s_own_handler_of_sigterm_stays() -> None:

@@ -7,6 +7,7 @@ import typer
 from evla_compile.cli import build, compile, demo, doctor, estimate, inspect, run, verify
 from evla_compile.cli.streams import standard_streams
 from evla_compile.errors import EvlaError
+from evla_compile.scratch import exiting_on_sigterm
 from evla_compile.terminal import new_console
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ for _name, _command, _summary in (
 def main() -> None:
     """Run the command line; what a user can mend ends in one message and exit status 2, without a traceback."""
     try:
-        with standard_streams():
+        with exiting_on_sigterm(), standard_streams():
             app(prog_name="evla")
     except (EvlaError, ValueError, OSError) as error:
         # Long words, paths among them, stay whole: they are there to be copied.

@@ -18,6 +18,7 @@ from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.run import action_table
 from evla_compile.picture import kept_tokens_text
+from evla_compile.scratch import new_folder, remove_stale, scratch
 from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def demo(
     """Take the small policy that the package carries through the whole path, and time it. Needs no network."""
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: expected a folder that does not exist yet, in one that does; choose another")
-    with TemporaryDirectory(dir=None if out is None else out.parent) as scratch:
-        # A folder inside, since a temporary one is closed to other users and would stay so.
-        folder = Path(scratch) / "demo"
-        folder.mkdir()
+    if out is not None:
+        remove_stale(out)
+    with TemporaryDirectory() if out is None else scratch(out) as place:
+        folder = new_folder(Path(place))
         with step("import torch and transformers"):
             from evla_compile.demo import PICTURE, run_demo
             from evla_compile.demo_policy import DEMO_IMAGE

@@ -1,11 +1,11 @@
 """Kernels that TensorRT-RTX compiled for this GPU, kept in a file for the next time; no torch."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from evla_compile.errors import EvlaError
+from evla_compile.scratch import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,8 @@ class KernelCache:
         contents = self._cache.serialize()
         if contents is None:
             raise EvlaError(f"TensorRT-RTX does not give its kernels, which were to be kept in {self._file}")
-        new = self._file.with_name(f".{self._file.name}.partial-{os.getpid()}")
         try:
-            new.write_bytes(bytes(contents))
-            new.replace(self._file)
+            with replacing(self._file) as new:
+                new.write_bytes(bytes(contents))
         except OSError as error:
-            new.unlink(missing_ok=True)
             raise EvlaError(f"kernels cannot be kept in {self._file}: {error}") from error
