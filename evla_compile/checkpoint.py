@@ -1,20 +1,23 @@
 """CogACT's official checkpoints, unchanged, to a policy: strict keys, sizes from shapes, tensors cast one at a time."""
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evla_compile.checkpoint_groups import check_keys, read_groups
 from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import CheckpointError, EvlaError, UnsupportedModelError
 from evla_compile.mapped_archive import read_archive
 from evla_compile.memory import available_memory
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.processor import (
+    ACTION_WIDTH,
     BLANK_ID,
     PAD_ID,
     WORD_BOUNDARY,
@@ -23,12 +26,12 @@ from evla_compile.processor import (
     read_statistics,
 )
 from evla_compile.run_directory import find_checkpoint, find_tokenizer, naming, read_json, read_text
-from evla_compile.sizes import check_joints, infer_sizes
+from evla_compile.sizes import check_action_width, check_joints, infer_sizes
 
-_GROUPS = ("vision_backbone", "projector", "llm_backbone", "action_model")
-_OPTIONAL_GROUP = "ema_diffusion"  # a moving average of action_model, which inference does not use
-_STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAMED_KEYS = 20
+_LOG = logging.getLogger(__name__)
+
+_BASE_MODELS = ("prism-dinosiglip-224px+7b", "prism-dinosiglip-224px-controlled+7b")
+"""Base models with the prompt and the resize of this package: Llama-2 without chat, frames squashed to 224 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +41,11 @@ class Checkpoint:
     file: Path
     """The .pt file."""
     tensors: Mapping[str, Tensor]
-    """Tensors by "group.key", mapped from the file; those of `ema_diffusion` are left out."""
+    """Tensors by "group.key", mapped from the file; the action head that was chosen is `action_model`."""
     sizes: ModelSizes
     """Sizes of the model, read off the shapes."""
     statistics: Mapping[str, ActionStatistics]
-    """Action statistics by dataset name."""
+    """Action statistics by name of the datasets whose actions are as wide as the policy's."""
     pad_id: int
     """Token id that fills a prompt up to its budget."""
 
@@ -58,6 +61,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     *,
+    use_ema: bool = False,
     deferred: bool = False,
 ) -> CogACT:
     """Load a CogACT policy from its official, unchanged files, ready for inference, with gradients off.
@@ -81,6 +85,7 @@ def load(
             openvla/openvla-7b on the hub.
         dtype: torch.float32 or torch.bfloat16, for the vision towers, the projector and the decoder.
         device: where the policy runs.
+        use_ema: take the moving average of the action head, `ema_diffusion`, which some training runs save.
         deferred: cast each tensor where it is read and let go of the result, instead of casting all of them now: for
             compiling and exporting a policy that does not fit into memory in `dtype`. On a CPU only.
 
@@ -93,7 +98,7 @@ def load(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16; float16 overflows in the decoder")
     target = _usable_device(device)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, use_ema=use_ema)
     tokenizer_file = find_tokenizer(tokenizer, checkpoint.run)
     tokenizer_json = read_text(tokenizer_file)
     with naming(tokenizer_file):
@@ -107,7 +112,7 @@ def load(
     with torch.device("meta"):
         model = CogACT(checkpoint.sizes, processor)
     with naming(checkpoint.file):
-        _check_keys(model, checkpoint.tensors)
+        check_keys(model, checkpoint.tensors)
         check_joints(checkpoint.sizes)
     if deferred and target.type != "cpu":
         raise ValueError(f"deferred=True with device={str(device)!r}: deferred weights stay in the file, on the CPU")
@@ -125,27 +130,71 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, use_ema: bool | None = False) -> Checkpoint:
     """Read what a checkpoint holds without building the policy or casting a weight; its keys are not checked.
 
     Args:
         path: see `load`.
+        use_ema: see `load`; None takes the moving average where it is the only action head, for looking at shapes.
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or the hub cannot be reached.
-        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be told from shapes.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be told from shapes, its actions
+            have not 7 numbers, or its base model has another prompt.
     """
     file = find_checkpoint(path)
     run = file.parent.parent
-    settings = _read_settings(run / "config.json")
+    config = read_json(run / "config.json")
+    with naming(run / "config.json"):
+        settings = _read_settings(config)
+        _check_base_model(config)
     statistics_json = read_json(run / "dataset_statistics.json")
-    with naming(run / "dataset_statistics.json"):
-        statistics = read_statistics(statistics_json)
     with naming(file):
-        tensors = _flatten(_groups(read_archive(file)))
+        tensors = read_groups(read_archive(file), use_ema=use_ema)
         sizes = infer_sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings.get("heads", {}))
         pad_id = _pad_id(settings.get("pad_id"), sizes.language.vocabulary)
+        check_action_width(sizes)  # before the statistics, which are as wide, and would be found faulty one by one
+    with naming(run / "dataset_statistics.json"):
+        statistics = _fitting_statistics(statistics_json)
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
+
+
+def _fitting_statistics(datasets: Mapping[str, Any]) -> dict[str, ActionStatistics]:
+    """Read the statistics of the datasets whose actions have 7 numbers; others are left out, with a warning."""
+    widths = {dataset: _action_width(entry) for dataset, entry in datasets.items()}
+    other = {dataset: width for dataset, width in widths.items() if width not in (None, ACTION_WIDTH)}
+    named = ", ".join(f"{dataset!r} has {width}" for dataset, width in other.items())
+    if other and len(other) == len(datasets):
+        raise CheckpointError(
+            f"expected the statistics of a dataset whose actions have {ACTION_WIDTH} numbers, found none: {named:.500};"
+            " give the statistics of the data that this policy was trained on"
+        )
+    if other:
+        _LOG.warning("dataset_statistics.json: left out, actions have not %d numbers: %s", ACTION_WIDTH, named)
+    return read_statistics({dataset: entry for dataset, entry in datasets.items() if dataset not in other})
+
+
+def _action_width(entry: object) -> int | None:
+    """Return how many numbers the actions of a dataset have, None where its entry is malformed."""
+    action = entry.get("action") if isinstance(entry, Mapping) else None
+    low, high = (action.get(key) if isinstance(action, Mapping) else None for key in ("q01", "q99"))
+    return len(low) if isinstance(low, list) and isinstance(high, list) and len(low) == len(high) else None
+
+
+def _check_base_model(config: Mapping[str, Any]) -> None:
+    """Refuse a vision-language model with another prompt or resize, which nothing else in the files would tell."""
+    vla = config.get("vla", {})
+    base = vla.get("base_vlm", _BASE_MODELS[0]) if isinstance(vla, Mapping) else None
+    if not isinstance(base, str):
+        raise CheckpointError(
+            f'expected "vla" to be an object with the name of a model as "base_vlm", found {json.dumps(vla):.100}'
+        )
+    if not set(_BASE_MODELS) & set(PurePosixPath(base).parts):  # a run may name a folder of the model
+        raise UnsupportedModelError(
+            f"vla.base_vlm is {base!r}: expected {' or '.join(_BASE_MODELS)}, whose prompt and resize are the ones"
+            " built in here, and with others the policy would act wrongly; if yours has the same two, name"
+            f" {_BASE_MODELS[0]!r} instead"
+        )
 
 
 def _check_memory(stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
@@ -171,17 +220,17 @@ def _usable_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def _read_settings(file: Path) -> Mapping[str, Any]:
+def _read_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what config.json says for this package alone: `heads` by part and `pad_id`, both optional."""
-    settings = read_json(file).get("evla_compile", {})
+    settings = config.get("evla_compile", {})
     if (
         not isinstance(settings, dict)
         or settings.keys() - {"heads", "pad_id"}
         or not isinstance(settings.get("heads", {}), dict)
     ):
         raise CheckpointError(
-            f'{file}: expected "evla_compile" to be an object like {{"heads": {{"dit": 12}}, "pad_id": 32000}}, both'
-            f" optional, found {json.dumps(settings):.100}"
+            'expected "evla_compile" to be an object like {"heads": {"dit": 12}, "pad_id": 32000}, both optional, found'
+            f" {json.dumps(settings):.100}"
         )
     return settings
 
@@ -214,81 +263,3 @@ def _pad_id(given: object, vocabulary: int) -> int:
             f"config.json, evla_compile.pad_id = {given!r}: expected a row of the embedding, 0 to {vocabulary - 1}"
         )
     return pad_id
-
-
-def _groups(contents: object) -> Mapping[str, Any]:
-    """Return the groups of a checkpoint's contents."""
-    groups = contents.get("model") if isinstance(contents, Mapping) else None
-    if not isinstance(groups, Mapping):
-        found = _listed([str(key) for key in contents]) if isinstance(contents, Mapping) else type(contents).__name__
-        raise CheckpointError(
-            f'expected {{"model": {{group: {{key: tensor}}}}}}, found {found}; give a CogACT checkpoint'
-        )
-    return groups
-
-
-def _flatten(groups: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors that make up the policy by "group.key"."""
-    missing = [group for group in _GROUPS if group not in groups]
-    if missing or set(groups) - {*_GROUPS, _OPTIONAL_GROUP}:
-        foreign = missing and {"projector", "llm_backbone"} <= set(groups)
-        raise CheckpointError(
-            f"expected the groups {', '.join(_GROUPS)} (and perhaps {_OPTIONAL_GROUP}), found"
-            f" {_listed([str(group) for group in groups])}"
-            + (f"; without {' and '.join(missing)} it is an OpenVLA or Prismatic file, not CogACT's" if foreign else "")
-        )
-    tensors = {}
-    for group in _GROUPS:
-        if not isinstance(groups[group], Mapping):
-            raise CheckpointError(f"group {group!r}: expected tensors by key, found {type(groups[group]).__name__}")
-        for key, tensor in groups[group].items():
-            if not isinstance(tensor, Tensor):
-                raise CheckpointError(f"{group}.{key}: expected a tensor, found {type(tensor).__name__}")
-            tensors[f"{group}.{key}"] = tensor.detach()  # a parameter may have been saved as one
-    return tensors
-
-
-def _check_keys(model: CogACT, tensors: Mapping[str, Tensor]) -> None:
-    expected: dict[str, Tensor] = model.state_dict()
-    shared = [name for name in expected if name in tensors]
-    ignored = _ignored_prefixes(model.sizes)
-    faults = {
-        "missing keys": [name for name in expected if name not in tensors],
-        "unexpected keys": [
-            name
-            for name in tensors
-            if name not in expected and not name.startswith(ignored) and not name.endswith(".rotary_emb.inv_freq")
-        ],
-        "wrong shapes": [
-            f"{name} (expected {list(expected[name].shape)}, found {list(tensors[name].shape)})"
-            for name in shared
-            if expected[name].shape != tensors[name].shape
-        ],
-        "wrong types": [
-            f"{name} (expected dense floating point, found {tensors[name].dtype}, {tensors[name].layout})"
-            for name in shared
-            if tensors[name].dtype not in _STORED_DTYPES or tensors[name].layout != torch.strided
-        ],
-    }
-    if any(faults.values()):
-        found = "; ".join(f"{len(names)} {fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        raise CheckpointError(f"expected CogACT's tensors by group.key, found {found}; is the file cut or converted?")
-
-
-def _ignored_prefixes(sizes: ModelSizes) -> tuple[str, ...]:
-    """Return the beginnings of the names of tensors that official files hold and the policy never reads."""
-    towers = (("dino", sizes.dino.depth), ("siglip", sizes.siglip.depth))
-    return (
-        "llm_backbone.llm.lm_head.",
-        "action_model.net.history_embedder.",
-        *(
-            f"vision_backbone.{tower}_featurizer.{part}."
-            for tower, depth in towers
-            for part in (f"blocks.{depth - 1}", "norm", "attn_pool")
-        ),
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED_KEYS} more" if len(names) > _NAMED_KEYS else ""
-    return ", ".join(names[:_NAMED_KEYS]) + more

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -17,6 +19,17 @@ from evla_compile.errors import CheckpointError, UnsupportedModelError
 TOKENIZER_REPOSITORY = "openvla/openvla-7b"
 """Hub repository whose ungated tokenizer.json is Llama-2's; CogACT's own repositories carry none."""
 
+_CONVERT = (
+    "expected a .pt file of a CogACT training run, {'model': {group: {key: tensor}}}; convert its tensors to that with"
+    " torch.save"
+)
+_OTHER_FORMATS = MappingProxyType(
+    {
+        ".safetensors": f"safetensors, as Hugging Face's models and OpenVLA's have them, are not read: {_CONVERT}",
+        ".bin": f"the format of older models of Hugging Face is not read: {_CONVERT}",
+    }
+)
+"""What to do with files of weights in other formats, by their suffix."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -31,6 +44,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if local.is_dir():
         return _only_checkpoint(local)
     if local.is_file():
+        if local.suffix in _OTHER_FORMATS:
+            raise CheckpointError(f"{local}: {_OTHER_FORMATS[local.suffix]}")
         if local.suffix != ".pt" or local.parent.name != "checkpoints":
             raise CheckpointError(
                 f"{local}: expected a .pt file in a folder named checkpoints, with config.json and"
@@ -40,10 +55,14 @@ def find_checkpoint(path: str | Path) -> Path:
     repository = Path(path).as_posix()
     if local.suffix != ".pt" and _HUB_ID.fullmatch(repository):
         advice = "check the id, or download the repository elsewhere and give its folder"
-        return _only_checkpoint(_download(repository, ["*.json", "checkpoints/*.pt"], advice))
+        return _only_checkpoint(
+            _download(
+                repository, ["*.json", "checkpoints/*.pt"], advice, f"no such folder as {local}{_meant(local)}, and "
+            )
+        )
     raise CheckpointError(
-        f"{local}: no such file or folder; expected a run directory, its checkpoints/*.pt, or a Hugging Face id like"
-        " CogACT/CogACT-Base"
+        f"{local}: no such file or folder{_meant(local)}; expected a run directory, its checkpoints/*.pt, or a Hugging"
+        " Face id like CogACT/CogACT-Base"
     )
 
 
@@ -105,14 +124,35 @@ def naming(file: Path) -> Iterator[None]:
 
 def _only_checkpoint(run: Path) -> Path:
     found = sorted(run.glob("checkpoints/*.pt"))
-    if len(found) != 1:
-        names = f" ({', '.join(file.name for file in found)}); give the path of one" if found else ""
-        raise CheckpointError(f"{run}: expected exactly one checkpoints/*.pt, found {len(found)}{names}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    names = f" ({', '.join(file.name for file in found)}); give the path of one" if found else _instead(run)
+    raise CheckpointError(f"{run}: expected exactly one checkpoints/*.pt, found {len(found)}{names}")
 
 
-def _download(repository: str, patterns: Sequence[str], advice: str) -> Path:
+def _instead(run: Path) -> str:
+    """Return what stands in the place of a missing checkpoint, and what to do with it."""
+    others = [file for pattern in ("*", "checkpoints/*") for file in sorted(run.glob(pattern)) if file.is_file()]
+    for suffix, advice in _OTHER_FORMATS.items():
+        if names := [str(file.relative_to(run)) for file in others if file.suffix == suffix]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f", but {names[0]}{more}: {advice}"
+    misplaced = [file.name for file in others if file.suffix == ".pt"]
+    return f", but {', '.join(misplaced)} beside that folder; move it into checkpoints" if misplaced else ""
+
+
+def _meant(missing: Path) -> str:
+    """Return a question after the entry of a folder that a missing one resembles most."""
+    parent = missing.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    close = get_close_matches(missing.name, names, n=1)
+    return f" (is {parent / close[0]} meant?)" if close else ""
+
+
+def _download(repository: str, patterns: Sequence[str], advice: str, otherwise: str = "") -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except (OSError, HTTPError, HFValidationError) as error:
-        raise CheckpointError(f"{repository}: cannot be had from the Hugging Face hub ({error}); {advice}") from error
+        raise CheckpointError(
+            f"{repository}: {otherwise}cannot be had from the Hugging Face hub ({error}); {advice}"
+        ) from error

@@ -114,6 +114,15 @@ def check_joints(sizes: ModelSizes) -> None:
             f"the vision towers cut a frame into {sizes.dino.patches} (dino) and {sizes.siglip.patches} (siglip)"
             " patches: expected the same count, since their features are joined patch by patch"
         )
+    check_action_width(sizes)
+
+
+def check_action_width(sizes: ModelSizes) -> None:
+    """Refuse an action head of another width than every dataset statistic and the gripper rule are made for.
+
+    Raises:
+        UnsupportedModelError: an action has not 7 numbers.
+    """
     if sizes.action.action_width != ACTION_WIDTH:
         raise UnsupportedModelError(
             f"an action has {sizes.action.action_width} numbers (action_model.net.final_layer.linear.weight):"

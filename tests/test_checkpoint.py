@@ -1,4 +1,5 @@
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Callable
@@ -417,6 +418,86 @@ def test_a_checkpoint_that_could_run_code_is_refused(run: Path, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="refused since they could run code"):
         load(run)
     assert not (tmp_path / "ran").exists()
+
+
+def narrow_statistics(width: int) -> dict[str, object]:
+    return {"action": {"q01": [-1.0] * width, "q99": [1.0] * width, "mask": [True] * width}}
+
+
+def test_a_dataset_with_other_actions_is_left_out_and_reported(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    datasets = {"bridge": narrow_statistics(7), "aloha": narrow_statistics(14)}
+    replace(run / "dataset_statistics.json", json.dumps(datasets).encode())
+    with caplog.at_level(logging.WARNING):
+        assert list(load(run).processor.statistics) == ["bridge"]
+    assert "'aloha' has 14" in caplog.text
+
+
+def test_statistics_of_no_dataset_with_the_policys_actions_are_refused(run: Path) -> None:
+    replace(run / "dataset_statistics.json", json.dumps({"aloha": narrow_statistics(14)}).encode())
+    with pytest.raises(CheckpointError, match=r"dataset_statistics\.json: .*7 numbers, found none: 'aloha' has 14"):
+        load(run)
+
+
+def test_an_action_head_of_another_width_is_refused_as_such_and_not_by_its_statistics(
+    run: Path, stored: Groups
+) -> None:
+    def widen(groups: Groups) -> None:
+        head = groups["action_model"]
+        for name in ("x_embedder", "history_embedder"):
+            head[f"net.{name}.linear.weight"] = torch.ones(48, 14)
+        head["net.final_layer.linear.weight"] = torch.ones(14, 48)
+        head["net.final_layer.linear.bias"] = torch.ones(14)
+
+    rewrite(run, stored, widen)
+    replace(run / "dataset_statistics.json", json.dumps({"aloha": narrow_statistics(14)}).encode())
+    with pytest.raises(UnsupportedModelError, match=r"\.pt: an action has 14 numbers .*expected 7"):
+        load(run)
+
+
+def test_the_moving_average_of_the_head_is_loaded_where_it_is_asked_for(run: Path, stored: Groups) -> None:
+    def extend(groups: Groups) -> None:
+        groups["ema_diffusion"] = {key: tensor + 1 for key, tensor in groups["action_model"].items()}
+
+    rewrite(run, stored, extend)
+    name = "net.final_layer.linear.bias"
+    for use_ema, expected in ((False, stored["action_model"][name]), (True, stored["action_model"][name] + 1)):
+        assert torch.equal(load(run, use_ema=use_ema).get_parameter(f"action_model.{name}"), expected)
+
+
+def set_base_model(run: Path, vla: object) -> None:
+    contents = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    replace(run / "config.json", json.dumps(contents | {"vla": vla}).encode())
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "prism-dinosiglip-224px+7b",
+        "prism-dinosiglip-224px-controlled+7b",
+        "/data/vlms/prism-dinosiglip-224px+7b",
+        "/data/prism-dinosiglip-224px+7b/checkpoints/latest-checkpoint.pt",
+    ],
+)
+def test_a_base_model_with_the_same_prompt_and_resize_is_taken(run: Path, base: str) -> None:
+    set_base_model(run, {"base_vlm": base})
+    load(run)
+
+
+@pytest.mark.parametrize(
+    "base", ["prism-dinosiglip+7b", "siglip-224px+7b", "prism-qwen25-extra-dinosiglip-224px+0_5b", "llava-lrv+7b", ""]
+)
+def test_a_base_model_of_unknown_prompt_and_resize_is_refused(run: Path, base: str) -> None:
+    set_base_model(run, {"base_vlm": base})
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: vla\.base_vlm is .*prompt and resize") as caught:
+        load(run)
+    assert repr(base) in str(caught.value)
+
+
+@pytest.mark.parametrize("vla", [[], {"base_vlm": 7}, "prism-dinosiglip-224px+7b"])
+def test_a_base_model_that_is_no_name_is_refused(run: Path, vla: object) -> None:
+    set_base_model(run, vla)
+    with pytest.raises(CheckpointError, match=r'config\.json: expected "vla" to be an object'):
+        load(run)
 
 
 @pytest.mark.parametrize("name", ["config.json", "dataset_statistics.json"])

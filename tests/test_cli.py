@@ -17,6 +17,7 @@ from torch import Tensor
 from evla_compile import calibration, checkpoint, cli, comparison, host, pipeline, runtime
 from evla_compile.artifact import find_manifest
 from evla_compile.cli.settings import read_plan
+from evla_compile.errors import EvlaError
 from evla_compile.estimate import Estimate
 from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest
@@ -414,6 +415,19 @@ def test_compile_refuses_a_missing_or_truncated_checkpoint(
     assert "truncated or damaged" in refused_early("--dense", run=run_directory)
     file.unlink()
     assert "expected exactly one checkpoints/*.pt, found 0" in refused_early("--dense", run=run_directory)
+
+
+def test_compile_takes_the_moving_average_of_the_head_where_it_is_asked_for(
+    refused_early: Callable[..., str], run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_groups(run_directory, lambda groups: groups.update(ema_diffusion=groups.pop("action_model")))
+    assert "load it with use_ema=True (evla compile --use-ema)" in refused_early("--dense", run=run_directory)
+
+    def load(*_: object, use_ema: bool, **__: object) -> None:
+        raise EvlaError(f"loaded with {use_ema}")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert "loaded with True" in refused_early("--dense", "--use-ema", run=run_directory)
 
 
 @pytest.mark.parametrize("arguments", [("--dense", "--no-verify"), BUDGETS])

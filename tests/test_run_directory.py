@@ -65,13 +65,54 @@ def test_a_linked_checkpoint_keeps_the_run_directory_of_the_link(tmp_path: Path)
     assert find_checkpoint(run / "checkpoints" / "a.pt").parent.parent == run
 
 
-@pytest.mark.parametrize("name", ["elsewhere/a.pt", "checkpoints/a.bin"])
+@pytest.mark.parametrize("name", ["elsewhere/a.pt", "checkpoints/a.txt"])
 def test_a_file_outside_the_layout_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.parent.mkdir()
     file.touch()
     with pytest.raises(CheckpointError, match=r"expected a \.pt file in a folder named checkpoints"):
         find_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "names", [("model.safetensors",), ("model-1.safetensors", "model-2.safetensors"), ("checkpoints/a.safetensors",)]
+)
+def test_weights_in_another_format_are_named_with_what_to_do(tmp_path: Path, names: tuple[str, ...]) -> None:
+    run = make_run(tmp_path / "run")
+    for name in names:
+        (run / name).touch()
+    more = rf" and {len(names) - 1} more" if len(names) > 1 else ""
+    with pytest.raises(CheckpointError, match=rf"found 0, but {names[0]}{more}: safetensors.*not read.*torch\.save"):
+        find_checkpoint(run)
+    with pytest.raises(CheckpointError, match=rf"{names[0]}: safetensors.*not read.*torch\.save"):
+        find_checkpoint(run / names[0])
+
+
+def test_a_checkpoint_beside_its_folder_is_to_be_moved(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "a.pt").touch()
+    with pytest.raises(CheckpointError, match=r"found 0, but a\.pt beside that folder; move it into checkpoints"):
+        find_checkpoint(run)
+
+
+@pytest.mark.parametrize(
+    ("path", "meant", "on_hub"),
+    [
+        ("runs/cogact-bse", "runs/cogact-base", True),  # it might be an id as well
+        ("./runs/cogact-base/checkpoints/b.pt", "runs/cogact-base/checkpoints/a.pt", False),
+        ("runz", "runs", False),
+    ],
+)
+def test_a_mistyped_path_is_answered_as_a_path_and_with_what_it_resembles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub, path: str, meant: str, on_hub: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "runs" / "cogact-base", "a.pt")
+    asked = hub(LocalEntryNotFoundError("offline"))
+    with pytest.raises(CheckpointError, match=r"no such ") as caught:
+        find_checkpoint(path)
+    assert f"(is {tmp_path / meant} meant?)" in str(caught.value)
+    assert ("Hugging Face hub (offline)" in str(caught.value)) == bool(asked) == on_hub
 
 
 @pytest.mark.parametrize("path", ["nowhere", "no/where/at/all", "../nowhere", "runs/model.pt", ""])

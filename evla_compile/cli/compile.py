@@ -66,6 +66,9 @@ def compile_policy(
     tokenizer: Annotated[
         Path | None, typer.Option(parser=read_path, metavar="FILE|DIR", help="Llama-2's tokenizer.json, or its folder.")
     ] = None,
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema", help="Take the moving average of the action head from the checkpoint.")
+    ] = False,
     precision: Annotated[
         Precision, typer.Option(help="Of weights and matrix products outside the action head.")
     ] = "float32",
@@ -88,7 +91,7 @@ def compile_policy(
     frames = None if calibration is None else evla.read_frames(calibration)
     chosen = None if plan is None else read_plan(plan)
     # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
-    sizes = read_checkpoint(run_dir).sizes
+    sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
     config = resolve(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
@@ -97,7 +100,7 @@ def compile_policy(
     check_parts(parts, kept_layer_count(config, sizes.language) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
         with step("load the policy"):
-            policy = evla.load(run_dir, tokenizer=tokenizer, deferred=True)
+            policy = evla.load(run_dir, tokenizer=tokenizer, use_ema=use_ema, deferred=True)
         for frame in frames or ():
             policy.processor.text(frame.instruction, config.text_tokens)
         if chosen is None and frames is not None:
