@@ -63,6 +63,14 @@ def is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def lone_surrogate(text: str) -> str | None:
+    """Return the first half of a character without its other half, which UTF-8 cannot write; None where all are whole.
+
+    A decoder that hides undecodable bytes leaves such halves in a text, and JSON may spell them out.
+    """
+    return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+
+
 def is_listed(value: object) -> TypeGuard[Sequence[Any]]:
     """Tell whether a value is a list of values: a list, tuple, range or numpy array [N,...]; text and bytes are not."""
     if isinstance(value, np.ndarray):

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx
 from torch.nn import functional
 
+from evla_compile.arguments import lone_surrogate
 from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
@@ -127,6 +128,11 @@ def _read_frame(listing: Path, number: int, line: str) -> Frame:
     name, instruction = (entry.get("image"), entry.get("instruction")) if isinstance(entry, dict) else (None, None)
     if not isinstance(name, str) or not name or not isinstance(instruction, str) or not instruction:
         raise CalibrationError(f'{place}: expected {{"image": path, "instruction": text}}, found {line[:80]}')
+    half = lone_surrogate(instruction)
+    if half is not None:
+        raise CalibrationError(
+            f"{place}: instruction {instruction!r:.80} holds {half!r}, half of a character: expected whole ones"
+        )
     try:
         image = read_image(listing.parent / name)
     except ValueError as error:

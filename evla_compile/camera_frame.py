@@ -4,6 +4,7 @@ Shape legend: H, W frame size in pixels, S image side.
 """
 
 import math
+import os
 import struct
 from typing import Literal, TypeAlias, get_args
 
@@ -28,6 +29,9 @@ training. Stay with "whole" for the published checkpoints, and for a fine-tuned 
 "deploy" loses what lies left and right of the middle square, so make sure that the gripper and the objects are inside
 it. Calibrate with the same framing.
 """
+
+FRAME_RANK = 3
+"""Axes of a frame that is an array: height, width and colour."""
 
 FRAMINGS: tuple[Framing, ...] = get_args(Framing)
 """All values of `Framing`."""
@@ -134,5 +138,11 @@ def _deployed(image: Image.Image, side: int) -> Image.Image:
 
 
 def _describe_stranger(image: object) -> str:
-    found = f"the image is a {type(image).__name__}"
-    return f"{found}: expected a PIL image or a uint8 array [H,W,3]"
+    found, remedy = f"the image is a {type(image).__name__}", ""
+    if isinstance(image, str | os.PathLike):
+        found += f", {image!r:.80}"
+        remedy = "; read a file with evla_compile.host.read_image(path)"
+    elif isinstance(image, bytes | bytearray | memoryview):
+        found += f" of {len(image)}"
+        remedy = "; decode an encoded image with PIL.Image.open(io.BytesIO(data))"
+    return f"{found}: expected a PIL image or a uint8 array [H,W,3]{remedy}"

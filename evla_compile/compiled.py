@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from evla_compile import host
 from evla_compile.budgets import resolve_tokens
 from evla_compile.calibration import Frame
-from evla_compile.camera_frame import CameraFrame
+from evla_compile.camera_frame import CameraFrame, Framing
 from evla_compile.config import OPSET, CompileConfig, Precision
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import EvlaError
@@ -164,12 +164,18 @@ class CompiledPolicy(Predictor):
         return self._exposed[stages]
 
     def kept_tokens(
-        self, image: CameraFrame | Sequence[CameraFrame], instruction: str | Sequence[str]
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        *,
+        framing: Framing = "whole",
     ) -> NDArray[np.int64]:
         """Return the patches that the policy keeps for an observation, ascending indices row by row of the image.
 
+        The arguments are those of `predict_action`.
+
         Returns:
-            int64 [K] for a single frame, [B,K] for a sequence; all patches where the policy selects none.
+            int64 [K] for a single frame, [B,K] for a batch; all patches where the policy selects none.
 
         Raises:
             ValueError: an argument is refused.
@@ -180,6 +186,7 @@ class CompiledPolicy(Predictor):
             instruction,
             text_tokens=self.config.text_tokens,
             batch_size=self.config.batch_size,
+            framing=framing,
         )
         visual_tokens, _ = resolve_tokens(self.config, self.sizes.patches)
         if visual_tokens == self.sizes.patches:
@@ -188,7 +195,7 @@ class CompiledPolicy(Predictor):
             noise = np.zeros(self.noise_shape, dtype=np.float32)
             arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
             kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
-        return kept if isinstance(image, Sequence) else kept[0]
+        return kept if host.is_batch(image) else kept[0]
 
     def export(
         self,

@@ -7,13 +7,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from evla_compile.camera_frame import CameraFrame, upright
+from evla_compile.arguments import is_listed, whole_number
+from evla_compile.camera_frame import FRAME_RANK, CameraFrame, Framing, upright
 from evla_compile.config import CompileConfig
 from evla_compile.processor import Processor, draw_noise
 
@@ -63,30 +64,39 @@ def prepare(
     *,
     text_tokens: int,
     batch_size: int,
+    framing: Framing = "whole",
 ) -> HostInputs:
     """Turn frames and instructions into the inputs of a graph with a static batch.
 
     Args:
         processor: the policy's host side.
-        image: `batch_size` frames; a single frame will do where that is 1.
+        image: `batch_size` frames, a sequence of them or one array [B,H,W,3]; a single frame will do where that is 1.
         instruction: `batch_size` instructions; a single one will do where that is 1.
         text_tokens: T, the text budget.
         batch_size: B, the batch of the graph.
+        framing: what the policy sees of a frame; see `evla_compile.camera_frame.Framing`.
 
     Raises:
         ValueError: the number of frames or of instructions is another, or one of them is refused by the processor.
     """
-    frames = list(image) if isinstance(image, Sequence) else [image]
-    texts = [instruction] if isinstance(instruction, str) or not isinstance(instruction, Sequence) else [*instruction]
-    for name, found in (("image", len(frames)), ("instruction", len(texts))):
+    # Each is prepared before all are counted: what is no frame at all would else be called a wrong number of them.
+    images: Sequence[Any] = image if is_batch(image) else [image]
+    texts: Sequence[Any] = instruction if is_listed(instruction) else [instruction]
+    frames = [processor.image(frame, framing) for frame in images]
+    prompts = [processor.text(text, text_tokens) for text in texts]
+    for name, found in (("image", len(frames)), ("instruction", len(prompts))):
         if found != batch_size:
             raise ValueError(f"{name}: {found} given, but the policy works on batches of {batch_size} (batch_size)")
-    prompts = [processor.text(text, text_tokens) for text in texts]
     return HostInputs(
-        image=np.stack([processor.image(frame) for frame in frames]),
+        image=np.stack(frames),
         input_ids=np.stack([ids for ids, _ in prompts]),
         text_length=np.array([length for _, length in prompts], dtype=np.int64),
     )
+
+
+def is_batch(image: object) -> TypeGuard[Sequence[CameraFrame]]:
+    """Tell whether camera frames are given for a batch: a sequence of frames, or an array [B,H,W,3]."""
+    return image.ndim == FRAME_RANK + 1 if isinstance(image, np.ndarray) else is_listed(image)
 
 
 def observations(frames: Sequence[tuple[CameraFrame, str]], batch_size: int) -> Iterator[list[tuple[CameraFrame, str]]]:
@@ -149,10 +159,7 @@ def action_noise(
     """
     shape = (batch_size, chunk, width)
     if noise is None:
-        seed = 0 if seed is None else seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed={seed!r}: expected a whole number from 0 up")
-        return draw_noise(shape, seed)
+        return draw_noise(shape, 0 if seed is None else whole_number("seed", seed, low=0))
     if seed is not None:
         raise ValueError(f"noise and seed={seed!r} are both given: the seed only draws noise, so give one of them")
     if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
@@ -180,6 +187,7 @@ def predict_action(
     batch_size: int,
     chunk: int,
     width: int,
+    framing: Framing = "whole",
 ) -> NDArray[np.float64]:
     """Run a backend from frames and instructions to actions in the units of a dataset.
 
@@ -195,6 +203,7 @@ def predict_action(
         batch_size: B, the batch of the graph.
         chunk: A.
         width: F.
+        framing: see `prepare`.
 
     Returns:
         Actions [A,F] for a single frame, [B,A,F] for a sequence of frames.
@@ -203,10 +212,10 @@ def predict_action(
         ValueError: an argument is refused, or the backend's samples are not finite.
     """
     processor.statistics_for(unnorm_key)  # a wrong name should not cost a run of the policy
-    inputs = prepare(processor, image, instruction, text_tokens=text_tokens, batch_size=batch_size)
+    inputs = prepare(processor, image, instruction, text_tokens=text_tokens, batch_size=batch_size, framing=framing)
     start = action_noise(noise, seed, batch_size=batch_size, chunk=chunk, width=width)
     actions = processor.actions(sample(inputs.image, inputs.input_ids, inputs.text_length, start), unnorm_key)
-    return actions if isinstance(image, Sequence) else actions[0]
+    return actions if is_batch(image) else actions[0]
 
 
 class Predictor(ABC):
@@ -239,18 +248,22 @@ class Predictor(ABC):
         unnorm_key: str | None = None,
         noise: NDArray[np.floating] | None = None,
         seed: int | None = None,
+        *,
+        framing: Framing = "whole",
     ) -> NDArray[np.float64]:
         """Return the action chunk for a camera frame and an instruction.
 
         Args:
-            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them or uint8 [B,H,W,3].
             instruction: what the robot shall do; for a batch, a sequence of B of them.
             unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
             noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
             seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+            framing: "whole" squashes the whole frame to the policy's square; "deploy" cuts it first as CogACT's server
+                for real robots does; see `evla_compile.camera_frame.Framing` for when.
 
         Returns:
-            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+            Actions float64 [A,F] for a single frame, [B,A,F] for a batch.
 
         Raises:
             ValueError: an argument is refused, or the samples are not finite.
@@ -268,4 +281,5 @@ class Predictor(ABC):
             batch_size=self.config.batch_size,
             chunk=chunk,
             width=width,
+            framing=framing,
         )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
+from evla_compile.arguments import lone_surrogate, whole_number
 from evla_compile.camera_frame import CameraFrame, Framing, fit
 from evla_compile.errors import CheckpointError
 
@@ -103,14 +104,10 @@ class Processor:
             CheckpointError: the tokenizer cannot be parsed, or numbers the start and the end otherwise than Llama-2's.
             ValueError: `image_side` or `pad_id` is out of range.
         """
-        if image_side < 1:
-            raise ValueError(f"image_side={image_side!r}: expected a whole number of pixels from 1 up")
-        if pad_id < 0:
-            raise ValueError(f"pad_id={pad_id!r}: expected a token id from 0 up")
         self.tokenizer_json = tokenizer_json
         self.statistics = dict(statistics)
-        self.image_side = image_side
-        self.pad_id = pad_id
+        self.image_side = whole_number("image_side", image_side, low=1, of="pixels")
+        self.pad_id = whole_number("pad_id", pad_id, low=0)
         self._tokenizer = _read_tokenizer(tokenizer_json)
         self.vocabulary = self._tokenizer.get_vocab_size()
         blank = self._tokenizer.token_to_id(WORD_BOUNDARY)
@@ -138,10 +135,18 @@ class Processor:
         The instruction is lower-cased and otherwise left alone, spaces around it included, as in training.
 
         Raises:
-            ValueError: the instruction is empty or contains a special token.
+            ValueError: the instruction is no text, is empty, or contains a special token or a lone surrogate.
         """
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"instruction={instruction!r}: expected a text such as 'pick coke can'")
+        given: object = instruction
+        if not isinstance(given, str) or not given.strip():
+            remedy = "; decode bytes, as in instruction.decode('utf-8')" if isinstance(given, bytes) else ""
+            raise ValueError(f"instruction={instruction!r}: expected a text such as 'pick coke can'{remedy}")
+        half = lone_surrogate(instruction)
+        if half is not None:
+            raise ValueError(
+                f"instruction={instruction!r} holds {half!r}, half of a character (a lone surrogate), which no"
+                " tokenizer can read: decode the text as what it was encoded in"
+            )
         text = instruction.lower()
         for marker in _REFUSED_MARKERS:
             if marker in text:
@@ -158,8 +163,10 @@ class Processor:
             budget: T, the `text_tokens` for which the policy is compiled.
 
         Raises:
-            ValueError: the instruction is empty, contains a special token, or its prompt exceeds the budget.
+            ValueError: the instruction is refused by `prompt_ids`, its prompt exceeds the budget, or the budget is no
+                whole number.
         """
+        budget = whole_number("budget", budget, low=1)
         ids = self.prompt_ids(instruction)
         if len(ids) > budget:
             raise ValueError(
@@ -174,13 +181,16 @@ class Processor:
         """Return the statistics of a dataset; None stands for the only one.
 
         Raises:
-            ValueError: the dataset is unknown, or None was given and there are several; the message lists the known.
+            ValueError: the dataset is unknown or no text, or None was given and there are several; the message lists
+                the known.
         """
         known = ", ".join(sorted(self.statistics))
         if unnorm_key is None:
             if len(self.statistics) != 1:
                 raise ValueError(f"unnorm_key is missing: expected one of {known}")
             (unnorm_key,) = self.statistics
+        if not isinstance(unnorm_key, str):
+            raise ValueError(f"unnorm_key={unnorm_key!r:.80}: expected one dataset for the whole batch, one of {known}")
         if unnorm_key not in self.statistics:
             raise ValueError(f"unknown unnorm_key {unnorm_key!r}: expected one of {known}")
         return self.statistics[unnorm_key]

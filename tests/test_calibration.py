@@ -179,6 +179,7 @@ def test_calibration_folder_is_read(folder: Path, frame: Image.Image) -> None:
         ('{"image": "1.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*1\.png cannot be read"),
         ('{"image": "grey.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*grey\.png has PIL mode 'L'"),
         ('{"image": "cut.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*cut\.png cannot be read"),
+        ('{"image": "0.png", "instruction": "pick \\ud83d"}', r"frames\.jsonl:1: instruction .*half of a character"),
         ("[" * 100_000, r"frames\.jsonl:1: not JSON"),
     ],
 )

@@ -1,14 +1,20 @@
 """Options: help that fits a terminal, paths that are empty, options that decide nothing."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+import evla_compile
 from evla_compile.cli.compile import compile_summary
+from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.settings import read_config
 from evla_compile.config import CompileConfig
 from evla_compile.graph import GraphStats, PassReport
 from evla_compile.report import CompileReport
 from evla_compile.terminal import new_console
-from tests.command_line import evla
+from tests.command_line import evla, refused
 
 COMMANDS = ("demo", "compile", "inspect", "estimate", "run", "build", "verify", "doctor")
 
@@ -92,3 +98,40 @@ def test_what_was_not_measured_says_how_to_measure_it(capsys: pytest.CaptureFixt
     shown = " ".join(capsys.readouterr().out.split())
     assert "not measured. --calibration FRAMES measures it, beside --plan too." in shown
     assert "not measured; give calibration frames, beside a plan too" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "missing"),
+    [
+        (("--batch-size", "2"), ("evla verify", "takes 2 at a time", "predict_action(frames"), "evla run DIR"),
+        (("--batch-size", "1"), ("evla verify", "evla run DIR", "--unnorm-key a"), "predict_action"),
+    ],
+)
+def test_the_last_lines_of_compile_work_for_its_batch(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, expected: Any, missing: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    size = GraphStats(ops=1, flops=2, paper_flops=2, weight_bytes=4)
+    passes = (PassReport(name="FoldConstants", exact=True, changes=0, before=size, after=size),)
+    report = CompileReport(config=CompileConfig(), passes=passes, deviations=())
+    policy = SimpleNamespace(processor=SimpleNamespace(statistics={"a": None, "b": None}))
+    compiled = SimpleNamespace(report=report, export=lambda *_, **__: None)
+    monkeypatch.setattr(evla_compile, "load", lambda *_, **__: policy, raising=False)
+    monkeypatch.setattr(evla_compile, "compile", lambda *_, **__: compiled, raising=False)
+    outcome = evla("compile", tiny_checkpoint, "--out", "DIR", "--dense", "--no-verify", *arguments)
+    assert not outcome.status, outcome.err
+    assert all(words in outcome.words for words in expected), outcome.words
+    assert missing not in outcome.words
+
+
+def test_the_next_steps_keep_the_framing(capsys: pytest.CaptureFixture[str]) -> None:
+    print_next(Path("DIR"), (), framing="deploy")
+    print_next(Path("DIR"), (), batch_size=2, framing="deploy")
+    one, several = capsys.readouterr().out.split("Written to")[1:]
+    assert "--framing deploy" in one
+    assert "framing='deploy')" in several
+
+
+def test_a_framing_without_frames_is_refused(tmp_path: Path) -> None:
+    message = refused(evla("compile", tmp_path, "--out", tmp_path / "out", "--dense", "--framing", "deploy"))
+    assert "--framing deploy is for the frames of --calibration, and none are given" in message

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from evla_compile.camera_frame import fit
 from evla_compile.host import action_noise, observations, predict_action, prepare, read_image
 from evla_compile.processor import Processor, draw_noise, read_statistics
 
@@ -82,6 +83,21 @@ def test_rows_of_a_batch_keep_their_order(processor: Processor) -> None:
         ([], "a", 1, "image: 0 given"),
         (frame(1), None, 1, "instruction=None"),
         (frame(1)[..., 0], "a", 1, r"expected uint8 \[H,W,3\]"),
+        (np.zeros((2, 6, 8, 3), np.uint8), "a", 1, "image: 2 given.* batches of 1"),
+        (np.zeros((2, 6, 8, 3), np.float32), ["a", "b"], 2, r"array of float32 \[6, 8, 3\]: expected uint8"),
+        (np.zeros((1, 2, 6, 8, 3), np.uint8), "a", 1, r"array of uint8 \[1, 2, 6, 8, 3\]: expected uint8"),
+        ("frame.png", "a", 1, r"image is a str, 'frame.png': expected a PIL image .*host.read_image\(path\)"),
+        (Path("frame.png"), "a", 1, r"image is a PosixPath, PosixPath\('frame.png'\).*host.read_image\(path\)"),
+        (["frame.png", "a.png"], ["a", "b"], 2, r"image is a str, 'frame.png'.*host.read_image\(path\)"),
+        (b"\x89PNG\r", "a", 1, r"image is a bytes of 5: .*PIL.Image.open\(io.BytesIO\(data\)\)"),
+        (b"\x89PNG\r", "a", 5, "image is a bytes of 5"),
+        (bytearray(3), "a", 1, "image is a bytearray of 3"),
+        ((frame(value) for value in (1, 2)), ["a", "b"], 2, "image is a generator"),
+        (frame(1), b"a", 1, r"instruction=b'a': expected a text .*instruction.decode\('utf-8'\)"),
+        (frame(1), [b"a"], 1, r"instruction=b'a': expected a text .*instruction.decode\('utf-8'\)"),
+        (frame(1), b"pick", 4, r"instruction=b'pick': expected a text"),
+        (frame(1), "pick \udce4", 1, r"instruction='pick \\udce4' holds '\\udce4', half of a character"),
+        (frame(1), "\ud83d", 1, r"instruction='\\ud83d' holds '\\ud83d', half of a character"),
         (frame(1), "pick " * 30, 1, "text_tokens"),
     ],
 )
@@ -92,7 +108,7 @@ def test_other_numbers_or_kinds_of_frames_and_instructions_are_refused(
         prepare(processor, image, instruction, text_tokens=TEXT, batch_size=batch_size)
 
 
-@pytest.mark.parametrize(("seed", "drawn"), [(None, 0), (0, 0), (7, 7)])
+@pytest.mark.parametrize(("seed", "drawn"), [(None, 0), (0, 0), (7, 7), (np.int64(7), 7), (np.uint8(7), 7)])
 def test_noise_is_drawn_from_the_seed_which_is_0_by_default(seed: int | None, drawn: int) -> None:
     noise = action_noise(None, seed, batch_size=2, chunk=CHUNK, width=WIDTH)
     assert noise.dtype == np.float32
@@ -128,6 +144,10 @@ def test_given_noise_is_used_as_it_is(shape: tuple[int, ...], dtype: type[np.flo
         (None, -1, 1, "seed=-1"),
         (None, True, 1, "seed=True"),
         (None, 1.5, 1, "seed=1.5"),
+        (None, np.True_, 1, "seed=.*: expected a whole number from 0 up"),
+        (None, np.float64(1.0), 1, "seed=.*: expected a whole number from 0 up"),
+        (None, "1", 1, "seed='1': expected a whole number from 0 up"),
+        (None, np.array([1]), 1, "seed=.*: expected a whole number from 0 up"),
     ],
 )
 def test_unusable_noise_or_seed_is_refused(noise: Any, seed: Any, batch_size: int, message: str) -> None:
@@ -152,12 +172,55 @@ def test_the_backend_gets_what_was_prepared_and_its_samples_become_actions(proce
         (frame(1), "a", 1, (CHUNK, WIDTH)),
         ([frame(1)], ["a"], 1, (1, CHUNK, WIDTH)),
         ([frame(1), frame(2)], ["a", "b"], 2, (2, CHUNK, WIDTH)),
+        (np.stack([frame(1), frame(2)]), ["a", "b"], 2, (2, CHUNK, WIDTH)),
+        (np.stack([frame(1), frame(2)]), np.array(["a", "b"]), 2, (2, CHUNK, WIDTH)),
+        (frame(1)[None], "a", 1, (1, CHUNK, WIDTH)),
     ],
 )
 def test_a_single_frame_gives_a_chunk_and_a_sequence_gives_a_batch(
     processor: Processor, image: Any, instruction: Any, batch_size: int, shape: tuple[int, ...]
 ) -> None:
     assert predict(Backend(), processor, image, instruction, batch_size=batch_size).shape == shape
+
+
+def test_an_array_of_frames_is_a_batch_of_them(processor: Processor) -> None:
+    frames = [frame(1), frame(2)]
+    listed, stacked = (
+        prepare(processor, images, ["a", "b"], text_tokens=TEXT, batch_size=2) for images in (frames, np.stack(frames))
+    )
+    assert stacked.image[:, 0, 0, 0].tolist() == [1, 2]
+    np.testing.assert_array_equal(stacked.image, listed.image, strict=True)
+
+
+@pytest.mark.parametrize(
+    "key", [[UNNORM_KEY], (UNNORM_KEY,), {UNNORM_KEY: 1}, b"bridge_orig", 0, np.array([UNNORM_KEY])]
+)
+def test_a_dataset_that_is_no_text_is_refused_before_the_backend_runs(processor: Processor, key: Any) -> None:
+    backend = Backend()
+    with pytest.raises(
+        ValueError, match=r"unnorm_key=.*: expected one dataset for the whole batch, one of bridge_orig"
+    ):
+        predict(backend, processor, frame(1), "a", unnorm_key=key)
+    assert not backend.calls
+
+
+def test_the_framing_reaches_the_pixels(processor: Processor) -> None:
+    backend, noisy = Backend(), np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for settings in ({}, {"framing": "whole"}, {"framing": "deploy"}):
+        predict(backend, processor, noisy, "a", **settings)
+    default, whole, deployed = (call[0][0] for call in backend.calls)
+    np.testing.assert_array_equal(default, fit(noisy, SIDE))
+    np.testing.assert_array_equal(whole, default)
+    np.testing.assert_array_equal(deployed, fit(noisy, SIDE, "deploy"))
+    assert not np.array_equal(deployed, default)
+    with pytest.raises(ValueError, match="framing='crop': expected one of whole, deploy"):
+        predict(backend, processor, noisy, "a", framing="crop")
+
+
+def test_a_frame_that_was_cut_before_stays_as_it_is(processor: Processor) -> None:
+    noisy = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    cut = processor.image(noisy, "deploy")
+    np.testing.assert_array_equal(processor.image(cut), cut)
 
 
 def test_an_unknown_dataset_is_refused_before_the_backend_runs(processor: Processor) -> None:

@@ -192,6 +192,13 @@ def test_text_may_fill_its_budget(processor: Processor) -> None:
     assert (ids.tolist(), real) == (COKE_IDS, 20)
 
 
+@pytest.mark.parametrize("budget", [20.0, True, "20", None])
+def test_a_budget_that_is_no_whole_number_is_refused(processor: Processor, budget: Any) -> None:
+    assert processor.text("pick coke can", np.int64(20))[1] == 20  # type: ignore[arg-type]  # numpy's, on purpose
+    with pytest.raises(ValueError, match=f"budget={budget!r}: expected a whole number from 1 up"):
+        processor.text("pick coke can", budget)
+
+
 def test_text_over_its_budget_is_refused_with_both_numbers(processor: Processor) -> None:
     with pytest.raises(ValueError, match=r"'pick coke can' has 20 tokens, its budget is 19:.*text_tokens=20"):
         processor.text("pick coke can", 19)
@@ -259,8 +266,17 @@ def test_damaged_tokenizer_is_refused(text: str) -> None:
         Processor(tokenizer_json=text, statistics={}, image_side=224)
 
 
-@pytest.mark.parametrize(("image_side", "pad_id", "name"), [(0, 0, "image_side=0"), (224, -1, "pad_id=-1")])
-def test_sizes_out_of_range_are_refused(tokenizer_json: str, image_side: int, pad_id: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("image_side", "pad_id", "name"),
+    [
+        (0, 0, "image_side=0"),
+        (224, -1, "pad_id=-1"),
+        (True, 0, "image_side=True"),
+        (14.0, 0, "image_side=14.0"),
+        (14, 0.5, "pad_id=0.5"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(tokenizer_json: str, image_side: Any, pad_id: Any, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Processor(tokenizer_json=tokenizer_json, statistics={}, image_side=image_side, pad_id=pad_id)
 

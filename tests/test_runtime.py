@@ -11,6 +11,7 @@ import venv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -23,6 +24,8 @@ from PIL import Image
 
 import evla_compile
 from evla_compile.artifact import ArtifactFiles, find_manifest, writing
+from evla_compile.camera_frame import Framing
+from evla_compile.cli.next_steps import batch_example
 from evla_compile.config import CompileConfig
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, read_manifest, write_manifest
@@ -30,6 +33,7 @@ from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
 from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session, onnx_versions
 from evla_compile.runtime.providers import PROVIDERS
+from tests.command_line import evla, refused
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
 
@@ -211,6 +215,37 @@ def test_a_batch_of_two_keeps_its_rows_apart(tmp_path: Path, tokenizer_json: str
     assert actions.shape == (2, CHUNK, WIDTH)
     for row, image, text, start in zip(actions, [frame, frame.rotate(180)], texts, noise, strict=True):
         np.testing.assert_allclose(row, single.predict_action(image, text, "toy", noise=start), atol=1e-5)
+
+
+@pytest.mark.parametrize("framing", get_args(Framing))
+def test_the_python_that_is_printed_for_a_batch_runs(
+    tmp_path: Path, tokenizer_json: str, frame: Image.Image, framing: Framing
+) -> None:
+    folder, photo = export(tmp_path / "it's", tokenizer_json, batch=2), tmp_path / "photo.png"
+    frame.save(photo)
+    words = "o'c"
+    lines = batch_example(folder, ["toy", "other"], photo, words, batch_size=2, framing=framing)
+    names: dict[str, Any] = {}
+    exec(dedent("\n".join(lines)).replace("'other'", "'toy'"), names)  # noqa: S102 - the lines that are printed
+    expected = load(folder).predict_action([frame, frame], [words, words], framing=framing)
+    assert np.array_equal(names["actions"], expected)
+
+
+def test_evla_run_names_what_takes_a_batch(tmp_path: Path, tokenizer_json: str, frame: Image.Image) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json, batch=2)
+    frame.save(tmp_path / "photo.png")
+    message = refused(evla("run", folder, "--image", tmp_path / "photo.png", "--instruction", "open drawer"))
+    assert "this policy takes 2 at a time: compile it with --batch-size 1, or in Python call" in message
+
+
+def test_evla_run_takes_a_framing(artifact: Path, policy: RuntimePolicy, tmp_path: Path, frame: Image.Image) -> None:
+    frame.save(tmp_path / "photo.png")
+    given = ("run", artifact, "--image", tmp_path / "photo.png", "--instruction", "open drawer", "--json")
+    found = evla(*given, "--framing", "deploy")
+    assert not found.status, found.err
+    expected = policy.predict_action(frame, "open drawer", framing="deploy")
+    np.testing.assert_allclose(json.loads(found.out)["actions"], expected, atol=1e-6)
+    assert "Invalid value for '--framing'" in evla(*given, "--framing", "square").message
 
 
 def test_the_same_seed_gives_the_same_actions_and_the_default_is_0(policy: RuntimePolicy, frame: Image.Image) -> None:
@@ -396,6 +431,13 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(tmp_path: Path, to
 def test_a_setting_out_of_range_is_refused(artifact: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(artifact, **settings)
+
+
+def test_the_framing_reaches_the_graph(policy: RuntimePolicy, frame: Image.Image) -> None:
+    cut = policy.processor.image(frame, "deploy")
+    deployed = policy.predict_action(frame, "open drawer", framing="deploy")
+    assert np.array_equal(deployed, policy.predict_action(cut, "open drawer"))
+    assert not np.array_equal(deployed, policy.predict_action(frame, "open drawer"))
 
 
 def test_the_number_of_threads_reaches_onnx_runtime(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

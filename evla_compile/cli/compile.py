@@ -12,6 +12,7 @@ from rich.table import Table
 
 import evla_compile as evla
 from evla_compile.artifact import check_target
+from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
@@ -74,11 +75,19 @@ def compile_policy(
     ] = "float32",
     parts: Annotated[int, typer.Option(min=1, help="Graphs to split it into: 2 are perception and action.")] = 1,
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = OPSET,
+    framing: Annotated[
+        Framing, typer.Option(help="What calibration sees of a frame: the same as evla run will be given.")
+    ] = "whole",
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
     """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
     config = read_config(ctx.params, preset=preset, dense=dense)
     check_target(out)
+    if framing != "whole" and calibration is None:
+        raise ValueError(
+            f"--framing {framing} is for the frames of --calibration, and none are given: give them too, or leave it"
+            " out and give it to evla run"
+        )
     with step("import torch and transformers"):
         from evla_compile.budgets import kept_layer_count, resolve
         from evla_compile.checkpoint import read_checkpoint
@@ -103,6 +112,8 @@ def compile_policy(
             policy = evla.load(run_dir, tokenizer=tokenizer, use_ema=use_ema, deferred=True)
         for frame in frames or ():
             policy.processor.text(frame.instruction, config.text_tokens)
+        if frames is not None and framing != "whole":  # what is cut and has its size already is not changed again
+            frames = [evla.Frame(policy.processor.image(image, framing), text) for image, text in frames]
         if chosen is None and frames is not None:
             chosen = evla.calibrate(policy, frames, config)
         with step("capture and rewrite the graph"):
@@ -114,7 +125,7 @@ def compile_policy(
         with step("verify it on ONNX Runtime"):
             evla.verify(out, provider="cpu")
     new_console().print(compile_summary(compiled.report))
-    print_next(out, policy.processor.statistics)
+    print_next(out, policy.processor.statistics, batch_size=config.batch_size, framing=framing)
 
 
 def _print_memory(peak: PeakMemory) -> None:

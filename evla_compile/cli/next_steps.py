@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path
 
+from evla_compile.camera_frame import Framing
 from evla_compile.terminal import new_console
 
 
@@ -13,12 +14,40 @@ def print_next(
     *,
     image: Path | str = "FRAME.png",
     instruction: str = "pick up the apple",
+    batch_size: int = 1,
+    framing: Framing = "whole",
 ) -> None:
-    """Print where an artifact is, and the commands that verify and run it."""
+    """Print where an artifact is, and what verifies and runs it: commands, but Python for a batch of several frames."""
     key = f" --unnorm-key {shlex.quote(min(datasets))}" if len(datasets) > 1 else ""
-    folder, picture, words = (shlex.quote(str(said)) for said in (artifact, image, instruction))
-    new_console().print(
-        f"\nWritten to {artifact}. Next:\n  evla verify {folder}\n"
-        f"  evla run {folder} --image {picture} --instruction {words}{key}",
-        soft_wrap=True,
-    )
+    if framing != "whole":
+        key += f" --framing {framing}"
+    folder, picture, words = (shlex.quote(str(argument)) for argument in (artifact, image, instruction))
+    lines = [f"\nWritten to {artifact}. Next:", f"  evla verify {folder}"]
+    if batch_size == 1:
+        lines.append(f"  evla run {folder} --image {picture} --instruction {words}{key}")
+    else:
+        lines += [
+            f"and in Python, since evla run gives one frame and this policy takes {batch_size} at a time:",
+            *batch_example(artifact, datasets, image, instruction, batch_size=batch_size, framing=framing),
+        ]
+    new_console().print("\n".join(lines), soft_wrap=True)
+
+
+def batch_example(
+    artifact: Path,
+    datasets: Collection[str],
+    image: Path | str,
+    instruction: str,
+    *,
+    batch_size: int,
+    framing: Framing,
+) -> list[str]:
+    """Return lines of Python that run a policy on a batch of frames, indented by two."""
+    settings = f", unnorm_key={min(datasets)!r}" if len(datasets) > 1 else ""
+    if framing != "whole":
+        settings += f", framing={framing!r}"
+    return [
+        "  from evla_compile import host, runtime",
+        f"  frames, instructions = [host.read_image({str(image)!r})] * {batch_size}, [{instruction!r}] * {batch_size}",
+        f"  actions = runtime.load({str(artifact)!r}).predict_action(frames, instructions{settings})",
+    ]

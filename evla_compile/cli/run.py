@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
+from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import new_table, print_json
 from evla_compile.runtime import Provider
@@ -50,6 +51,10 @@ def run(
     allow_cpu: Annotated[
         bool, typer.Option("--allow-cpu", help="Let operators that the provider lacks run on the CPU.")
     ] = False,
+    framing: Annotated[
+        Framing,
+        typer.Option(help="What the policy sees of a frame: all, or a cut as CogACT's server for robots has it."),
+    ] = "whole",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the action chunk for a camera frame on ONNX Runtime or TensorRT; imports no torch."""
@@ -59,8 +64,14 @@ def run(
     policy = evla.runtime.load(
         artifact, provider, mapped=mapped, cuda_graph=cuda_graph, cache=cache, allow_cpu=allow_cpu
     )
+    batch = policy.config.batch_size
+    if batch > 1:
+        raise ValueError(
+            f"evla run gives one frame, and this policy takes {batch} at a time: compile it with --batch-size 1, or in"
+            f" Python call evla_compile.runtime.load(...).predict_action with {batch} frames and instructions"
+        )
     for _ in range(repeat):
-        actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed)
+        actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed, framing=framing)
     latency = policy.latency.summary() if repeat > 1 else ()
     if as_json:
         found = {"names": ACTION_NAMES, "actions": actions.tolist()}

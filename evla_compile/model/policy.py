@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evla_compile import host
-from evla_compile.camera_frame import CameraFrame
-from evla_compile.config import CFG_SCALE, DDIM_STEPS, TEXT_TOKENS
+from evla_compile.camera_frame import CameraFrame, Framing
+from evla_compile.config import CFG_SCALE, DDIM_STEPS, TEXT_TOKENS, check_cfg_scale, check_ddim_steps, check_text_tokens
 from evla_compile.model.action import ActionModel, ActionSizes
 from evla_compile.model.diffusion import ddim_schedule
 from evla_compile.model.language import LanguageBackbone, LanguageSizes, cognition_token
@@ -213,11 +213,12 @@ class CogACT(_Modules):
         ddim_steps: int = DDIM_STEPS,
         cfg_scale: float = CFG_SCALE,
         text_tokens: int = TEXT_TOKENS,
+        framing: Framing = "whole",
     ) -> NDArray[np.float64]:
         """Return the dense policy's action chunk, run eagerly; see `CompiledPolicy.predict_action`.
 
         Args:
-            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them.
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them or uint8 [B,H,W,3].
             instruction: what the robot shall do; for a batch, a sequence of B of them.
             unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
             noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
@@ -225,25 +226,29 @@ class CogACT(_Modules):
             ddim_steps: denoising steps.
             cfg_scale: guidance scale; 1.0 for none.
             text_tokens: text budget; any that holds the prompt gives the same actions.
+            framing: "whole" squashes the whole frame to the policy's square; "deploy" cuts it first as CogACT's server
+                for real robots does; see `evla_compile.camera_frame.Framing` for when.
 
         Returns:
-            Actions float64 [A,F] for a single frame, [B,A,F] for a sequence.
+            Actions float64 [A,F] for a single frame, [B,A,F] for a batch.
 
         Raises:
             ValueError: an argument is refused, or the samples are not finite.
         """
+        steps, scale = check_ddim_steps(ddim_steps), check_cfg_scale(cfg_scale)
         return host.predict_action(
-            partial(self._sample_arrays, ddim_steps=ddim_steps, cfg_scale=cfg_scale),
+            partial(self._sample_arrays, ddim_steps=steps, cfg_scale=scale),
             self.processor,
             image,
             instruction,
             unnorm_key=unnorm_key,
             noise=noise,
             seed=seed,
-            text_tokens=text_tokens,
-            batch_size=len(image) if isinstance(image, Sequence) else 1,
+            text_tokens=check_text_tokens(text_tokens),
+            batch_size=max(1, len(image)) if host.is_batch(image) else 1,
             chunk=self.sizes.action.chunk,
             width=self.sizes.action.action_width,
+            framing=framing,
         )
 
     def _sample_arrays(

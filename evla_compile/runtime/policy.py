@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evla_compile import host
 from evla_compile.artifact import check_files, find_manifest
-from evla_compile.camera_frame import CameraFrame
+from evla_compile.camera_frame import CameraFrame, Framing
 from evla_compile.errors import ArtifactError, CheckpointError
 from evla_compile.host import Predictor
 from evla_compile.manifest import Manifest, read_manifest
@@ -109,10 +109,12 @@ class RuntimePolicy(Predictor):
         unnorm_key: str | None = None,
         noise: NDArray[np.floating] | None = None,
         seed: int | None = None,
+        *,
+        framing: Framing = "whole",
     ) -> NDArray[np.float64]:
         """Return the action chunk for a camera frame and an instruction; see `Predictor.predict_action`."""
         with self.latency.timing("call"):
-            return super().predict_action(image, instruction, unnorm_key, noise, seed)
+            return super().predict_action(image, instruction, unnorm_key, noise, seed, framing=framing)
 
 
 def load(
