@@ -20,6 +20,7 @@ from evla_compile.integrity import mismatch
 from evla_compile.manifest import FileRecord, read_manifest
 from evla_compile.placement import finish, put_in_place
 from evla_compile.scratch import JOURNAL, exclusive, new_folder, partials, remove_stale, scratch
+from evla_compile.units import bytes_text
 
 ROOM_BYTES = 100_000_000
 """Bytes of disk that an artifact takes beside its weights: graph, tokenizer, recorded cases."""
@@ -212,7 +213,7 @@ def check_space(target: str | os.PathLike[str], needed: int) -> None:
     if free < needed:
         others = [path.name for path in partials(place)]
         raise ArtifactError(
-            f"{target} needs {needed / 1e9:.1f} GB, and {place.parent} has {free / 1e9:.1f} GB free: make room, or"
+            f"{target} needs {bytes_text(needed)}, and {place.parent} has {bytes_text(free)} free: make room, or"
             " choose another --out" + (f"; other exports to it are writing {', '.join(others)}" if others else "")
         )
 

@@ -27,6 +27,7 @@ from evla_compile.processor import (
 )
 from evla_compile.run_directory import find_checkpoint, find_tokenizer, naming, read_json, read_text
 from evla_compile.sizes import check_action_width, check_joints, infer_sizes
+from evla_compile.units import bytes_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -159,6 +160,19 @@ def read_checkpoint(path: str | Path, *, use_ema: bool | None = False) -> Checkp
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
 
 
+def read_sound_checkpoint(path: str | Path) -> Checkpoint:
+    """Return what a checkpoint holds, its weights unread, once its parts are known to fit together; see `load`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not in CogACT's layout, or its parts do not fit together.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
+    """
+    checkpoint = read_checkpoint(path, use_ema=None)
+    with naming(checkpoint.file):
+        check_joints(checkpoint.sizes)
+    return checkpoint
+
+
 def _fitting_statistics(datasets: Mapping[str, Any]) -> dict[str, ActionStatistics]:
     """Read the statistics of the datasets whose actions have 7 numbers; others are left out, with a warning."""
     widths = {dataset: _action_width(entry) for dataset, entry in datasets.items()}
@@ -205,7 +219,7 @@ def _check_memory(stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype
     free = available_memory()
     if free is not None and needed > free:
         raise EvlaError(
-            f"casting this checkpoint needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: load it in"
+            f"casting this checkpoint needs {bytes_text(needed)} of memory, {bytes_text(free)} are free: load it in"
             " the dtype that it is stored in, which needs none, or with deferred=True for compiling and exporting alone"
         )
 

@@ -3,18 +3,16 @@
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from evla_compile.budgets import resolve
-from evla_compile.checkpoint import Checkpoint, read_checkpoint
+from evla_compile.checkpoint import read_sound_checkpoint
 from evla_compile.config import PRESETS, CompileConfig
 from evla_compile.estimate import Estimate, estimate_upstream, quick_estimates
 from evla_compile.model.policy import ModelSizes
-from evla_compile.run_directory import naming
-from evla_compile.sizes import PublishedName, check_joints, published_sizes
+from evla_compile.sizes import PublishedName, published_sizes
 
 UPSTREAM = "upstream"
 """Name of the policy as upstream runs it."""
@@ -33,19 +31,6 @@ def sizes_of(size: str) -> ModelSizes:
     """
     published = _PUBLISHED.get(size.lower())
     return read_sound_checkpoint(size).sizes if published is None else published_sizes(published)
-
-
-def read_sound_checkpoint(path: str | Path) -> Checkpoint:
-    """Return what a checkpoint holds, its weights unread, once its parts are known to fit together; see `load`.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or not in CogACT's layout, or its parts do not fit together.
-        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
-    """
-    checkpoint = read_checkpoint(path, use_ema=None)
-    with naming(checkpoint.file):
-        check_joints(checkpoint.sizes)
-    return checkpoint
 
 
 def configurations(presets: Collection[str], *, dense: bool, text_tokens: int) -> dict[str, CompileConfig]:

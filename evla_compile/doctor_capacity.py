@@ -10,6 +10,7 @@ from evla_compile.errors import EvlaError
 from evla_compile.manifest import Manifest
 from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, build_bytes
 from evla_compile.runtime.engine_match import build_command, check_match, require_engine
+from evla_compile.units import bytes_text
 
 COMPILE_BYTES = 2_000_000_000
 """Memory that compiling and exporting takes beside the mapped checkpoint, whatever its size; 1.3 GB were measured."""
@@ -22,8 +23,8 @@ _NAME_IT = "name the policy: --artifact DIR, or --size base"
 
 def check_room(facts: Facts) -> Finding:
     """What is free, whatever is going to be done."""
-    memory = "an unknown amount of" if facts.memory is None else _gigabytes(facts.memory)
-    return ok("room", f"free: {memory} memory, {_gigabytes(facts.swap)} swap, {_gigabytes(facts.disk)} disk")
+    memory = "an unknown amount of" if facts.memory is None else bytes_text(facts.memory)
+    return ok("room", f"free: {memory} memory, {bytes_text(facts.swap)} swap, {bytes_text(facts.disk)} disk")
 
 
 def check_memory(request: Request, facts: Facts) -> Finding:
@@ -34,10 +35,10 @@ def check_memory(request: Request, facts: Facts) -> Finding:
     if request.work == "compile":
         return _check_compile_memory(free + facts.swap)
     if request.weight_bytes is None:
-        return warned("memory", f"{_gigabytes(free)} free {where}; what is needed is unknown", _NAME_IT)
+        return warned("memory", f"{bytes_text(free)} free {where}; what is needed is unknown", _NAME_IT)
     if request.work == "build":
         return _check_build_memory(request, free, facts.swap)
-    found = f"{_gigabytes(request.weight_bytes)} are needed, {_gigabytes(free)} free {where}"
+    found = f"{bytes_text(request.weight_bytes)} are needed, {bytes_text(free)} free {where}"
     if request.weight_bytes <= free:
         return ok("memory", found)
     mapped = "evla run --mapped, which leaves the weights in their file, or a smaller preset"
@@ -48,9 +49,9 @@ def check_memory(request: Request, facts: Facts) -> Finding:
 def check_disk(request: Request, facts: Facts) -> Finding:
     """There is room for what is written: every part's weights once."""
     if request.total_bytes is None:
-        return warned("disk", f"{_gigabytes(facts.disk)} free; what is needed is unknown", _NAME_IT)
+        return warned("disk", f"{bytes_text(facts.disk)} free; what is needed is unknown", _NAME_IT)
     needed = request.total_bytes + ROOM_BYTES
-    found = f"{_gigabytes(needed)} are needed, {_gigabytes(facts.disk)} free"
+    found = f"{bytes_text(needed)} are needed, {bytes_text(facts.disk)} free"
     if needed > facts.disk:
         return failed("disk", found, "make room, or choose a folder on another disk")
     return ok("disk", found)
@@ -96,7 +97,7 @@ def check_engine(request: Request, facts: Facts) -> Finding:
 
 
 def _check_compile_memory(free: int) -> Finding:
-    found = f"{_gigabytes(COMPILE_BYTES)} are needed, {_gigabytes(free)} free with swap"
+    found = f"{bytes_text(COMPILE_BYTES)} are needed, {bytes_text(free)} free with swap"
     return (
         ok("memory", found) if free >= COMPILE_BYTES else failed("memory", found, "close other programs, or add swap")
     )
@@ -106,14 +107,14 @@ def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
     """Hold a build's estimate against memory; `evla build` leaves swap out unless it is told how much it may take."""
     weights, total = request.weight_bytes or 0, request.total_bytes or 0
     needed = build_bytes(weights)
-    found = f"{_gigabytes(needed)} are needed, {_gigabytes(free)} free"
+    found = f"{bytes_text(needed)} are needed, {bytes_text(free)} free"
     if needed <= free:
         return ok("memory", found)
     command = build_command(request.flavour, request.place or Path("DIR/manifest.json"))
     insist = f"{command} --memory-gb {math.ceil(needed / 1e9)}"
     if needed <= free + swap:
-        return warned("memory", f"{found}, {_gigabytes(free + swap)} with swap: slow", insist)
-    remedy = f"add {_gigabytes(needed - free - swap)} of swap on a fast disk, and then {insist}"
+        return warned("memory", f"{found}, {bytes_text(free + swap)} with swap: slow", insist)
+    remedy = f"add {bytes_text(needed - free - swap)} of swap on a fast disk, and then {insist}"
     room = (free - BUILD_BASE_BYTES) / BUILD_FACTOR
     # One part is the action head, and perception is cut into the others, about equal ones.
     parts = max(2, math.ceil(1.1 * total / room) + 1) if room > 0 else _MOST_PARTS + 1
@@ -133,7 +134,3 @@ def _known(request: Request) -> tuple[Manifest, Path]:
     if request.manifest is None or request.place is None:
         raise ValueError("this check needs an artifact")
     return request.manifest, request.place
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -7,6 +7,7 @@ from evla_compile.doctor_request import Finding, Request, failed, ok, warned
 from evla_compile.engine_settings import FLAVOUR_NAMES, OLDEST_VERSIONS, Flavour
 from evla_compile.runtime.providers import PROVIDERS, ExecutionProvider
 from evla_compile.tensorrt_library import REMEDIES
+from evla_compile.units import bytes_text
 
 _TORCH = ((2, 11), (2, 16))
 _CPU_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -114,7 +115,7 @@ def check_gpu(request: Request, facts: Facts) -> Finding:
     """There is a GPU, and it can be called from Python; ONNX Runtime calls it by itself."""
     if facts.gpu is not None:
         gpu = facts.gpu
-        return ok("GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / 1e9:.1f} GB")
+        return ok("GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {bytes_text(gpu.memory_bytes)}")
     cuda = None if facts.driver is None else 13 if numbers(facts.driver)[0] >= _CUDA_13_DRIVER else 12
     bindings = facts.packages.get("cuda-bindings")
     if facts.gpu_error is not None:

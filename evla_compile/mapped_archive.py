@@ -20,6 +20,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from evla_compile.errors import CheckpointError
 from evla_compile.memory import available_memory
+from evla_compile.units import bytes_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _map(file: Path) -> mmap.mmap:
         except OSError as error:
             size = file.stat().st_size
             raise CheckpointError(
-                f"its {size / 1e9:.1f} GB cannot be mapped ({error}): expected a system that maps files without setting"
+                f"its {bytes_text(size)} cannot be mapped ({error}): expected a system that maps files without setting"
                 " memory aside; on Linux see `sysctl vm.overcommit_memory` (0 or 1) and `ulimit -v`"
             ) from error
 
@@ -158,8 +159,8 @@ class _Members:
         if free is not None and stored.nbytes > free:
             raise CheckpointError(
                 f"{name} is not aligned to its dtype in the file, so it has to be copied, which needs"
-                f" {stored.nbytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free beside the"
-                f" {self._copied / 1e9:.1f} GB copied so far; {_RESAVE}"
+                f" {bytes_text(stored.nbytes)} of memory, and {bytes_text(free)} are free beside the"
+                f" {bytes_text(self._copied)} copied so far; {_RESAVE}"
             )
         if not self._copied:
             _LOG.info("%s is not aligned to its dtype: it is copied into memory, like all that follow so", name)

@@ -9,10 +9,11 @@ import torch
 
 from evla_compile import host
 from evla_compile.config import CompileConfig
-from evla_compile.graph import PassReport
+from evla_compile.graph import GraphStats, PassReport
 from evla_compile.model.policy import CogACT
 from evla_compile.processor import draw_noise
 from evla_compile.tolerances import relative_error
+from evla_compile.units import byte_scale, flop_scale
 
 if TYPE_CHECKING:
     from evla_compile.calibration import Frame
@@ -51,18 +52,24 @@ class CompileReport:
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
-        """Return the table of passes as text: name, exact or lossy, changes, operators, GFLOP and weights in MB."""
+        """Return the table of passes as text, its header first: name, kind, changes, operators, FLOPs and weights."""
         captured = self.passes[0].before
-        rows = [("captured (one denoising step)", "", "", *_size(captured.ops, captured.flops, captured.weight_bytes))]
+        stats = (captured, *(report.after for report in self.passes))
+        work, size = flop_scale(each.flops for each in stats), byte_scale(each.weight_bytes for each in stats)
+
+        def shown(each: GraphStats) -> tuple[str, str, str]:
+            return str(each.ops), work.show(each.flops), size.show(each.weight_bytes)
+
+        rows = [("pass", "kind", "changes", "ops", work.unit, f"weights {size.unit}")]
+        rows.append(("captured (one denoising step)", "", "", *shown(captured)))
         for report in self.passes:
-            size = _size(report.after.ops, report.after.flops, report.after.weight_bytes)
-            rows.append((report.name, "exact" if report.exact else "lossy", str(report.changes), *size))
+            kind = "exact" if report.exact else "lossy"
+            rows.append((report.name, kind, str(report.changes), *shown(report.after)))
         return rows
 
     def __str__(self) -> str:
-        header = ("pass", "kind", "changes", "ops", "GFLOP", "weights MB")
-        table = [header, *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        table = self.rows()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(
                 cell.ljust(width) if column < 2 else cell.rjust(width)
@@ -107,7 +114,3 @@ def measure_deviations(
             stages["actions"] = np.clip(stages["samples"], -1.0, 1.0)
         worst = {stage: max(error, relative_error(found[stage], dense[stage])) for stage, error in worst.items()}
     return tuple(StageDeviation(stage=stage, relative=error, frames=len(frames)) for stage, error in worst.items())
-
-
-def _size(ops: int, flops: int, weight_bytes: int) -> tuple[str, str, str]:
-    return str(ops), f"{flops / 1e9:.3f}", f"{weight_bytes / 1e6:.2f}"

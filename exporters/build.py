@@ -19,6 +19,7 @@ from evla_compile.placement import put_in_place
 from evla_compile.runtime.cuda import Gpu, find_gpu
 from evla_compile.scratch import exclusive, new_folder, scratch
 from evla_compile.tensorrt_library import find_flavour, import_flavour
+from evla_compile.units import bytes_text
 
 
 def build_engine(
@@ -151,5 +152,5 @@ def _check_space(manifest: Manifest, place: Path) -> None:
     free = shutil.disk_usage(place.parent).free
     if free < needed:
         raise ArtifactError(
-            f"engines for {place.parent} take about {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: make room"
+            f"engines for {place.parent} take about {bytes_text(needed)}, and {bytes_text(free)} are free: make room"
         )

@@ -24,6 +24,7 @@ from evla_compile.tensorrt_library import (
     make_logger,
     reasons,
 )
+from evla_compile.units import bytes_text
 
 _JETSON_MARK = Path("/etc/nv_tegra_release")
 _OUT_OF_MEMORY = re.compile(r"out.?of.?memory|bad_alloc|insufficient (memory|workspace)|cannot allocate", re.IGNORECASE)
@@ -97,8 +98,8 @@ def check_memory(model: Path, settings: EngineSettings) -> None:
     if limit is None or needed <= limit:
         return
     raise EvlaError(
-        f"building {model.name} takes about {needed / 1e9:.1f} GB ({BUILD_FACTOR} times its {weights / 1e9:.1f} GB of"
-        f" weights, and {BUILD_BASE_BYTES / 1e9:.1f}), and {limit / 1e9:.1f} GB are free: export it in more parts"
+        f"building {model.name} takes about {bytes_text(needed)} ({BUILD_FACTOR} times its {bytes_text(weights)} of"
+        f" weights, and {bytes_text(BUILD_BASE_BYTES)}), and {bytes_text(limit)} are free: export it in more parts"
         " (parts= beside precision=, or evla compile --parts), add swap, or build on a larger machine"
     )
 

@@ -260,7 +260,7 @@ def test_too_little_memory_is_refused_before_any_part_is_built(artifact: Path) -
 
 def test_too_little_disk_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ArtifactError, match=r"engines for .* take about 0\.0[1-9] GB, and 0\.00 GB are free"):
+    with pytest.raises(ArtifactError, match=r"engines for .* take about [0-9.]+ MB, and 1\.0 kB are free"):
         build_engine(artifact, RTX, progress=False)
 
 

@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evla_compile import calibration, checkpoint, cli, comparison, host, pipeline, runtime
+from evla_compile import calibration, checkpoint, cli, host, pipeline, runtime
 from evla_compile.artifact import find_manifest
 from evla_compile.cli.settings import read_plan
 from evla_compile.errors import EvlaError
-from evla_compile.estimate import Estimate
-from evla_compile.footprint import Footprint
 from evla_compile.manifest import read_manifest
 from tests.command_line import Outcome, evla, refused
 
@@ -221,27 +219,37 @@ def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
     assert not outcome.status
     (file,) = tiny_checkpoint.glob("checkpoints/*.pt")
     groups: Groups = torch.load(file, mmap=True)["model"]
+    tensors = [tensor for keys in groups.values() for tensor in keys.values()]
     for expected in (
         "vision_backbone.dino_featurizer",
         "6 layers of 64, 4 heads",
         f"{sum(tensor.numel() for tensor in groups['llm_backbone'].values()):,} float32",
-        f"total {(parameters := sum(tensor.numel() for keys in groups.values() for tensor in keys.values())):,}",
-        f"upstream {parameters:,}",
-        "100.0% dense",
-        "GeForce RTX 4090 24 0.0 0.0",
-        "at batch 1, 26 text tokens, 10 denoising steps; vision and language in bfloat16",
+        f"total {sum(tensor.numel() for tensor in tensors):,} {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f}",
+        "dtype MB",
         "frame: 224 x 224 pixels",
         "datasets: bridge_orig, fractal20220817_data",
         "tokenizer: tokenizer.json in the run directory",
+        f"evla estimate {tiny_checkpoint}",
     ):
         assert expected in outcome.words
 
 
-def test_inspect_says_that_a_tokenizer_is_missing(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_imports_and_counts_nothing_that_it_does_not_show(tiny_checkpoint: Path) -> None:
+    code = (
+        "import sys\n"
+        "from evla_compile.cli import main\n"
+        f"sys.argv = ['evla', 'inspect', {str(tiny_checkpoint)!r}]\n"
+        "unwanted = ('transformers', 'onnx', 'evla_compile.capture')\n"
+        "try:\n    main()\n"
+        "finally:\n    print([name for name in unwanted if name in sys.modules])\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "vision_backbone.dino_featurizer" in process.stdout
+    assert process.stdout.splitlines()[-1] == "[]"
+
+
+def test_inspect_says_that_a_tokenizer_is_missing(run_directory: Path) -> None:
     (run_directory / "tokenizer.json").unlink()
-    counted = Footprint(ops=1, flops=1, paper_flops=1, parameters=1, weight_bytes=1, read_bytes=1)
-    found = Estimate(dtype="bfloat16", vision=counted, language=counted, action=counted)
-    monkeypatch.setattr(comparison, "compare", lambda *_, **__: {"upstream": found})
     assert "tokenizer: none here; give --tokenizer" in evla("inspect", run_directory).words
 
 
@@ -261,7 +269,7 @@ def test_estimate_shows_a_run_directory_and_the_configurations_asked_for(tiny_ch
     for expected in (
         "Size and operations",
         "By module",
-        "Roofline, ms",
+        "Roofline, us",
         "% of upstream",
         "lower bound",
         "20 text tokens",

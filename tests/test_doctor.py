@@ -336,12 +336,12 @@ def test_the_doctor_and_the_builder_read_one_figure_of_memory(tmp_path: Path, mo
 
     model = tmp_path / "model.onnx"
     model.write_bytes(bytes(1000))
-    for factor, figure in ((3.2, "0.7"), (2e6, "2.7")):
+    for factor, figure in ((3.2, "700.0 MB"), (2e6, "2.7 GB")):
         monkeypatch.setattr(memory, "BUILD_FACTOR", factor)
         request = replace(BUILD, weight_bytes=1000, total_bytes=1000)
         found = next(found for found in findings(request, replace(FACTS, memory=10**8)) if found.check == "memory")
-        assert found.found.startswith(f"{figure} GB are needed, 0.1 GB free")
-        with pytest.raises(EvlaError, match=rf"takes about {figure} GB"):
+        assert found.found.startswith(f"{figure} are needed, 100.0 MB free")
+        with pytest.raises(EvlaError, match=rf"takes about {figure}"):
             check_build(model, EngineSettings(memory_bytes=10**8))
 
 

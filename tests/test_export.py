@@ -300,7 +300,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     compiled, _, _ = export(CompileConfig.dense(), *DENSE_STAGES)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_500_000))
-    with pytest.raises(evla.ArtifactError, match=r"policy needs 0\.1 GB, and .* has 0\.1 GB free: make room"):
+    with pytest.raises(evla.ArtifactError, match=r"policy needs [0-9.]+ MB, and .* has 100\.5 MB free: make room"):
         compiled.export(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
     refused = pytest.raises(evla.ArtifactError, match=r"other exports to it are writing \.policy\.partial-[0-9a-f]{8}$")

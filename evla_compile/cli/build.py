@@ -12,6 +12,7 @@ from evla_compile.cli.console import step
 from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.manifest import EngineRecord
 from evla_compile.terminal import new_console
+from evla_compile.units import bytes_text
 
 
 def build(
@@ -55,7 +56,7 @@ def build(
     with step("build the engine", spinner=False):  # it draws bars of its own
         engine = build_engine(artifact, settings).engine
     if engine is not None:
-        files = ", ".join(f"{record.name} ({record.size / 1e6:,.1f} MB)" for record in engine.files)
+        files = ", ".join(f"{record.name} ({bytes_text(record.size)})" for record in engine.files)
         new_console().print(f"built {files}: {describe_engine(engine)}")
 
 

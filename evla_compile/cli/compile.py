@@ -20,6 +20,7 @@ from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.config import OPSET, LayerRule, Precision
 from evla_compile.memory import PeakMemory, watching_memory
 from evla_compile.terminal import new_console
+from evla_compile.units import bytes_text
 
 if TYPE_CHECKING:
     from evla_compile.report import CompileReport
@@ -131,7 +132,7 @@ def compile_policy(
 def _print_memory(peak: PeakMemory) -> None:
     if peak.private:
         new_console(stderr=True).print(
-            f"peak memory {peak.private / 1e9:.2f} GB, and {peak.resident / 1e9:.2f} GB together with the files mapped",
+            f"peak memory {bytes_text(peak.private)}, and {bytes_text(peak.resident)} together with the files mapped",
             style="dim",
             soft_wrap=True,
         )
@@ -147,8 +148,9 @@ def compile_summary(report: "CompileReport") -> RenderableType:
 
 def pass_table(report: "CompileReport") -> Table:
     """Return what every pass did."""
-    table = new_table("What the passes did", "pass", "kind", right=("changes", "ops", "GFLOP", "weights MB"))
-    for row in report.rows():
+    header, *rows = report.rows()
+    table = new_table("What the passes did", *header[:2], right=header[2:])
+    for row in rows:
         table.add_row(*row)
     return table
 

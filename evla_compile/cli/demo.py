@@ -20,6 +20,7 @@ from evla_compile.cli.run import action_table
 from evla_compile.picture import kept_tokens_text
 from evla_compile.scratch import new_folder, remove_stale, scratch
 from evla_compile.terminal import new_console
+from evla_compile.units import byte_scale, time_scale
 
 if TYPE_CHECKING:
     from evla_compile.demo import DemoResult, Latency
@@ -74,9 +75,12 @@ def demo_summary(result: "DemoResult") -> RenderableType:
 
 def latency_table(latencies: "Sequence[Latency]", onnx_bytes: Mapping[str, int]) -> Table:
     """Return the latencies, each with its ratio to the first, and the sizes of the ONNX files by backend."""
-    table = new_table("Latency", "backend", right=("median ms", "p95 ms", "speed-up", "ONNX file MB"))
+    times = time_scale(1e-3 * latency.median for latency in latencies)
+    sizes = byte_scale(onnx_bytes.values())
+    columns = (f"median {times.unit}", f"p95 {times.unit}", "speed-up", f"ONNX file {sizes.unit}")
+    table = new_table("Latency", "backend", right=columns)
     for latency in latencies:
-        size = f"{onnx_bytes[latency.name] / 1e6:.1f}" if latency.name in onnx_bytes else "-"
+        size = sizes.show(onnx_bytes[latency.name]) if latency.name in onnx_bytes else "-"
         ratio = f"{latencies[0].median / latency.median:.2f}x"
-        table.add_row(latency.name, f"{latency.median:.1f}", f"{latency.p95:.1f}", ratio, size)
+        table.add_row(latency.name, times.show(1e-3 * latency.median), times.show(1e-3 * latency.p95), ratio, size)
     return table

@@ -15,6 +15,7 @@ from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.config import DDIM_STEPS, PAPER_TEXT_TOKENS
 from evla_compile.devices import DEVICES
 from evla_compile.terminal import new_console
+from evla_compile.units import byte_scale, flop_scale, time_scale
 
 if TYPE_CHECKING:
     from evla_compile.estimate import Estimate
@@ -64,7 +65,7 @@ def estimate_summary(estimates: "Mapping[str, Estimate]", *, text_tokens: int) -
         roofline_table(estimates),
         f"One action chunk at batch 1, {text_tokens} text tokens, {DDIM_STEPS} denoising steps; vision and language in"
         f" {dtype}, the action head in float32.\n"
-        "GFLOP counts all that is executed; GFLOP (paper) as EfficientVLA printed it: linear layers, convolutions and"
+        "FLOP count all that is executed; FLOP (paper) as EfficientVLA printed them: linear layers, convolutions and"
         " layer norms, no attention products. The last column is its share of upstream's.\n"
         "The roofline is a lower bound of a call's time: every weight read once, activations free, all at the"
         " datasheet's peak. A dash: the weights alone exceed the memory.",
@@ -73,42 +74,51 @@ def estimate_summary(estimates: "Mapping[str, Estimate]", *, text_tokens: int) -
 
 def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
     """Return what each policy holds and computes, and its share of the operations of the one named `upstream`."""
+    totals = [estimate.total for estimate in estimates.values()]
+    size, work = byte_scale(total.weight_bytes for total in totals), flop_scale(total.flops for total in totals)
     table = new_table(
         "Size and operations",
         "policy",
-        right=("parameters", "weights GB", "GFLOP", "GFLOP (paper)", "% of upstream"),
+        right=("parameters", f"weights {size.unit}", work.unit, f"{work.unit} (paper)", "% of upstream"),
     )
     upstream = estimates["upstream"].total.paper_flops
     for name, estimate in estimates.items():
         total = estimate.total
         numbers = (
-            f"{total.flops / 1e9:,.1f}",
-            f"{total.paper_flops / 1e9:,.1f}",
+            work.show(total.flops),
+            work.show(total.paper_flops),
             f"{total.paper_flops / upstream:.1%}",
         )
-        table.add_row(name, f"{total.parameters:,}", f"{total.weight_bytes / 1e9:.2f}", *numbers)
+        table.add_row(name, f"{total.parameters:,}", size.show(total.weight_bytes), *numbers)
     return table
 
 
 def part_table(estimates: "Mapping[str, Estimate]") -> Table:
     """Return what each part of each policy holds and computes."""
-    columns = (f"{part}\n{unit}" for unit in ("GFLOP", "GB") for part in ("vision", "language", "action"))
+    every = [part for estimate in estimates.values() for part in estimate.parts.values()]
+    work, size = flop_scale(part.flops for part in every), byte_scale(part.weight_bytes for part in every)
+    columns = (f"{part}\n{unit}" for unit in (work.unit, size.unit) for part in ("vision", "language", "action"))
     table = new_table("By module", "policy", right=tuple(columns))
     for name, estimate in estimates.items():
-        held = estimate.parts.values()
-        flops, weights = (
-            (f"{part.flops / 1e9:,.1f}" for part in held),
-            (f"{part.weight_bytes / 1e9:.2f}" for part in held),
-        )
+        parts = estimate.parts.values()
+        flops, weights = (work.show(part.flops) for part in parts), (size.show(part.weight_bytes) for part in parts)
         table.add_row(name, *flops, *weights)
     return table
 
 
 def roofline_table(estimates: "Mapping[str, Estimate]") -> Table:
     """Return a lower bound of a call's time on every named device; a dash where the weights exceed its memory."""
-    table = new_table("Roofline, ms", "device", right=("GB", *estimates))
+    bounds = {
+        device: [
+            estimate.roofline_seconds(device) if estimate.fits(device) else None for estimate in estimates.values()
+        ]
+        for device in DEVICES.values()
+    }
+    times = time_scale(bound for row in bounds.values() for bound in row if bound is not None)
+    memory = byte_scale(device.memory_bytes for device in bounds)
+    table = new_table(f"Roofline, {times.unit}", "device", right=(memory.unit, *estimates))
     table.columns[0].no_wrap = True
-    for device in DEVICES.values():
-        bounds = (f"{e.roofline_seconds(device) * 1e3:.1f}" if e.fits(device) else "-" for e in estimates.values())
-        table.add_row(device.name, f"{device.memory_bytes / 1e9:.0f}", *bounds)
+    for device, row in bounds.items():
+        shown = ("-" if bound is None else times.show(bound) for bound in row)
+        table.add_row(device.name, f"{device.memory_bytes / memory.size:.0f}", *shown)
     return table

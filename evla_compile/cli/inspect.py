@@ -2,6 +2,7 @@
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,10 +15,9 @@ from evla_compile.artifact import find_manifest
 from evla_compile.cli.arguments import read_place
 from evla_compile.cli.build import describe_engine
 from evla_compile.cli.console import new_table, step
-from evla_compile.cli.estimate import estimate_summary
-from evla_compile.config import PAPER_TEXT_TOKENS
 from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.terminal import in_one_line, new_console
+from evla_compile.units import Scale, byte_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +36,12 @@ def inspect(
     if place.suffix in (".onnx", ".json") or (place / "manifest.json").is_file():
         console.print(manifest_table(read_manifest(find_manifest(place))))
         return
-    with step("import torch and transformers"):
-        import torch
-
-        from evla_compile.comparison import compare, configurations, read_sound_checkpoint
-    checkpoint = read_sound_checkpoint(path)
-    configs = configurations([], dense=True, text_tokens=PAPER_TEXT_TOKENS)
-    found = compare(checkpoint.sizes, configs, dtype=torch.bfloat16, step=step)
-    console.print(checkpoint_summary(checkpoint))
-    console.print(estimate_summary(found, text_tokens=PAPER_TEXT_TOKENS))
+    with step("import torch"):
+        from evla_compile.checkpoint import read_sound_checkpoint
+    console.print(checkpoint_summary(read_sound_checkpoint(path)))
+    console.print(
+        f"What it computes and how fast devices could run it:\n  evla estimate {shlex.quote(path)}", soft_wrap=True
+    )
 
 
 def checkpoint_summary(checkpoint: "Checkpoint") -> RenderableType:
@@ -75,14 +72,15 @@ def checkpoint_table(checkpoint: "Checkpoint") -> Table:
         "action_model": f"{action.depth} blocks of {action.width}, {action.heads} heads, MLP {action.mlp_width}, chunk"
         f" {action.chunk} x {action.action_width}",
     }
-    table = new_table(None, "module", "sizes", right=("parameters", "dtype", "GB"))
+    scale = byte_scale((sum(tensor.nbytes for tensor in checkpoint.tensors.values()),))
+    table = new_table(None, "module", "sizes", right=("parameters", "dtype", scale.unit))
     table.columns[0].no_wrap = True
     for module, description in modules.items():
         tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(f"{module}.")]
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-        table.add_row(module, description, *_stored(tensors, ", ".join(dtypes)))
+        table.add_row(module, description, *_stored(tensors, ", ".join(dtypes), scale))
     table.add_section()
-    table.add_row("total", "", *_stored(checkpoint.tensors.values(), ""))
+    table.add_row("total", "", *_stored(checkpoint.tensors.values(), "", scale))
     return table
 
 
@@ -114,6 +112,6 @@ def manifest_table(manifest: Manifest) -> Table:
     return table
 
 
-def _stored(tensors: "Iterable[Tensor]", dtypes: str) -> tuple[str, str, str]:
+def _stored(tensors: "Iterable[Tensor]", dtypes: str, scale: Scale) -> tuple[str, str, str]:
     tensors = list(tensors)
-    return f"{sum(t.numel() for t in tensors):,}", dtypes, f"{sum(t.nbytes for t in tensors) / 1e9:.2f}"
+    return f"{sum(t.numel() for t in tensors):,}", dtypes, scale.show(sum(t.nbytes for t in tensors))

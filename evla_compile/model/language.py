@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 ROPE_THETA = 10000.0
 NORM_EPS = 1e-5
@@ -39,6 +37,10 @@ class LlamaDecoder(nn.Module):
     """Embedding, decoder layers and final norm, under the names of `LlamaModel`."""
 
     def __init__(self, sizes: LanguageSizes) -> None:
+        # Imported here: transformers takes seconds, and whoever only reads a checkpoint's sizes builds no decoder.
+        from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: PLC0415
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm  # noqa: PLC0415
+
         super().__init__()
         config = LlamaConfig(
             vocab_size=sizes.vocabulary,

@@ -15,6 +15,7 @@ from evla_compile.runtime.kernel_cache import prepare_cache
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
+from evla_compile.units import bytes_text
 
 _DTYPES = {
     "tensor(bool)": "bool",
@@ -168,7 +169,7 @@ def _check_memory(model: Path, weight_bytes: int) -> None:
     free = available_memory()
     if free is not None and weight_bytes > free:
         raise EvlaError(
-            f"{model} has {weight_bytes / 1e9:.1f} GB of weights, which ONNX Runtime copies, and {free / 1e9:.1f} GB of"
+            f"{model} has {bytes_text(weight_bytes)} of weights, which ONNX Runtime copies, and {bytes_text(free)} of"
             " memory are free: load it with mapped=True (evla run --mapped), or on a machine with more"
         )
 
