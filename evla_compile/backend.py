@@ -17,6 +17,7 @@ from evla_compile.budgets import resolve
 from evla_compile.config import CompileConfig
 from evla_compile.dynamo_graph import find_sizes, read_graph
 from evla_compile.errors import PassError
+from evla_compile.fingerprint import check_checkpoint
 from evla_compile.finite_weights import check_finite
 from evla_compile.graph import (
     GraphPass,
@@ -79,7 +80,7 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
     passes = tuple(  # the loop was unrolled as it was captured
         rewrite for rewrite in build_passes(config, plan, sizes) if not isinstance(rewrite, UnrollDiffusion)
     )
-    compiled = _Compiled(graph, order, held, passes, mode, config.text_tokens)
+    compiled = _Compiled(graph, order, held, plan, passes, mode, config.text_tokens)
     compiled.prepare(inputs)
     return compiled
 
@@ -92,12 +93,13 @@ class _Compiled:
         captured: fx.GraphModule,
         order: Sequence[int],
         held: Mapping[str, int],
+        plan: Plan,
         passes: Sequence[GraphPass],
         mode: Mode,
         text_tokens: int,
     ) -> None:
         """Take the graph before its rewrites, and at which of Dynamo's positions its inputs and its weights are."""
-        self._captured, self._order, self._held = captured, order, held
+        self._captured, self._order, self._held, self._plan = captured, order, held, plan
         self._passes, self._mode, self._text_tokens = passes, mode, text_tokens
         self._made: dict[tuple[int, ...], _Made] = {}
 
@@ -124,6 +126,7 @@ class _Compiled:
         key, state = tuple(map(id, tensors)), tuple(map(_state, tensors))
         made = self._made.get(key)
         if made is None or not made.alive or made.state != state:
+            check_checkpoint(self._plan, dict(zip(self._held, tensors, strict=True)))
             check_finite(zip(self._held, tensors, strict=True))
             graph = copy_graph(self._captured)
             for name, tensor in zip(self._held, tensors, strict=True):

@@ -21,6 +21,7 @@ from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
+from evla_compile.fingerprint import FramesDigest, fingerprint_weights
 from evla_compile.finite_weights import check_finite_policy
 from evla_compile.host import read_image
 from evla_compile.model.policy import CogACT
@@ -97,6 +98,9 @@ def calibrate(
         mlp_neurons=neurons,
         ranges=observer.ranges(),
         frames=len(observations),
+        frames_digest=str(observer.frames_digest),
+        layer_rule=None if isinstance(config.keep_layers, tuple) or kept == sizes.layers else config.layer_rule,
+        checkpoint=fingerprint_weights(policy.state_dict()),
     )
 
 
@@ -190,10 +194,12 @@ class _Observer(LayerObserver):
         read = [value for site in self._sites for value in float_operands(site) if value.op != "get_attr"]
         self._largest: dict[fx.Node, float] = dict.fromkeys([*self._sites, *read], 0.0)
         self._tokens = 0
+        self.frames_digest = FramesDigest()
 
     def observe(self, image: CameraFrame, instruction: str) -> None:
         """Measure one observation, its prompt unpadded."""
         inputs = _inputs(self._policy, image, instruction)
+        self.frames_digest.add(inputs[:2])
         with torch.no_grad():
             self.run(*inputs)
         self._tokens += self._policy.sizes.patches + inputs[1].shape[1]

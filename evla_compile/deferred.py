@@ -176,6 +176,14 @@ def cut(weight: Tensor, dim: int, kept: Tensor) -> DeferredWeight:
     return DeferredWeight(weight, dtype=weight.dtype, dim=dim, kept=kept)
 
 
+def values_at(weight: Tensor, positions: Tensor) -> Tensor:
+    """Return the values of a weight at flat, row-major positions (int64 [K]); a mere cast of others is not computed."""
+    if type(weight) is DeferredWeight and weight._recipe.kept is None:
+        return values_at(weight._recipe.source, positions).to(weight.dtype)
+    value = materialized(weight)
+    return value[torch.unravel_index(positions.to(value.device), value.shape)].reshape(-1)
+
+
 def materialized(weight: Tensor) -> Tensor:
     """Return `weight` as a plain tensor: its value if it is deferred, else itself."""
     return weight.compute() if isinstance(weight, DeferredWeight) else weight

@@ -10,6 +10,7 @@ from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
+from evla_compile.fingerprint import check_checkpoint
 from evla_compile.finite_weights import check_finite_policy
 from evla_compile.graph import GraphPass
 from evla_compile.model.policy import CogACT, ModelSizes
@@ -48,7 +49,7 @@ def compile(
             with counts in place of shares.
         calibration: real observations, (image, instruction) pairs, to measure layers and neurons on. The report then
             also says how far the compiled policy is from the dense one on the first of them.
-        plan: the result of an earlier `calibrate` for the same budgets, instead of measuring again.
+        plan: the result of an earlier `calibrate` of the same weights for the same budgets, instead of measuring again.
         progress: whether to draw a progress bar of the calibration on standard error.
 
     Raises:
@@ -64,6 +65,7 @@ def compile(
         policy.processor.text(frame.instruction, config.text_tokens)  # refused here rather than behind the calibration
     if plan is not None:
         check_plan(plan, config, policy.sizes)
+        check_checkpoint(plan, policy.state_dict())
     elif frames is not None and needs_calibration(policy.sizes.language, config):
         plan = calibrate(policy, frames, config, progress=progress)
     else:
@@ -114,7 +116,9 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
 
 
 def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
-    """Refuse a plan that was made for other budgets or another model.
+    """Refuse a plan that was made for other budgets, by another rule, or for other sizes.
+
+    Its weights are compared by `evla_compile.fingerprint.check_checkpoint`.
 
     Raises:
         CalibrationError: the message says what differs.
@@ -128,6 +132,14 @@ def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
         )
     if plan.keep_layers[-1] >= language.layers:
         raise CalibrationError(f"the plan keeps layer {plan.keep_layers[-1]}, the decoder has {language.layers} layers")
+    placed = wanted < language.layers and not isinstance(kept, tuple)
+    # a plan without frames stands for any rule: nothing was chosen, see `stand_in_plan`
+    if plan.frames and placed and plan.layer_rule != config.layer_rule:
+        chosen = "were named" if plan.layer_rule is None else f"were chosen by layer_rule={plan.layer_rule!r}"
+        raise CalibrationError(
+            f"the plan's layers {chosen}, the settings ask for layer_rule={config.layer_rule!r}: calibrate again with"
+            f" these settings, set the plan's rule, or name its layers, keep_layers={plan.keep_layers}"
+        )
     count = kept_neurons(config, language.mlp_width)
     found = sorted({len(neurons) for neurons in plan.mlp_neurons})
     expected = [] if count == language.mlp_width else [count]

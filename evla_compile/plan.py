@@ -1,23 +1,30 @@
 """The frozen plan between calibration and rewrites: which decoder layers and MLP neurons stay; no torch."""
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from evla_compile.budgets import kept_layer_count, kept_neurons
-from evla_compile.config import CompileConfig
+from evla_compile.config import LAYER_RULES, CompileConfig, LayerRule
 from evla_compile.errors import CalibrationError
 from evla_compile.scratch import replacing
 
 if TYPE_CHECKING:
     from evla_compile.model.language import LanguageSizes
     from evla_compile.model.policy import ModelSizes
+
+PLAN_FORMAT = 1
+"""Version of a plan's JSON form. It rises with every new field, which older versions must refuse; a plan of an older
+format is read with the defaults of the fields that it lacks."""
+
+DIGEST_DIGITS = 16
+"""Hexadecimal digits of a fingerprint."""
 
 _MAX_LAYERS, _MAX_NEURONS = 256, 100_000  # beyond any decoder; see `Plan.from_json`
 
@@ -37,32 +44,42 @@ class Plan:
     if not measured. What float16 can hold is decided by it."""
     frames: int
     """Observations measured; 0 where the configuration left nothing to measure."""
+    frames_digest: str | None = None
+    """Digest of these observations as the policy saw them; None if nothing was measured."""
+    layer_rule: LayerRule | None = None
+    """Rule that chose `keep_layers`; None where all stay, or where they were named."""
+    checkpoint: tuple[tuple[str, str], ...] = ()
+    """Fingerprint of the weights that were measured, by group (see `evla_compile.fingerprint`); empty if none were, so
+    that the plan fits every policy of its sizes."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values; the neurons of a layer as ranges, "0-3,5,7-20"."""
         neurons = [_to_ranges(neurons) for neurons in self.mlp_neurons]
-        return asdict(self) | {"mlp_neurons": neurons, "ranges": dict(self.ranges)}
+        named = {"mlp_neurons": neurons, "ranges": dict(self.ranges), "checkpoint": dict(self.checkpoint)}
+        return {"format": PLAN_FORMAT} | asdict(self) | named
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Read `to_json`'s form back.
+        """Read `to_json`'s form back; fields with a default may be missing, as from an older format.
 
         Raises:
-            CalibrationError: the data is not a plan.
+            CalibrationError: the data is not a plan, or one of a newer format.
         """
-        if not isinstance(data, dict) or set(data) != set(cls.__dataclass_fields__):
-            raise CalibrationError(f"a plan is a JSON object with the keys {sorted(cls.__dataclass_fields__)}")
+        values = _fields(data, cls)
         try:
-            keep_layers = _ascending([_index(value) for value in data["keep_layers"]])
+            keep_layers = _ascending([_index(value) for value in values["keep_layers"]])
             # counted before they are expanded: a plan may come from anywhere, and "0-999999" is soon repeated
-            if len(data["mlp_neurons"]) not in (0, len(keep_layers)) or len(keep_layers) > _MAX_LAYERS:
-                raise ValueError(f"neurons of {len(data['mlp_neurons'])} layers for {len(keep_layers)} kept layers")
+            if len(values["mlp_neurons"]) not in (0, len(keep_layers)) or len(keep_layers) > _MAX_LAYERS:
+                raise ValueError(f"neurons of {len(values['mlp_neurons'])} layers for {len(keep_layers)} kept layers")
             return cls(
-                layer_importance=tuple(_score(value) for value in data["layer_importance"]),
+                layer_importance=tuple(_score(value) for value in values["layer_importance"]),
                 keep_layers=keep_layers,
-                mlp_neurons=tuple(_from_ranges(neurons) for neurons in data["mlp_neurons"]),
-                ranges=_named_scores(data["ranges"]),
-                frames=_index(data["frames"]),
+                mlp_neurons=tuple(_from_ranges(neurons) for neurons in values["mlp_neurons"]),
+                ranges=_named_scores(values["ranges"]),
+                frames=_index(values["frames"]),
+                frames_digest=None if values["frames_digest"] is None else _digest(values["frames_digest"]),
+                layer_rule=_layer_rule(values["layer_rule"]),
+                checkpoint=_checkpoint(values["checkpoint"]),
             )
         except (TypeError, ValueError) as error:
             raise CalibrationError(f"malformed plan: {error}") from error
@@ -163,13 +180,59 @@ def _ascending(indices: list[int]) -> tuple[int, ...]:
     return tuple(indices)
 
 
+def _fields(data: object, plan: type[Plan]) -> dict[str, Any]:
+    """Return the fields of a plan's JSON object by name, with the defaults of those that an older format lacks."""
+    fields = plan.__dataclass_fields__
+    if not isinstance(data, dict):
+        raise CalibrationError(f"a plan is a JSON object with the keys {sorted(['format', *fields])}")
+    version = data.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CalibrationError(
+            f"'format' is {version!r:.40}, expected a whole number from 1 to {PLAN_FORMAT}: it is no plan, or one from"
+            " before plans had a format; calibrate again"
+        )
+    if version > PLAN_FORMAT:
+        raise CalibrationError(
+            f"the plan has format {version!r:.40}, and this version of evla_compile reads up to {PLAN_FORMAT}: update"
+            " evla_compile, or calibrate again with this version"
+        )
+    unknown = sorted(map(repr, data.keys() - fields - {"format"}))
+    missing = [name for name, field in fields.items() if field.default is MISSING and name not in data]
+    if unknown or missing:
+        raise CalibrationError(f"a plan of format {version} has no keys {unknown!s:.200} and needs {missing}")
+    return {name: data.get(name, field.default) for name, field in fields.items()}
+
+
 def _score(value: object) -> float:
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise ValueError(f"importance {value!r}: expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"importance {value!r:.40}: expected a finite number")
+    return float(value)  # JSON writers print 1.0 as 1
+
+
+def _layer_rule(value: object) -> LayerRule | None:
+    rule: LayerRule | None = next((rule for rule in LAYER_RULES if rule == value), None)
+    if rule is None and value is not None:
+        raise ValueError(f"layer_rule {value!r:.40}: expected one of {', '.join(LAYER_RULES)}, or null")
+    return rule
+
+
+def _digest(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{DIGEST_DIGITS}}}", value):
+        raise ValueError(f"digest {value!r:.40}: expected {DIGEST_DIGITS} hexadecimal digits")
     return value
 
 
+def _checkpoint(value: object) -> tuple[tuple[str, str], ...]:
+    if value == ():
+        return ()
+    if not isinstance(value, dict) or not all(re.fullmatch("[a-z_]{1,40}", group) for group in value):
+        raise ValueError(f"checkpoint {value!s:.60}: expected digests by group, such as llm_backbone")
+    return tuple((group, _digest(digest)) for group, digest in value.items())
+
+
 def _named_scores(value: object) -> tuple[tuple[str, float], ...]:
+    if value == ():
+        return ()
     if not isinstance(value, dict) or len(value) > _MAX_NEURONS:
         raise ValueError(f"ranges {value!s:.60}: expected an object of numbers")
     return tuple((str(name), _score(largest)) for name, largest in value.items())

@@ -183,7 +183,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
         (lambda data: data["config"].pop("cfg_scale"), r"missing \['cfg_scale'\]"),
         (put("config", "text_tokens", value=24), r"input_ids int64\[1, 20\]"),
         (put("plan", value=[1]), r"'plan' is \[1\]: expected an object"),
-        (put("plan", value={}), "a plan is a JSON object with the keys"),
+        (put("plan", value={}), "it is no plan, or one from before plans had a format"),
         (put("plan", "mlp_neurons", value=["0-99999"] * 1000), "neurons of 1000 layers for 2 kept layers"),
         (put("statistics", value={}), "dataset statistics"),
         (put("statistics", "toy", "action", "q01", value=[0]), "'toy'.*q01"),

@@ -1,6 +1,5 @@
 """Layer importance, neuron scores, plans and calibration folders."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 import evla_compile as evla
 from evla_compile.calibration import Frame, calibrate, read_frames
 from evla_compile.config import CompileConfig
+from evla_compile.fingerprint import fingerprint_weights
 from evla_compile.model.policy import CogACT
 from evla_compile.plan import Plan, most_important, plan_without_calibration
 from evla_compile.tolerances import TOLERANCES, check
@@ -39,6 +39,9 @@ def test_importance_equals_the_golden_reference(
     assert np.argsort(plan.layer_importance).tolist() == golden["importance_order_ascending"]
     assert plan.keep_layers == tuple(golden["efficient"][0]["kept_layers"])
     assert plan.frames == 3
+    assert plan.layer_rule == "importance"
+    assert plan.checkpoint == found.checkpoint == fingerprint_weights(tiny_policy.state_dict())
+    assert plan.frames_digest != found.frames_digest
 
 
 def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
@@ -68,12 +71,14 @@ def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
     chosen = calibrate(tiny_policy, frames, CompileConfig(keep_layers=4, layer_rule="greedy"), progress=False)
     assert chosen.keep_layers == tuple(expected)
     assert chosen.layer_importance == plan.layer_importance
+    assert (chosen.layer_rule, chosen.frames_digest) == ("greedy", plan.frames_digest)
     assert len(chosen.mlp_neurons) == 4
 
 
 def test_greedy_leaves_named_layers_alone(tiny_policy: CogACT, frames: list[Frame]) -> None:
     config = CompileConfig(keep_layers=(0, 1, 5), layer_rule="greedy")
-    assert calibrate(tiny_policy, frames[:1], config, progress=False).keep_layers == (0, 1, 5)
+    found = calibrate(tiny_policy, frames[:1], config, progress=False)
+    assert (found.keep_layers, found.layer_rule) == ((0, 1, 5), None)
 
 
 def test_neurons_are_those_of_an_eager_count(tiny_policy: CogACT, frames: list[Frame], plan: Plan) -> None:
@@ -103,6 +108,7 @@ def test_all_budgets_open_keep_everything(tiny_policy: CogACT, frames: list[Fram
     found = calibrate(tiny_policy, frames[:1], CompileConfig.dense(), progress=False)
     assert found.keep_layers == (0, 1, 2, 3, 4, 5)
     assert found.mlp_neurons == ()
+    assert found.layer_rule is None
 
 
 def test_importance_ranks_and_the_lower_index_goes_first_among_equals() -> None:
@@ -113,25 +119,6 @@ def test_plan_survives_json(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert hash(plan) == hash(Plan.load(tmp_path / "plan.json"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"keep_layers": [0, -1]},
-        {"keep_layers": [0.5]},
-        {"mlp_neurons": [3]},
-        {"mlp_neurons": ["3-"]},
-        {"mlp_neurons": ["3,1"]},
-        {"mlp_neurons": [",".join(["0-999999"] * 50)]},
-        {"frames": True},
-        {"extra": 1},
-    ],
-)
-def test_malformed_plan_is_refused(change: dict[str, Any], plan: Plan, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json() | change))
-    with pytest.raises(evla.CalibrationError, match="plan"):
-        Plan.load(tmp_path / "plan.json")
 
 
 def test_missing_plan_is_refused(tmp_path: Path) -> None:

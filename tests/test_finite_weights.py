@@ -14,6 +14,7 @@ from evla_compile.deferred import DeferredWeight, cut
 from evla_compile.errors import CheckpointError
 from evla_compile.finite_weights import check_finite, check_finite_policy
 from evla_compile.model.policy import CogACT
+from evla_compile.plan import Plan
 
 NAME = "llm_backbone.llm.model.layers.1.mlp.up_proj.weight"
 DENSE = evla.CompileConfig.dense(text_tokens=9, batch_size=2)
@@ -98,7 +99,8 @@ def test_a_policy_with_weights_that_are_not_finite_is_refused_before_it_is_captu
 
 
 def test_the_backend_of_torch_compile_refuses_them_before_it_rewrites() -> None:
-    compiled = backend._Compiled(fx.GraphModule(nn.Module(), fx.Graph()), [], {NAME: 0}, [], "eager", 9)
+    plan = Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0)
+    compiled = backend._Compiled(fx.GraphModule(nn.Module(), fx.Graph()), [], {NAME: 0}, plan, [], "eager", 9)
     with pytest.raises(CheckpointError, match=rf"{NAME} \(1 of 2 values, the first, nan, at \[1\]\)"):
         compiled.prepare([torch.tensor([0.0, torch.nan])])
 

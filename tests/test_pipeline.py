@@ -170,6 +170,12 @@ def test_reduced_budgets_without_frames_or_plan_are_refused(tiny_policy: CogACT)
         ({}, CompileConfig(keep_layers=(0, 1, 2, 3)), "settings ask for keep_layers"),
         ({"keep_layers": (1, 2, 3, 9)}, BUDGETS, "keeps layer 9"),
         ({"keep_layers": (2, 1, 3, 4)}, BUDGETS, "settings ask for keep_layers=4"),
+        (
+            {},
+            CompileConfig(keep_layers=4, layer_rule="greedy"),
+            "chosen by layer_rule='importance', the settings ask for layer_rule='greedy'",
+        ),
+        ({"layer_rule": None}, BUDGETS, "the plan's layers were named, the settings ask for layer_rule='importance'"),
         ({}, CompileConfig(keep_layers=4, mlp_keep=0.5), "settings ask for"),
         ({}, CompileConfig(keep_layers=4, mlp_keep=1.0), "settings ask for all"),
         ({"mlp_neurons": ((*range(127), 999),) * 4}, BUDGETS, "beyond the decoder's 172"),
@@ -181,6 +187,15 @@ def test_a_plan_for_something_else_is_refused(
     plan = Plan(**{name: getattr(compiled.plan, name) for name in Plan.__dataclass_fields__} | change)
     with pytest.raises(evla.CalibrationError, match=message):
         check_plan(plan, config, tiny_policy.sizes)
+
+
+def test_the_rule_of_a_plan_matters_only_where_the_settings_leave_layers_to_it(
+    compiled: CompiledPolicy, tiny_policy: CogACT
+) -> None:
+    named = replace(BUDGETS, keep_layers=compiled.plan.keep_layers, layer_rule="greedy")
+    check_plan(compiled.plan, named, tiny_policy.sizes)
+    everything = replace(compiled.plan, keep_layers=tuple(range(6)), mlp_neurons=(), layer_rule=None)
+    check_plan(everything, CompileConfig.dense(), tiny_policy.sizes)
 
 
 def test_presets_are_the_rows_of_table_2() -> None:

@@ -100,8 +100,11 @@ def manifest_table(manifest: Manifest) -> Table:
         for spec in specs:
             add(kind, str(spec))
     add("datasets", ", ".join(sorted(manifest.statistics)))
-    add("layers kept", ", ".join(map(str, manifest.plan.keep_layers)))
-    add("calibrated on", f"{manifest.plan.frames} frames")
+    plan = manifest.plan
+    add("layers kept", ", ".join(map(str, plan.keep_layers)))
+    add("calibrated on", f"{plan.frames} frames" + (f", digest {plan.frames_digest}" if plan.frames_digest else ""))
+    if plan.checkpoint:
+        add("weights", ", ".join(f"{group} {fingerprint}" for group, fingerprint in plan.checkpoint))
     if manifest.precision != "float32":
         add("precision", manifest.precision)
     if manifest.engine is not None:
