@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from evla_compile.errors import ArtifactError, VerificationError
+from evla_compile.linked_weights import follow_links
 from evla_compile.manifest import Manifest
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.providers import PROVIDERS
@@ -85,10 +86,11 @@ def widen(model: onnx.ModelProto) -> None:
 
 def _open(model: onnx.ModelProto, file: Path, opset: int, threads: int | None) -> Any:
     onnxruntime = import_onnxruntime(PROVIDERS["cpu"].remedy)
+    folder = follow_links(model, file.parent)
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     # Nothing is copied or computed in advance: a few calls, of any size of policy.
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:

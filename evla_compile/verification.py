@@ -13,6 +13,8 @@ from evla_compile.arguments import whole_number
 from evla_compile.artifact import check_files, find_manifest
 from evla_compile.errors import VerificationError
 from evla_compile.external_data import check_external_data
+from evla_compile.hub_artifact import local_artifact
+from evla_compile.linked_weights import read_checked
 from evla_compile.manifest import Part, read_manifest
 from evla_compile.recorded import read_cases
 from evla_compile.replay import replay
@@ -54,7 +56,8 @@ def verify(
     runtime returns it.
 
     Args:
-        path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it.
+        path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, or the id of a Hugging
+            Face repository that holds an artifact's folder.
         threads: threads of ONNX Runtime; None leaves the number to it.
         provider: where the runtime computes; see `evla_compile.runtime.load`.
 
@@ -68,6 +71,7 @@ def verify(
     """
     if threads is not None:
         threads = whole_number("threads", threads, low=1, otherwise="None")
+    path = local_artifact(path, lambda manifest: manifest.files)
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files(manifest.files, place.parent)
@@ -77,7 +81,7 @@ def verify(
     graphs = StageRun(manifest, place.parent, tuple(cases[0].stages), threads=threads)
     stages = replay(f"{place.parent} on ONNX Runtime", graphs.run, cases, **settings)
     errors = {name: stages[name] for name in cases[0].outputs}
-    on_cpu = provider == "cpu" or (provider is None and Path(path).suffix != ".engine")
+    on_cpu = provider == "cpu" or (provider is None and path.suffix != ".engine")
     if not on_cpu or manifest.precision != "bfloat16":
         policy = load(path, provider, threads, check_hashes=False, mapped=on_cpu)
         outputs = [replace(case, stages={}) for case in cases]
@@ -96,8 +100,7 @@ def _prove(folder: Path, part: Part) -> int:
     path = folder / part.model.name
     check_external_data(part, folder)
     try:
-        checker.check_model(str(path))
-        model = onnx.load(str(path), load_external_data=False)
+        model = read_checked(path)
     except (checker.ValidationError, DecodeError) as error:
         raise VerificationError(f"{path}: onnx.checker refuses it: {error}") from error
     nodes = prove_static_shapes_of(model, str(path))

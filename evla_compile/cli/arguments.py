@@ -33,5 +33,10 @@ RunDirectory = Annotated[
     ),
 ]
 Artifact = Annotated[
-    Path, typer.Argument(parser=read_path, metavar="DIR", help="Folder of a compiled policy, or its .onnx file.")
+    Path,
+    typer.Argument(
+        parser=read_path,
+        metavar="DIR",
+        help="Folder of a compiled policy, its .onnx file, or, to run and verify, a Hugging Face id.",
+    ),
 ]

@@ -16,7 +16,8 @@ from evla_compile.artifact import check_files, find_manifest
 from evla_compile.camera_frame import CameraFrame, Framing
 from evla_compile.errors import ArtifactError, CheckpointError
 from evla_compile.host import Predictor
-from evla_compile.manifest import Manifest, read_manifest
+from evla_compile.hub_artifact import local_artifact
+from evla_compile.manifest import FileRecord, Manifest, read_manifest
 from evla_compile.processor import Processor
 from evla_compile.runtime.engine_match import require_engine
 from evla_compile.runtime.engine_session import EngineSession
@@ -131,7 +132,8 @@ def load(
     """Load an exported policy; imports neither torch nor transformers.
 
     Args:
-        path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, or that manifest.
+        path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, that manifest, or the id
+            of a Hugging Face repository that holds an artifact's folder, such as "ORG/NAME": it is downloaded once.
         provider: "engine" for the TensorRT engine in the artifact; or ONNX Runtime on the "cpu", with onnxruntime-gpu
             on "cuda" or "tensorrt", with onnxruntime-openvino on "openvino" (a CPU's). None is "engine" for an
             `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider.
@@ -151,19 +153,14 @@ def load(
         EvlaError: a library is not installed, cannot compute where it was asked to, or needs more memory than is free.
         ValueError: a setting is out of range, or one that the provider does not have.
     """
-    place = find_manifest(path)
-    manifest = read_manifest(place)
     chosen = provider or ("engine" if Path(path).suffix == ".engine" else "cpu")
     if chosen not in get_args(Provider):
         raise ValueError(f"provider={provider!r}: expected one of {', '.join(get_args(Provider))}")
     if cuda_graph and chosen != "engine":
         raise ValueError(f"cuda_graph=True with provider={chosen!r}: expected provider='engine'")
-    if chosen == "engine":  # a robot needs no graphs beside its engines
-        files = (*require_engine(manifest, place).files, manifest.tokenizer)
-    else:
-        engines = manifest.engine.files if manifest.engine is not None else ()
-        files = tuple(record for record in manifest.files if record not in engines)
-    check_files(files, place.parent, hashes=check_hashes)
+    place = find_manifest(local_artifact(path, lambda manifest: _needed(manifest, Path(path), chosen)))
+    manifest = read_manifest(place)
+    check_files(_needed(manifest, place, chosen), place.parent, hashes=check_hashes)
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
     kept = None if cache is None else Path(cache)
     if chosen == "engine":
@@ -174,6 +171,14 @@ def load(
         manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept, allow_cpu=allow_cpu
     )
     return RuntimePolicy(session, manifest, processor)
+
+
+def _needed(manifest: Manifest, place: Path, provider: Provider) -> tuple[FileRecord, ...]:
+    """Return the files that a provider reads: a robot needs no graphs beside its engines."""
+    if provider == "engine":
+        return (*require_engine(manifest, place).files, manifest.tokenizer)
+    engines = manifest.engine.files if manifest.engine is not None else ()
+    return tuple(record for record in manifest.files if record not in engines)
 
 
 def _read_processor(manifest: Manifest, tokenizer: Path) -> Processor:
