@@ -17,6 +17,7 @@ from evla_compile.doctor_checks import (
     check_tensorrt,
     check_torch,
     check_transformers,
+    check_widening,
 )
 from evla_compile.doctor_facts import DISTRIBUTIONS, PROGRAMS, Facts, collect
 from evla_compile.doctor_request import Finding, Request
@@ -63,6 +64,8 @@ def findings(request: Request, facts: Facts) -> Iterator[Finding]:
     if "onnxruntime" in request.imports:
         yield check_runtime_packages(request, facts)
         yield check_provider(request, facts)
+    if request.is_widened:
+        yield check_widening(facts)
     if request.flavour in request.imports:
         yield check_tensorrt(request.flavour, facts)
     if request.needs_gpu:

@@ -11,6 +11,7 @@ from evla_compile.manifest import Manifest
 from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, build_bytes
 from evla_compile.runtime.engine_match import build_command, check_match, require_engine
 from evla_compile.units import bytes_text
+from evla_compile.widening import FACTOR
 
 COMPILE_BYTES = 2_000_000_000
 """Memory that compiling and exporting takes beside the mapped checkpoint, whatever its size; 1.3 GB were measured."""
@@ -38,11 +39,13 @@ def check_memory(request: Request, facts: Facts) -> Finding:
         return warned("memory", f"{bytes_text(free)} free {where}; what is needed is unknown", _NAME_IT)
     if request.work == "build":
         return _check_build_memory(request, free, facts.swap)
-    found = f"{bytes_text(request.weight_bytes)} are needed, {bytes_text(free)} free {where}"
-    if request.weight_bytes <= free:
+    needed = FACTOR * request.weight_bytes if request.is_widened else request.weight_bytes
+    found = f"{bytes_text(needed)} are needed, {bytes_text(free)} free {where}"
+    if needed <= free:
         return ok("memory", found)
     mapped = "evla run --mapped, which leaves the weights in their file, or a smaller preset"
-    smaller = "evla compile --precision bfloat16, or a smaller preset"
+    halved = "evla compile --precision bfloat16, or " if request.precision == "float32" else ""
+    smaller = f"{halved}a smaller preset"
     return failed("memory", found, mapped if request.provider == "cpu" else smaller)
 
 

@@ -8,6 +8,7 @@ from evla_compile.engine_settings import FLAVOUR_NAMES, OLDEST_VERSIONS, Flavour
 from evla_compile.runtime.providers import PROVIDERS, ExecutionProvider
 from evla_compile.tensorrt_library import REMEDIES
 from evla_compile.units import bytes_text
+from evla_compile.widening import REMEDY
 
 _TORCH = ((2, 11), (2, 16))
 _CPU_TORCH = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -97,6 +98,16 @@ def check_provider(request: Request, facts: Facts) -> Finding:
             _libraries(request, tried.found.get("cuda")),
         )
     return ok("ONNX Runtime", f"{version} computes on {wanted}")
+
+
+def check_widening(facts: Facts) -> Finding:
+    """A bfloat16 policy on a CPU runs in float32 arithmetic, and onnx, which rewrites its graphs for that, imports."""
+    tried = facts.imports["onnx"]
+    if tried.found is None:
+        found = f"it runs in float32 arithmetic on a CPU, for which onnx rewrites it: {tried.error or 'not tried'}"
+        return failed("bfloat16", found, REMEDY)
+    found = "it runs in float32 arithmetic on a CPU, in twice the memory of its weights"
+    return warned("bfloat16", found, "evla build, for bfloat16 on a GPU; or evla compile --precision float32")
 
 
 def check_tensorrt(flavour: Flavour, facts: Facts) -> Finding:

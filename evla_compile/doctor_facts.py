@@ -20,6 +20,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch",),
     "transformers": ("transformers",),
     "onnxscript": ("onnx", "onnxscript"),
+    "onnx": ("onnx",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
     "tensorrt": (
         "tensorrt",
@@ -32,7 +33,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """Packages that bring each of `PROGRAMS`."""
 
-PACKAGES = (*(name for names in DISTRIBUTIONS.values() for name in names), "torchvision", "cuda-bindings")
+PACKAGES = (*sorted({name for names in DISTRIBUTIONS.values() for name in names}), "torchvision", "cuda-bindings")
 """Packages whose versions matter."""
 
 # An ONNX file of one Identity, in full since the package that writes such files is not on a robot.
@@ -52,6 +53,7 @@ PROGRAMS: Mapping[str, str] = {
         " found = {'version': transformers.__version__}"
     ),
     "onnxscript": "import onnx, onnxscript; found = {'version': onnxscript.__version__}",
+    "onnx": "import onnx; found = {'version': onnx.__version__}",
     "onnxruntime": (
         "import onnxruntime; found = {'version': onnxruntime.__version__, 'providers':"
         " ' '.join(onnxruntime.get_available_providers()), 'cuda': getattr(onnxruntime, 'cuda_version', '') or None}"

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from evla_compile.artifact import find_manifest
+from evla_compile.config import Precision
 from evla_compile.engine_settings import FLAVOUR_NAMES, Flavour
 from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.runtime import Provider
+from evla_compile.runtime.providers import is_widened
 
 Work: TypeAlias = Literal["compile", "run", "build"]
 """What is going to be done here."""
@@ -26,6 +28,8 @@ class Request:
     """For `run`: where to compute."""
     flavour: Flavour = "tensorrt"
     """For `build`, and to run an engine: the library."""
+    precision: Precision = "float32"
+    """That of the policy."""
     manifest: Manifest | None = None
     """The artifact in question, if there is one."""
     place: Path | None = None
@@ -44,13 +48,18 @@ class Request:
         return self.work == "run" and self.provider in ("cuda", "tensorrt", "engine")
 
     @property
+    def is_widened(self) -> bool:
+        """Whether the policy will run in float32 arithmetic though it is of bfloat16."""
+        return self.work == "run" and is_widened(self.provider, self.precision)
+
+    @property
     def imports(self) -> tuple[str, ...]:
         """What must be importable for it."""
         if self.work == "compile":
             return "torch", "transformers", "onnxscript", "onnxruntime", "session-cpu"
         if self.work == "build" or self.provider == "engine":
             return (self.flavour,)
-        return "onnxruntime", f"session-{self.provider}"
+        return ("onnxruntime", f"session-{self.provider}", *(("onnx",) if self.is_widened else ()))
 
     def describe(self) -> str:
         """Return what is asked, in words."""
@@ -108,6 +117,7 @@ def make_request(
     flavour: Flavour | None = None,
     artifact: Path | None = None,
     weight_bytes: int | None = None,
+    precision: Precision = "float32",
 ) -> Request:
     """Return a request, completed by what an artifact says of itself.
 
@@ -117,6 +127,7 @@ def make_request(
         flavour: for "build" and to run engines; None for that of the artifact's engine, or TensorRT.
         artifact: the policy to run or to build an engine of.
         weight_bytes: without an artifact, size of the policy in one part.
+        precision: likewise its precision.
 
     Raises:
         ArtifactError: there is no artifact where one was named, or its manifest is damaged.
@@ -133,6 +144,7 @@ def make_request(
             work=work,
             provider=chosen,
             flavour=flavour or "tensorrt",
+            precision=precision,
             weight_bytes=weight_bytes,
             total_bytes=weight_bytes,
         )
@@ -154,6 +166,7 @@ def _about(artifact: Path, work: Work, provider: Provider, flavour: Flavour | No
         work=work,
         provider=provider,
         flavour=flavour or built or "tensorrt",
+        precision=manifest.precision,
         manifest=manifest,
         place=place,
         weight_bytes=max(sizes) if work == "build" else sum(sizes),

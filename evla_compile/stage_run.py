@@ -6,13 +6,14 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
 from evla_compile.errors import ArtifactError, VerificationError
 from evla_compile.linked_weights import follow_links
 from evla_compile.manifest import Manifest
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.providers import PROVIDERS
+from evla_compile.widening import widen
 
 
 class StageRun:
@@ -64,24 +65,6 @@ class StageRun:
                 raise VerificationError(f"ONNX Runtime failed on {file}: {str(error).strip()}") from error
             values |= zip(names, found, strict=True)
         return {name: value for name, value in values.items() if name not in inputs}
-
-
-def widen(model: onnx.ModelProto) -> None:
-    """Make every bfloat16 value of `model` a float32 one; bfloat16 weights stay stored as they are, and are cast."""
-    graph = model.graph
-    del graph.value_info[:]
-    stored = [tensor for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16]
-    casts = []
-    for tensor in stored:
-        name, tensor.name = tensor.name, f"{tensor.name}/bfloat16"
-        casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
-    for node in graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def _open(model: onnx.ModelProto, file: Path, opset: int, threads: int | None) -> Any:

@@ -135,3 +135,17 @@ def test_the_next_steps_keep_the_framing(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_framing_without_frames_is_refused(tmp_path: Path) -> None:
     message = refused(evla("compile", tmp_path, "--out", tmp_path / "out", "--dense", "--framing", "deploy"))
     assert "--framing deploy is for the frames of --calibration, and none are given" in message
+
+
+def test_what_follows_a_bfloat16_export_works_on_a_cpu_and_keeps_its_precision(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_next(Path("policy"), ("toy",), precision="bfloat16")
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        "  evla verify policy",
+        "  evla run policy --image FRAME.png --instruction 'pick up the apple'",
+        "on a CPU in float32 arithmetic; an engine computes in bfloat16:",
+        "  evla build policy",
+    ]
+    print_next(Path("policy"), ("toy",))
+    assert "float32" not in capsys.readouterr().out

@@ -18,6 +18,7 @@ from PIL import Image
 
 import evla_compile
 from evla_compile import cli, memory
+from evla_compile.config import Precision
 from evla_compile.doctor import findings, survey
 from evla_compile.doctor_facts import Facts, Import, collect, driver_version, free_swap, try_import
 from evla_compile.doctor_request import Finding, Request, make_request
@@ -351,6 +352,32 @@ def test_the_doctor_s_command_builds_a_single_file_export_too() -> None:
     tight = replace(FACTS, memory=10**8, swap=10**11)
     found = next(found for found in findings(request, tight) if found.check == "memory")
     assert found.remedy == "evla build '/robot/my policies/x.manifest.json' --flavour tensorrt --memory-gb 17"
+
+
+def test_bfloat16_on_a_cpu_takes_twice_its_weights_and_onnx() -> None:
+    request = replace(RUN, precision="bfloat16", weight_bytes=9_000_000_000)
+    assert "onnx" in request.imports
+    assert "onnx" not in RUN.imports
+    found = {finding.check: finding for finding in findings(request, changed({"onnx": Import(found={"version": "1"})}))}
+    assert found["memory"].found == "18.0 GB are needed, 20.0 GB free on the machine"
+    assert found["bfloat16"].status == "warning"
+    assert found["bfloat16"].found == "it runs in float32 arithmetic on a CPU, in twice the memory of its weights"
+    assert "failed" not in {finding.status for finding in found.values()}
+    lacking = changed({"onnx": Import(error="ModuleNotFoundError: No module named 'onnx'")}, memory=10_000_000_000)
+    found = {finding.check: finding for finding in findings(request, lacking)}
+    assert found["bfloat16"].status == "failed"
+    assert found["bfloat16"].remedy == "pip install onnx"
+    assert found["memory"].status == "failed"
+    assert str(found["memory"].remedy).startswith("evla run --mapped")
+
+
+def test_a_policy_in_half_precision_is_not_told_to_halve_its_precision() -> None:
+    small = replace(FACTS, gpu=replace(ADA, memory_bytes=8_000_000_000))
+    remedies: dict[Precision, str] = {"float32": "evla compile --precision bfloat16", "bfloat16": "a smaller preset"}
+    for precision, remedy in remedies.items():
+        request = replace(ENGINE, precision=precision)
+        found = next(finding for finding in findings(request, small) if finding.check == "memory")
+        assert str(found.remedy).startswith(remedy)
 
 
 # Everything at once

@@ -33,6 +33,7 @@ from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, Processor, draw_noise
 from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session, onnx_versions
 from evla_compile.runtime.providers import PROVIDERS
+from evla_compile.widening import read_widened
 from tests.command_line import evla, refused
 
 onnxruntime: Any = importlib.import_module("onnxruntime")  # it ships no type stubs
@@ -84,6 +85,29 @@ def toy_graph(
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def narrow(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return float32 numbers cut to what bfloat16 holds, their upper 16 bits."""
+    return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def bfloat16_graph() -> onnx.ModelProto:
+    """The toy policy with a bfloat16 gain, multiplied in bfloat16."""
+    model = toy_graph()
+    (gain,) = [tensor for tensor in model.graph.initializer if tensor.name == "gain"]
+    bits = (GAIN.view(np.uint32) >> 16).astype(np.uint16)
+    gain.CopyFrom(helper.make_tensor("gain", TensorProto.BFLOAT16, GAIN.shape, bits.tobytes(), raw=True))
+    place = next(index for index, node in enumerate(model.graph.node) if node.op_type == "Mul")
+    nodes = list(model.graph.node)
+    nodes[place : place + 1] = [
+        helper.make_node("Cast", ["noise"], ["narrow"], to=TensorProto.BFLOAT16),
+        helper.make_node("Mul", ["narrow", "gain"], ["product"]),
+        helper.make_node("Cast", ["product"], ["scaled"], to=TensorProto.FLOAT),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def inputs_of(batch: int) -> tuple[TensorSpec, ...]:
@@ -609,6 +633,81 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         getattr(evla_compile, "decompile")  # noqa: B009  mypy knows that the name is not there
 
 
+# bfloat16
+
+
+@pytest.fixture(scope="module")
+def bfloat16_artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
+    folder = export(tmp_path_factory.mktemp("bfloat16") / "policy", tokenizer_json, graph=bfloat16_graph())
+    remeasure(folder, lambda manifest: replace(manifest, precision="bfloat16"))
+    return folder
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_bfloat16_runs_on_a_cpu_in_float32_arithmetic_and_says_so(
+    mapped: bool, bfloat16_artifact: Path, inputs: dict[str, NDArray[Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        policy = load(bfloat16_artifact, mapped=mapped)
+    assert policy.widened
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "it runs in float32 arithmetic" in caplog.text
+    expected = inputs["noise"] * narrow(GAIN) + (51 + 7) / 255 + 50 * TEXT / 1e6
+    np.testing.assert_allclose(policy.sample(**inputs), expected, rtol=1e-6)  # bfloat16 rounds to 4e-3
+
+
+def test_a_float32_policy_is_not_said_to_be_widened(policy: RuntimePolicy) -> None:
+    assert not policy.widened
+
+
+def test_bfloat16_weights_stay_narrow_where_they_are_mapped_alone(
+    bfloat16_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folded constants would be a float32 copy of every weight."""
+    opened = []
+    original = onnxruntime.InferenceSession
+
+    def recording(model: bytes, options: Any, **settings: Any) -> Any:
+        opened.append(settings["disabled_optimizers"])
+        return original(model, options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", recording)
+    load(bfloat16_artifact)
+    load(bfloat16_artifact, mapped=True)
+    assert opened == [["MatMulAddFusion"], ["MatMulAddFusion", "ConstantFolding"]]
+
+
+def test_bfloat16_takes_twice_its_weights_on_a_cpu(bfloat16_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (part,) = read_manifest(bfloat16_artifact / "manifest.json").parts
+    size = sum(record.size for record in part.files)
+    monkeypatch.setattr(onnx_session, "available_memory", lambda: 2 * size - 1)
+    with pytest.raises(EvlaError, match="load it with mapped=True"):
+        load(bfloat16_artifact)
+    monkeypatch.setattr(onnx_session, "available_memory", lambda: 2 * size)
+    load(bfloat16_artifact)
+
+
+def test_without_onnx_bfloat16_on_a_cpu_says_what_to_install(
+    bfloat16_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(EvlaError, match=r"is a bfloat16 graph, .*: pip install onnx, or export it with precision='flo"):
+        load(bfloat16_artifact)
+
+
+def test_a_file_that_is_no_graph_cannot_be_widened(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match=r"model\.onnx cannot be read"):
+        read_widened(tmp_path / "model.onnx")
+
+
+def test_a_provider_without_bfloat16_is_refused_with_the_precision_and_what_has_it(
+    bfloat16_artifact: Path, remote: str
+) -> None:
+    with pytest.raises(ArtifactError, match=r"it is of bfloat16, which openvino may lack: take provider='cpu', an eng"):
+        load(bfloat16_artifact, "openvino", allow_cpu=True)
+
+
 # Operators that a provider leaves to the CPU
 
 
@@ -641,7 +740,8 @@ def test_operators_may_run_on_the_cpu_and_are_named_where_that_is_asked_for(
 def test_an_older_onnx_runtime_refuses_to_fall_back_without_naming_operators(
     artifact: Path, remote: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+    name = "get_provider_graph_assignment_info"
+    monkeypatch.delattr(next(kind for kind in onnxruntime.InferenceSession.__mro__ if name in vars(kind)), name)
     with pytest.raises(EvlaError, match=r"puts operators of .*model\.onnx on the CPU, which a newer one would name"):
         load(artifact, "openvino")
     with caplog.at_level("WARNING"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,13 +13,14 @@ from onnx import numpy_helper
 from PIL import Image
 
 import evla_compile as evla
-from evla_compile import tolerances
+from evla_compile import runtime, tolerances, verification
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig, Precision
 from evla_compile.manifest import FileRecord, read_manifest, write_manifest
 from evla_compile.model.policy import CogACT
 from evla_compile.plan import Plan
 from evla_compile.recorded import read_cases
+from evla_compile.runtime import RuntimePolicy
 from evla_compile.tolerances import TOLERANCES, lowered_tolerance, relative_error
 
 
@@ -92,10 +94,19 @@ def test_every_stage_is_compared_in_data_flow_order(compiled_artifact: Path) -> 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_is_verified_stage_by_stage(
-    precision: Precision, compiled_policy: CompiledPolicy, tmp_path: Path
+    precision: Precision, compiled_policy: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled_policy.export(tmp_path / "policy", precision=precision)
+    loaded = []
+
+    def load(*arguments: Any, **settings: Any) -> RuntimePolicy:
+        loaded.append(runtime.load(*arguments, **settings))
+        return loaded[-1]
+
+    monkeypatch.setattr(verification, "load", load)
     found = evla.verify(tmp_path / "policy", threads=1)
+    assert [policy.latency.summary()[0].first > 0 for policy in loaded] == [True]  # the runtime ran the cases too
+    assert loaded[0].widened == (precision == "bfloat16")
     stages = dict(found.stages)
     assert 1e-5 < stages["patches"] < lowered_tolerance(precision, "patches")
     assert 0 < stages["samples"] < found.tolerance == lowered_tolerance(precision, "samples")

@@ -140,7 +140,7 @@ def test_weights_in_a_file_that_the_manifest_does_not_list_are_refused(copy: Pat
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_renamed_output_is_refused_in_every_precision(precision: Precision, copy: Path) -> None:
-    """The runtime is not asked about bfloat16 on a CPU, so nothing else would miss the name."""
+    """Before anything runs: float32 arithmetic would find no difference in a bfloat16 file either."""
     model = onnx.load(copy / "model.onnx")
     rename(model, "samples", "actions")
     onnx.save(model, copy / "model.onnx")

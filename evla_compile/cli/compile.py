@@ -126,7 +126,7 @@ def compile_policy(
         with step("verify it on ONNX Runtime"):
             evla.verify(out, provider="cpu")
     new_console().print(compile_summary(compiled.report))
-    print_next(out, policy.processor.statistics, batch_size=config.batch_size, framing=framing)
+    print_next(out, policy.processor.statistics, batch_size=config.batch_size, framing=framing, precision=precision)
 
 
 def _print_memory(peak: PeakMemory) -> None:

@@ -57,7 +57,14 @@ def doctor(
     if size is None and (preset is not None or precision is not None):
         raise ValueError("--preset and --precision describe --size: give it too, or leave them out")
     weight_bytes = None if size is None else stored_bytes(size, preset, precision or "float32")
-    request = make_request(work, provider=provider, flavour=flavour, artifact=artifact, weight_bytes=weight_bytes)
+    request = make_request(
+        work,
+        provider=provider,
+        flavour=flavour,
+        artifact=artifact,
+        weight_bytes=weight_bytes,
+        precision=precision or "float32",
+    )
     with step("look at this machine"):
         found = examine(request)
     failed = [finding.check for finding in found if finding.status == "failed"]

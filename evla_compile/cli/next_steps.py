@@ -5,6 +5,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from evla_compile.camera_frame import Framing
+from evla_compile.config import Precision
+from evla_compile.runtime.providers import is_widened
 from evla_compile.terminal import new_console
 
 
@@ -16,8 +18,12 @@ def print_next(
     instruction: str = "pick up the apple",
     batch_size: int = 1,
     framing: Framing = "whole",
+    precision: Precision = "float32",
 ) -> None:
-    """Print where an artifact is, and what verifies and runs it: commands, but Python for a batch of several frames."""
+    """Print where an artifact is, and what verifies and runs it: commands, but Python for a batch of several frames.
+
+    A precision that a CPU does not have is named, beside the command that builds what has it.
+    """
     key = f" --unnorm-key {shlex.quote(min(datasets))}" if len(datasets) > 1 else ""
     if framing != "whole":
         key += f" --framing {framing}"
@@ -29,6 +35,11 @@ def print_next(
         lines += [
             f"and in Python, since evla run gives one frame and this policy takes {batch_size} at a time:",
             *batch_example(artifact, datasets, image, instruction, batch_size=batch_size, framing=framing),
+        ]
+    if is_widened("cpu", precision):
+        lines += [
+            f"on a CPU in float32 arithmetic; an engine computes in {precision}:",
+            f"  evla build {folder}",
         ]
     new_console().print("\n".join(lines), soft_wrap=True)
 

@@ -30,6 +30,9 @@ class EngineSession:
     it serves one call after the other.
     """
 
+    widened = False
+    """Engines compute in the precision of their graphs."""
+
     def __init__(self, place: Path, manifest: Manifest, *, cuda_graph: bool = False, cache: Path | None = None) -> None:
         """Load the engines.
 

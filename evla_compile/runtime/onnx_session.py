@@ -1,5 +1,6 @@
 """A graph on ONNX Runtime: on the provider that was asked for, or not at all."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from evla_compile.arguments import whole_number
+from evla_compile.config import Precision
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.external_data import check_external_data
 from evla_compile.manifest import Manifest, TensorSpec
@@ -14,8 +16,9 @@ from evla_compile.memory import available_memory
 from evla_compile.runtime.kernel_cache import prepare_cache
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
-from evla_compile.runtime.providers import PROVIDERS, OnnxProvider
+from evla_compile.runtime.providers import PROVIDERS, OnnxProvider, is_widened
 from evla_compile.units import bytes_text
+from evla_compile.widening import FACTOR, read_widened
 
 _DTYPES = {
     "tensor(bool)": "bool",
@@ -28,11 +31,15 @@ _DTYPES = {
 }
 
 
+logger = logging.getLogger(__name__)
+
+
 class OnnxSession:
     """An ONNX file, loaded and ready to run.
 
     Attributes:
         outputs: names of the graph's outputs.
+        widened: whether a bfloat16 graph runs in float32 arithmetic, which is all that a CPU has for it here.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class OnnxSession:
         mapped: bool,
         weight_bytes: int,
         opset: int,
+        precision: Precision,
         cache: Path | None = None,
         allow_cpu: bool = False,
     ) -> None:
@@ -56,6 +64,7 @@ class OnnxSession:
             mapped: whether weights stay in their file; see `evla_compile.runtime.load`.
             weight_bytes: size of the file and its external data.
             opset: that of the file, which decides on the advice where it is refused.
+            precision: that of its products outside the action head.
             cache: folder for the engines and timings of "tensorrt", made if missing; None keeps none.
             allow_cpu: whether operators that the provider does not take may run on the CPU; they are then reported as
                 a warning.
@@ -76,10 +85,13 @@ class OnnxSession:
             raise ValueError(f"cache={cache} with provider={provider!r}, which builds nothing worth keeping")
         if allow_cpu and provider == "cpu":
             raise ValueError("allow_cpu=True with provider='cpu', which runs everything there: leave it out")
+        self.widened = is_widened(provider, precision)
         if not mapped and provider == "cpu":
-            _check_memory(model, weight_bytes)
+            _check_memory(model, FACTOR * weight_bytes if self.widened else weight_bytes)
         self._model = model
-        self._session = _open(model, provider, threads, cache, opset, mapped=mapped, allow_cpu=allow_cpu)
+        self._session = _open(
+            model, provider, threads, cache, opset, mapped=mapped, allow_cpu=allow_cpu, precision=precision
+        )
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
@@ -129,6 +141,13 @@ class OnnxChain:
     ) -> None:
         """Load every part and check its signature; see `OnnxSession` for the arguments and errors."""
         self._manifest = manifest
+        self.widened = is_widened(provider, manifest.precision)
+        if self.widened:
+            logger.warning(
+                "%s is of bfloat16, which ONNX Runtime does not have on a CPU: it runs in float32 arithmetic, in twice"
+                " the memory of its weights, or, mapped, in more time",
+                folder,
+            )
         sessions = []
         for part in manifest.parts:
             check_external_data(part, folder)
@@ -139,6 +158,7 @@ class OnnxChain:
                 mapped=mapped,
                 weight_bytes=sum(record.size for record in part.files),
                 opset=manifest.opset,
+                precision=manifest.precision,
                 cache=cache,
                 allow_cpu=allow_cpu,
             )
@@ -187,6 +207,16 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
     return [(asked.name, options), *((other.name, dict(other.options)) for other in behind)]
 
 
+def _advice(provider: OnnxProvider, precision: Precision) -> str:
+    """Return what to try first where a provider refuses a graph of a precision."""
+    if provider == "cpu" or precision == "float32":
+        return ""
+    return (
+        f"it is of {precision}, which {provider} may lack: take provider='cpu', an engine (evla build), or another"
+        " precision=; or else "
+    )
+
+
 def _open(
     model: Path,
     provider: OnnxProvider,
@@ -196,6 +226,7 @@ def _open(
     *,
     mapped: bool,
     allow_cpu: bool,
+    precision: Precision,
 ) -> Any:
     asked = PROVIDERS[provider]
     onnxruntime = import_onnxruntime(asked.remedy)
@@ -210,23 +241,30 @@ def _open(
         options.intra_op_num_threads = threads
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    disabled = list(asked.disabled_optimizers)
+    source: Path | bytes = model
+    if is_widened(provider, precision):
+        source = read_widened(model)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        if mapped:
+            disabled.append("ConstantFolding")  # it would keep every weight in float32
     if provider != "cpu":
         prepare_placement(options, onnxruntime, allow_cpu=allow_cpu)
     try:
         # Without enable_fallback=0 a provider that fails, now or in a run, is silently replaced by the CPU.
         session = onnxruntime.InferenceSession(
-            model,
+            source,
             options,
             providers=_provider_list(provider, cache),
             enable_fallback=0,
-            disabled_optimizers=list(asked.disabled_optimizers),
+            disabled_optimizers=disabled,
         )
     except runtime_errors() as error:
         if is_refusal(error):
             raise EvlaError(refusal(model, provider, onnxruntime)) from error
         raise ArtifactError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {str(error).strip()};"
-            f" {refusal_advice(onnxruntime.__version__, opset, asked.package)}"
+            f" {_advice(provider, precision)}{refusal_advice(onnxruntime.__version__, opset, asked.package)}"
         ) from error
     taken = session.get_providers()
     if taken[0] != wanted:

@@ -35,6 +35,10 @@ class Session(Protocol):
     def close(self) -> object:
         """Give back what is held; the session cannot run any more."""
 
+    @property
+    def widened(self) -> bool:
+        """Whether a bfloat16 policy runs in float32 arithmetic."""
+
 
 class RuntimePolicy(Predictor):
     """A compiled policy whose graphs have been loaded; made by `load`.
@@ -56,6 +60,11 @@ class RuntimePolicy(Predictor):
     def close(self) -> None:
         """Give back memory, on the GPU above all; the policy cannot run any more. Done on its own at the end."""
         self._session.close()
+
+    @property
+    def widened(self) -> bool:
+        """Whether this is a bfloat16 policy that runs in float32 arithmetic, as on a CPU."""
+        return self._session.widened
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -137,6 +146,8 @@ def load(
         provider: "engine" for the TensorRT engine in the artifact; or ONNX Runtime on the "cpu", with onnxruntime-gpu
             on "cuda" or "tensorrt", with onnxruntime-openvino on "openvino" (a CPU's). None is "engine" for an
             `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider.
+            On the "cpu" a bfloat16 policy runs in float32 arithmetic (`RuntimePolicy.widened`), for which the package
+            onnx must be installed.
         threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
         check_hashes: whether to read every file through for its SHA-256 first.
         mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
+from evla_compile.config import Precision
+
 OnnxProvider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino"]
 """Where ONNX Runtime computes."""
 
@@ -69,3 +71,8 @@ PROVIDERS: Mapping[OnnxProvider, ExecutionProvider] = MappingProxyType(
     }
 )
 """The providers, by the names that they have here."""
+
+
+def is_widened(provider: Provider, precision: Precision) -> bool:
+    """Tell whether a policy of a precision runs in float32 arithmetic: bfloat16 does on a CPU, which has none of it."""
+    return provider == "cpu" and precision == "bfloat16"
