@@ -1,6 +1,5 @@
 """CogACT's official checkpoints, unchanged, to a policy: strict keys, sizes from shapes, tensors cast one at a time."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,7 +200,7 @@ def _check_base_model(config: Mapping[str, Any]) -> None:
     base = vla.get("base_vlm", _BASE_MODELS[0]) if isinstance(vla, Mapping) else None
     if not isinstance(base, str):
         raise CheckpointError(
-            f'expected "vla" to be an object with the name of a model as "base_vlm", found {json.dumps(vla):.100}'
+            f'expected "vla" to be an object with the name of a model as "base_vlm", found {vla!r:.100}'
         )
     if not set(_BASE_MODELS) & set(PurePosixPath(base).parts):  # a run may name a folder of the model
         raise UnsupportedModelError(
@@ -244,7 +243,7 @@ def _read_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         raise CheckpointError(
             'expected "evla_compile" to be an object like {"heads": {"dit": 12}, "pad_id": 32000}, both optional, found'
-            f" {json.dumps(settings):.100}"
+            f" {settings!r:.100}"
         )
     return settings
 

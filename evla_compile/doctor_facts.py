@@ -144,7 +144,7 @@ def collect(imports: Sequence[str], folder: Path) -> Facts:
 
 def try_import(name: str) -> Import:
     """Import something in a process of its own, which a broken library may crash or hang."""
-    program = f"import json\n{PROGRAMS[name]}\nprint(json.dumps(found))"
+    program = f"import json\n{PROGRAMS[name]}\nprint(json.dumps(found, allow_nan=False))"
     try:
         done = subprocess.run(  # noqa: S603 (our own interpreter and program)
             [sys.executable, "-W", "ignore", "-c", program],

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 from evla_compile.config import PRECISIONS, CompileConfig, Precision
 from evla_compile.engine_settings import FLAVOURS, Flavour
 from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
+from evla_compile.json_text import to_json_text
 from evla_compile.plan import Plan
 from evla_compile.processor import ActionStatistics, read_statistics
 
@@ -379,7 +380,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest as JSON."""
-    path.write_text(json.dumps(manifest.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(to_json_text(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def _get(data: Mapping[str, Any], key: str, kind: type[_Json]) -> _Json:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from evla_compile.errors import ArtifactError
 from evla_compile.integrity import mismatch
+from evla_compile.json_text import to_json_text
 from evla_compile.manifest import FileRecord
 from evla_compile.scratch import JOURNAL, exclusive, new_folder
 
@@ -78,7 +79,7 @@ class _Move:
         """Write the journal, whole or not at all."""
         data = {"former": [asdict(record) for record in self.former], "new": self.new, "manifest": self.manifest}
         draft = journal.with_name(f"{journal.name}.draft")
-        draft.write_text(json.dumps(data), encoding="utf-8")
+        draft.write_text(to_json_text(data), encoding="utf-8")
         draft.replace(journal)
 
     @classmethod

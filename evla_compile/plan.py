@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.config import LAYER_RULES, CompileConfig, LayerRule
 from evla_compile.errors import CalibrationError
+from evla_compile.json_text import to_json_text
 from evla_compile.scratch import replacing
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Plan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a JSON file, whole or not at all."""
         with replacing(Path(path)) as new:
-            new.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+            new.write_text(to_json_text(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

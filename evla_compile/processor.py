@@ -3,6 +3,7 @@
 Shape legend: H, W frame size in pixels, S image side, T text budget, A action steps.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
-from evla_compile.arguments import lone_surrogate, whole_number
+from evla_compile.arguments import is_listed, lone_surrogate, whole_number
 from evla_compile.camera_frame import CameraFrame, Framing, fit
 from evla_compile.errors import CheckpointError
 
@@ -41,8 +42,10 @@ _REFUSED_MARKERS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 class ActionStatistics:
     """The range onto which one dataset's normalised actions are mapped.
 
+    Lists and arrays become the tuples that the annotations name.
+
     Raises:
-        ValueError: a field has not 7 values of its type, or a low exceeds its high.
+        ValueError: a field has not 7 values of its type, a low exceeds its high, or the span between them is infinite.
     """
 
     low: tuple[float, ...]
@@ -53,6 +56,8 @@ class ActionStatistics:
     """Which of the 7 action numbers are mapped at all; the published datasets leave the gripper as it is."""
 
     def __post_init__(self) -> None:
+        for field in ("low", "high", "mask"):
+            object.__setattr__(self, field, _plain(getattr(self, field)))
         for name, values in (("low (q01)", self.low), ("high (q99)", self.high)):
             if not _is_vector(values) or not all(_is_finite(value) for value in values):
                 raise ValueError(f"{name}={values!r}: expected {ACTION_WIDTH} finite numbers")
@@ -60,6 +65,12 @@ class ActionStatistics:
             raise ValueError(f"mask={self.mask!r}: expected {ACTION_WIDTH} booleans")
         if any(low > high for low, high in zip(self.low, self.high, strict=True)):
             raise ValueError(f"low (q01)={self.low!r} exceeds high (q99)={self.high!r} somewhere")
+        for index, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if not math.isfinite(float(high) - float(low)):
+                raise ValueError(
+                    f"action number {index} spans from low (q01)={low!r} to high (q99)={high!r}, more than a float64"
+                    " holds: actions would be infinite; expected the percentiles of recorded actions"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """Return the dataset's entry in the form of dataset_statistics.json, as far as it is used."""
@@ -206,7 +217,7 @@ class Processor:
             unnorm_key: name of the dataset; None where only one is known.
 
         Raises:
-            ValueError: the dataset is unknown, the shape is another, or a sample is not finite.
+            ValueError: the dataset is unknown, the shape is another, or a sample or an action is not finite.
         """
         statistics = self.statistics_for(unnorm_key)
         raw = np.asarray(samples, dtype=np.float64)
@@ -221,12 +232,26 @@ class Processor:
         normalized[..., GRIPPER] = normalized[..., GRIPPER] >= 0.5
         low = np.array(statistics.low, dtype=np.float64)
         high = np.array(statistics.high, dtype=np.float64)
-        return np.where(statistics.mask, 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused next
+            actions = np.where(statistics.mask, 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
+        if not np.isfinite(actions).all():
+            raise ValueError(
+                f"{np.count_nonzero(~np.isfinite(actions))} of {actions.size} actions are not finite after scaling, and"
+                f" a robot must not move on them: check the statistics of the dataset, {statistics}"
+            )
+        return actions
 
 
 def draw_noise(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     """Return standard normal float32 noise of a shape; the same seed gives the same noise on every backend."""
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
+
+
+def _plain(values: Any) -> Any:
+    """Return a list or array of numbers or booleans as a tuple of Python's own; anything else as it is."""
+    if not is_listed(values):
+        return values
+    return tuple(value.item() if isinstance(value, np.generic) else value for value in values)
 
 
 def _is_vector(values: object) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evla_compile.arguments import whole_number
+from evla_compile.arguments import number, whole_number
 from evla_compile.processor import ACTION_WIDTH, GRIPPER
 
 
@@ -65,17 +65,18 @@ class AdaptiveEnsembler:
             alpha: how much agreement counts; 0 gives the plain mean.
 
         Raises:
-            ValueError: `horizon` is below 1.
+            ValueError: `horizon` is no whole number from 1 up, or `alpha` is no number from -100 to 100.
         """
         self.horizon = whole_number("horizon", horizon, low=1)
-        self.alpha = alpha
+        self.alpha = number("alpha", alpha, low=-100.0, high=100.0)
         self._chunks: deque[NDArray[np.float64]] = deque(maxlen=self.horizon)
 
     def add(self, chunk: ArrayLike) -> NDArray[np.float64]:
         """Take the newest chunk [A,7] of actions, with A no less than the horizon, and return the action [7] for now.
 
         Raises:
-            ValueError: the chunk has another shape or a number that is not finite.
+            ValueError: the chunk has another shape, a number that is not finite, or numbers so large that their
+                average is not.
         """
         newest = np.array(chunk, dtype=np.float64)
         if newest.ndim != 2 or newest.shape[0] < self.horizon or newest.shape[1] != ACTION_WIDTH:
@@ -86,10 +87,12 @@ class AdaptiveEnsembler:
         _check_finite(newest)
         self._chunks.appendleft(newest)
         predictions = np.stack([past[age] for age, past in enumerate(self._chunks)])
-        norms = np.linalg.norm(predictions, axis=1)
-        cosines = predictions @ predictions[0] / (norms * norms[0] + 1e-7)
-        weights = np.exp(self.alpha * cosines)
-        average: NDArray[np.float64] = weights @ predictions / weights.sum()
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused next
+            norms = np.linalg.norm(predictions, axis=1)
+            cosines = predictions @ predictions[0] / (norms * norms[0] + 1e-7)
+            weights = np.exp(self.alpha * cosines)
+            average: NDArray[np.float64] = weights @ predictions / weights.sum()
+        _check_finite(average)
         return average
 
     def reset(self) -> None:

@@ -1,6 +1,5 @@
 """A compiled policy to an artifact: graphs, tokenizer, report, recorded cases and the manifest that binds them."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import Piece, split
 from evla_compile.exporters.to_onnx import to_onnx
 from evla_compile.graph import weights
+from evla_compile.json_text import to_json_text
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
@@ -84,7 +84,7 @@ def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], se
     with writing(target) as folder:
         parts = tuple(_write_part(piece, files, folder, inner, len(pieces), settings) for piece in pieces)
         (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
-        (folder / files.report).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / files.report).write_text(to_json_text(report, indent=1) + "\n", encoding="utf-8")
         write_cases(cases, folder / files.cases)
         write_manifest(_describe(compiled, files, folder, parts, cases[0], settings), folder / files.manifest)
         if wanted is not None:

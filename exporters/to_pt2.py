@@ -21,6 +21,7 @@ from evla_compile.exporters.lift import to_exported_program
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import split
 from evla_compile.graph import copy_graph, materialize, weights
+from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
 from evla_compile.scratch import replacing
 from evla_compile.sites import INPUT_NAMES, verified_stages
@@ -75,7 +76,7 @@ def to_pt2(
         "outputs": list(outputs),
         "precision": precision,
     }
-    text = json.dumps(about)
+    text = to_json_text(about)
     try:
         with replacing(path) as new:
             if packaging == "exported":

@@ -187,6 +187,10 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
         (put("plan", "mlp_neurons", value=["0-99999"] * 1000), "neurons of 1000 layers for 2 kept layers"),
         (put("statistics", value={}), "dataset statistics"),
         (put("statistics", "toy", "action", "q01", value=[0]), "'toy'.*q01"),
+        (
+            put("statistics", "toy", "action", value={"q01": [-1.7e308] * 7, "q99": [1.7e308] * 7}),
+            "'toy'.*action number 0 spans",
+        ),
         (put("parts", value=[]), "no part yields"),
         (put("parts", 0, "name", value="../policy"), "part '../policy': expected a name"),
         (put("parts", 0, "inputs", 0, "shape", value=[1, 42, 42, 3]), r"part policy takes image uint8\[1, 42, 42, 3\]"),

@@ -339,6 +339,34 @@ def test_samples_that_are_not_finite_are_refused(toy: Processor, value: float) -
         toy.actions(samples)
 
 
+def test_the_largest_span_gives_finite_actions() -> None:
+    largest = ActionStatistics(low=(-8.9e307,) * 7, high=(8.9e307,) * 7)
+    processor = toy_processor(toy_tokenizer({"<unk>": 0, "<s>": 1}), statistics={"toy": largest})
+    actions = processor.actions(np.array([[-1.0] * 7, [1.0] * 7]))
+    np.testing.assert_allclose(actions, [[-8.9e307] * 6 + [0.0], [8.9e307] * 7])
+
+
+@pytest.mark.parametrize("value", [1.7e308, float("inf"), float("nan")])
+def test_actions_that_are_not_finite_are_refused_whatever_the_statistics_let_through(value: float) -> None:
+    statistics = ActionStatistics(low=(-1.7e308,) * 7, high=(0.0,) * 7)
+    object.__setattr__(statistics, "high", (0.0, value) + (0.0,) * 5)
+    processor = toy_processor(toy_tokenizer({"<unk>": 0, "<s>": 1}), statistics={"toy": statistics})
+    with pytest.raises(ValueError, match=r"2 of 14 actions are not finite after scaling"):
+        processor.actions(np.ones((2, 7)))
+
+
+def test_statistics_take_lists_and_arrays() -> None:
+    given: Any = {"low": np.zeros(7, np.float32), "high": [1, *np.ones(6)], "mask": np.array([True] * 6 + [False])}
+    found = ActionStatistics(**given)
+    assert found == ActionStatistics(low=(0.0,) * 7, high=(1.0,) * 7, mask=(True,) * 6 + (False,))
+    assert isinstance(hash(found), int)
+    json.dumps(found.to_json(), allow_nan=False)
+    wrong: Any = [{"low": "0000000"}, {"low": np.zeros((1, 7))}, {"mask": np.ones(7)}, {"mask": [1] * 7}]
+    for change in wrong:
+        with pytest.raises(ValueError, match="expected 7"):
+            ActionStatistics(**(given | change))
+
+
 def test_statistics_survive_json(statistics: dict[str, ActionStatistics]) -> None:
     text = json.dumps({dataset: entry.to_json() for dataset, entry in statistics.items()})
     assert read_statistics(json.loads(text)) == statistics
@@ -368,6 +396,14 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         ({"damaged": {"action": [1.0]}}, "'damaged'.*'action'"),
         (damaged(lambda action: action.pop("q01")), "'damaged'.*q01.*7 finite numbers"),
         (damaged(lambda action: action.pop("q99")), "'damaged'.*q99.*7 finite numbers"),
+        (
+            damaged(lambda action: action.update(q01=[-1.7e308] * 7, q99=[1.7e308] * 7)),
+            r"'damaged'.*action number 0 spans from low \(q01\)=-1.7e\+308 to high \(q99\)=1.7e\+308",
+        ),
+        (
+            damaged(lambda action: action.update(q01=[0] * 6 + [-(10**308)], q99=[0] * 6 + [10**308])),
+            "'damaged'.*action number 6 spans",  # outside the mask, but nobody's percentiles
+        ),
         (damaged(lambda action: action["q99"].pop()), "'damaged'.*q99.*7 finite numbers"),
         (damaged(lambda action: action.update(q01=0.5)), "'damaged'.*q01.*7 finite numbers"),
         (damaged(lambda action: action.update(q01=["0"] * 7)), "'damaged'.*q01.*7 finite numbers"),

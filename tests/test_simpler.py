@@ -1,6 +1,7 @@
 """SIMPLER's protocol against hand-made cases."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,3 +237,16 @@ def test_robots_run_as_published() -> None:
         2,
         10,
     )
+
+
+def test_chunks_whose_average_overflows_are_refused() -> None:
+    ensembler = AdaptiveEnsembler(2)
+    ensembler.add(np.zeros((2, 7)))
+    with pytest.raises(ValueError, match="actions must be finite, a robot must not move on others"):
+        ensembler.add(np.full((2, 7), 1e200))
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e3, True, "0.1", None])
+def test_an_alpha_that_is_no_number_in_range_is_refused(alpha: Any) -> None:
+    with pytest.raises(ValueError, match=r"alpha=.*: expected a number in \[-100.0, 100.0\]"):
+        AdaptiveEnsembler(2, alpha)

@@ -1,6 +1,5 @@
 """What every command prints with: progress, tables, JSON."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from evla_compile.json_text import to_json_text
 from evla_compile.terminal import new_console, printable
 
 
@@ -38,5 +38,5 @@ def print_json(value: Any) -> None:
     Raises:
         ValueError: it holds a number that is not finite, which JSON cannot say.
     """
-    text = json.dumps(value, allow_nan=False).replace("\x7f", "\\u007f")
+    text = to_json_text(value).replace("\x7f", "\\u007f")
     new_console().out(text)
