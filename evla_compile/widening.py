@@ -16,21 +16,23 @@ REMEDY = "pip install onnx"
 """What installs the package that rewrites such graphs; nothing else that the runtime does needs it."""
 
 
-def read_widened(model: Path) -> bytes:
-    """Return an ONNX file's graph, widened, in ONNX's own encoding; external data stays where it is, beside the file.
+def read_widened(model: Path) -> tuple[bytes, Path]:
+    """Return an ONNX file's graph, widened, in ONNX's own encoding, and the folder in which its external data lies.
 
     Raises:
         EvlaError: onnx is not installed.
-        ArtifactError: the file is no ONNX graph.
+        ArtifactError: the file is no ONNX graph, or its external data lies in several folders.
     """
     onnx = _import_onnx(model)
     try:
         graph = onnx.load(str(model), load_external_data=False)
     except import_module("google.protobuf.message").DecodeError as error:
         raise ArtifactError(f"{model} cannot be read: {error}; compile the policy again") from error
+    from evla_compile.linked_weights import follow_links  # noqa: PLC0415 (it imports onnx, which may be absent)
+
+    folder = follow_links(graph, model.parent)
     widen(graph)
-    contents: bytes = graph.SerializeToString()
-    return contents
+    return graph.SerializeToString(), folder
 
 
 def widen(model: "onnx.ModelProto") -> None:

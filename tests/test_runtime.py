@@ -656,6 +656,19 @@ def test_bfloat16_runs_on_a_cpu_in_float32_arithmetic_and_says_so(
     np.testing.assert_allclose(policy.sample(**inputs), expected, rtol=1e-6)  # bfloat16 rounds to 4e-3
 
 
+def test_bfloat16_weights_behind_links_are_found(
+    bfloat16_artifact: Path, tmp_path: Path, inputs: dict[str, NDArray[Any]]
+) -> None:
+    """Hugging Face's cache: `snapshots/REVISION/NAME` is a link to `blobs/HASH`."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in bfloat16_artifact.iterdir():
+        (blobs / f"of-{file.name}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"of-{file.name}")
+    assert np.array_equal(load(snapshot).sample(**inputs), load(bfloat16_artifact).sample(**inputs))
+
+
 def test_a_float32_policy_is_not_said_to_be_widened(policy: RuntimePolicy) -> None:
     assert not policy.widened
 

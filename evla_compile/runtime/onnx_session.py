@@ -244,8 +244,8 @@ def _open(
     disabled = list(asked.disabled_optimizers)
     source: Path | bytes = model
     if is_widened(provider, precision):
-        source = read_widened(model)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        source, folder = read_widened(model)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if mapped:
             disabled.append("ConstantFolding")  # it would keep every weight in float32
     if provider != "cpu":
