@@ -24,7 +24,7 @@ from evla_compile.passes import (
     SpecializeShapes,
     UnrollDiffusion,
 )
-from evla_compile.plan import Plan, needs_calibration, plan_without_calibration
+from evla_compile.plan import Plan, plan_without_calibration
 from evla_compile.report import CompileReport, measure_deviations
 
 COMPARED_FRAMES = 2
@@ -47,8 +47,9 @@ def compile(
         policy: the dense policy, from `load`.
         config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`. The result holds it
             with counts in place of shares.
-        calibration: real observations, (image, instruction) pairs, to measure layers and neurons on. The report then
-            also says how far the compiled policy is from the dense one on the first of them.
+        calibration: real observations, (image, instruction) pairs, to measure layers, neurons and the ranges that
+            float16 needs on. The report then also says how far the compiled policy is from the dense one on the first
+            of them.
         plan: the result of an earlier `calibrate` of the same weights for the same budgets, instead of measuring again.
         progress: whether to draw a progress bar of the calibration on standard error.
 
@@ -66,7 +67,7 @@ def compile(
     if plan is not None:
         check_plan(plan, config, policy.sizes)
         check_checkpoint(plan, policy.state_dict())
-    elif frames is not None and needs_calibration(policy.sizes.language, config):
+    elif frames is not None:  # without a budget to place too: a later float16 export needs the ranges
         plan = calibrate(policy, frames, config, progress=progress)
     else:
         plan = plan_without_calibration(policy.sizes.language, config)

@@ -11,6 +11,8 @@ from onnx import helper
 from evla_compile.errors import ArtifactError, VerificationError
 from evla_compile.linked_weights import follow_links
 from evla_compile.manifest import Manifest
+from evla_compile.recorded import RecordedCase
+from evla_compile.replay import replay
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.providers import PROVIDERS
 from evla_compile.widening import widen
@@ -65,6 +67,30 @@ class StageRun:
                 raise VerificationError(f"ONNX Runtime failed on {file}: {str(error).strip()}") from error
             values |= zip(names, found, strict=True)
         return {name: value for name, value in values.items() if name not in inputs}
+
+
+def replay_graphs(
+    what: str, manifest: Manifest, folder: Path, cases: Sequence[RecordedCase], *, threads: int | None = None
+) -> dict[str, float]:
+    """Hold the graphs of an artifact against recorded cases, stage by stage: what an export and `verify` both do.
+
+    Args:
+        what: what is run, for messages.
+        manifest: that of the artifact.
+        folder: where its files lie.
+        cases: what was recorded.
+        threads: threads of ONNX Runtime; None leaves the number to it.
+
+    Returns:
+        Relative error by stage, in data-flow order; the worst case.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses a graph.
+        VerificationError: a stage leaves the tolerance of the artifact's precision; see `replay`.
+    """
+    graphs = StageRun(manifest, folder, tuple(cases[0].stages), threads=threads)
+    precision, text_tokens = manifest.precision, manifest.config.text_tokens
+    return replay(f"{what} on ONNX Runtime", graphs.run, cases, precision=precision, text_tokens=text_tokens)
 
 
 def _open(model: onnx.ModelProto, file: Path, opset: int, threads: int | None) -> Any:

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -19,7 +18,7 @@ from evla_compile.manifest import Part, read_manifest
 from evla_compile.recorded import read_cases
 from evla_compile.replay import replay
 from evla_compile.runtime import Provider, load
-from evla_compile.stage_run import StageRun
+from evla_compile.stage_run import replay_graphs
 from evla_compile.tolerances import lowered_tolerance
 
 _FLOATS = {"float": "float32", "double": "float64"}
@@ -76,13 +75,16 @@ def verify(
     check_files(manifest.files, place.parent)
     nodes = sum(_prove(place.parent, part) for part in manifest.parts)
     cases = read_cases(place.with_name(manifest.cases.name), manifest)
-    settings: Any = {"precision": manifest.precision, "text_tokens": manifest.config.text_tokens}
-    graphs = StageRun(manifest, place.parent, tuple(cases[0].stages), threads=threads)
-    stages = replay(f"{place.parent} on ONNX Runtime", graphs.run, cases, **settings)
+    stages = replay_graphs(str(place.parent), manifest, place.parent, cases, threads=threads)
     on_cpu = provider == "cpu" or (provider is None and path.suffix != ".engine")
     policy = load(path, provider, threads, check_hashes=False, mapped=on_cpu)
-    outputs = [replace(case, stages={}) for case in cases]
-    errors = replay(f"{place.parent} in the runtime", lambda inputs: policy.outputs(**inputs), outputs, **settings)
+    errors = replay(
+        f"{place.parent} in the runtime",
+        lambda inputs: policy.outputs(**inputs),
+        [replace(case, stages={}) for case in cases],
+        precision=manifest.precision,
+        text_tokens=manifest.config.text_tokens,
+    )
     return Verification(
         nodes=nodes,
         cases=len(cases),

@@ -1,9 +1,11 @@
 """A compiled policy to an artifact: graphs, tokenizer, report, recorded cases and the manifest that binds them."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import OPSET, PRECISIONS, Precision
 from evla_compile.engine_settings import EngineSettings
+from evla_compile.errors import ExportError
 from evla_compile.exporters.build import build_engine, check_engine
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import Piece, split
@@ -25,8 +28,11 @@ from evla_compile.json_text import to_json_text
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.processor import draw_noise
-from evla_compile.recorded import RecordedCase, probe, write_cases
+from evla_compile.recorded import RecordedCase, check_finite, probe, write_cases
 from evla_compile.sites import verified_stages
+from evla_compile.stage_run import replay_graphs
+
+_log = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "numpy")
 
@@ -86,9 +92,27 @@ def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], se
         (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
         (folder / files.report).write_text(to_json_text(report, indent=1) + "\n", encoding="utf-8")
         write_cases(cases, folder / files.cases)
-        write_manifest(_describe(compiled, files, folder, parts, cases[0], settings), folder / files.manifest)
+        manifest = _describe(compiled, files, folder, parts, cases[0], settings)
+        write_manifest(manifest, folder / files.manifest)
+        if settings.precision != "float32":
+            _compare_on_onnx_runtime(manifest, folder, cases)
         if wanted is not None:
             build_engine(folder / files.manifest, wanted, progress=settings.progress)
+
+
+def _compare_on_onnx_runtime(manifest: Manifest, folder: Path, cases: Sequence[RecordedCase]) -> None:
+    """Hold written graphs to what `verify` will compute of them: ONNX Runtime rounds otherwise than torch.
+
+    Raises:
+        VerificationError: a stage leaves the tolerance of the precision; the message names the first.
+    """
+    if find_spec("onnxruntime") is None:
+        _log.warning(
+            "ONNX Runtime is not installed: this policy in %s was compared in torch alone, run evla verify where it is",
+            manifest.precision,
+        )
+        return
+    replay_graphs(f"this policy in {manifest.precision}", manifest, folder, cases)
 
 
 def _write_part(
@@ -160,6 +184,9 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tupl
 
     A policy compiled without calibration frames has none; two frames of seeded noise stand in, which are fit for
     comparing two lowerings of the same graph and for nothing else.
+
+    Raises:
+        ExportError: a value that the policy computes is not finite.
     """
     frames, cases = compiled.frames or _stand_ins(compiled.sizes.image_side), []
     for number, batch in enumerate(host.observations(frames, compiled.config.batch_size)):
@@ -184,6 +211,11 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tupl
                 stages={name: probe(name, found[name], compiled.config.text_tokens) for name in inner},
             )
         )
+    for number, case in enumerate(cases):
+        try:
+            check_finite(case, f"recorded frame {number}")
+        except ValueError as error:
+            raise ExportError(f"{error}, so nothing could be verified: check the weights and their dtype") from error
     return cases
 
 

@@ -118,7 +118,7 @@ def small_sizes() -> ModelSizes:
 @pytest.fixture(scope="session")
 def small_policy(small_sizes: ModelSizes) -> CogACT:
     """A random policy of `small_sizes`; its tokenizer is only there to be carried along."""
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, "<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3}, "<unk>"))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     processor = Processor(tokenizer_json=tokenizer.to_str(), statistics={}, image_side=56, pad_id=0)
     policy = CogACT(small_sizes, processor).eval().requires_grad_(False)

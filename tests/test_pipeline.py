@@ -16,11 +16,15 @@ from evla_compile.budgets import resolve
 from evla_compile.calibration import Frame, calibrate
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.exporters.precision import lower
+from evla_compile.exporters.split import Piece
 from evla_compile.graph import held_tensor
 from evla_compile.model.policy import CogACT
+from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.pipeline import build_passes, check_plan
 from evla_compile.plan import Plan
 from evla_compile.processor import draw_noise
+from evla_compile.sites import module_path
 from evla_compile.sizes import published_sizes
 from evla_compile.tolerances import TOLERANCES, check
 
@@ -82,6 +86,16 @@ def test_report_prints_every_pass_and_the_deviation(compiled: CompiledPolicy) ->
 def test_dense_policy_does_not_deviate(tiny_policy: CogACT, frames: list[Frame]) -> None:
     dense = evla.compile(tiny_policy, CompileConfig.dense(), calibration=frames[:1], progress=False)
     assert all(deviation.relative < TOLERANCES.lowered for deviation in dense.report.deviations)
+
+
+def test_frames_are_measured_where_no_budget_needs_it_too(small_policy: CogACT, frame: Image.Image) -> None:
+    """A float16 export of the dense policy needs the ranges; the command line had them, and the interface had not."""
+    config, frames = CompileConfig.dense(text_tokens=26, ddim_steps=1), [Frame(frame, "lift")]
+    dense = evla.compile(small_policy, config, calibration=frames, progress=False)
+    assert dense.plan == calibrate(small_policy, frames, config, progress=False)
+    assert dense.plan.frames == 1
+    assert {path for path, _ in dense.plan.ranges} == {module_path(site) for site in lowered_sites(dense.graph.graph)}
+    lower([Piece(name="policy", graph=dense.graph, inputs=(), outputs=())], "float16", dense.plan.ranges)
 
 
 def test_compiling_leaves_the_policy_alone(tiny_policy: CogACT, frame: Image.Image, compiled: CompiledPolicy) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 
@@ -18,9 +22,12 @@ from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig, Precision
 from evla_compile.manifest import FileRecord, read_manifest, write_manifest
 from evla_compile.model.policy import CogACT
+from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.plan import Plan
 from evla_compile.recorded import read_cases
 from evla_compile.runtime import RuntimePolicy
+from evla_compile.sites import module_path
+from evla_compile.stage_run import StageRun
 from evla_compile.tolerances import TOLERANCES, lowered_tolerance, relative_error
 
 
@@ -142,6 +149,64 @@ def test_a_lowered_policy_out_of_tolerance_is_never_written(
     monkeypatch.setattr(tolerances, "TOLERANCES", replace(TOLERANCES, bfloat16_features=1e-4))
     with pytest.raises(evla.VerificationError, match=r"in bfloat16: patches is .*the first that is compared"):
         compiled_policy.export(tmp_path / "policy", precision="bfloat16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_compiled(small_policy: CogACT) -> CompiledPolicy:
+    """The small policy without a lossy pass, and ranges as if they had been observed."""
+    compiled = evla.compile(small_policy, CompileConfig.dense(text_tokens=9, ddim_steps=1))
+    ranges = tuple((module_path(site), 1.0) for site in lowered_sites(compiled.graph.graph))
+    return copy_policy(compiled, replace(compiled.plan, ranges=ranges))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_lowered_export_is_held_to_what_verify_computes(
+    precision: Precision, small_compiled: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime rounds otherwise than torch, so that one may be within the tolerance and the other beyond it."""
+    original = StageRun.run
+
+    def beyond_it(graphs: StageRun, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        values = original(graphs, inputs)
+        return values | {"samples": values["samples"] + 1}
+
+    monkeypatch.setattr(StageRun, "run", beyond_it)
+    with pytest.raises(
+        evla.VerificationError, match=rf"this policy in {precision} on ONNX Runtime: samples is .* from"
+    ):
+        small_compiled.export(tmp_path / "policy", precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_without_onnx_runtime_says_what_was_not_compared(
+    small_compiled: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with caplog.at_level("WARNING"):
+        small_compiled.export(tmp_path / "policy", precision="float16")
+    assert "compared in torch alone" in caplog.text
+    assert "evla verify" in caplog.text
+
+
+def test_float16_that_overflows_is_refused_by_the_first_stage(small_policy: CogACT, tmp_path: Path) -> None:
+    """A plan of other frames may show ranges that float16 can hold, where these frames have others."""
+    policy = deepcopy(small_policy)
+    policy.get_parameter("projector.projector.4.bias").fill_(1e6)
+    compiled = evla.compile(policy, CompileConfig.dense(text_tokens=9, ddim_steps=1))
+    ranges = tuple((module_path(site), 1.0) for site in lowered_sites(compiled.graph.graph))
+    message = "this policy in float16: projected cannot be compared: .* of its .* are infinite or not a number: do not"
+    with pytest.raises(evla.VerificationError, match=message):
+        copy_policy(compiled, replace(compiled.plan, ranges=ranges)).export(tmp_path / "policy", precision="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_that_overflows_float32_is_not_exported(small_policy: CogACT, tmp_path: Path) -> None:
+    policy = deepcopy(small_policy)
+    policy.get_parameter("projector.projector.4.weight").fill_(3e38)
+    compiled = evla.compile(policy, CompileConfig.dense(text_tokens=9, ddim_steps=1))
+    with pytest.raises(evla.ExportError, match=r"recorded frame 0: .* values of projected are infinite"):
+        compiled.export(tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
 

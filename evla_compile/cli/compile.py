@@ -95,7 +95,7 @@ def compile_policy(
         from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
         from evla_compile.pipeline import check_plan
-        from evla_compile.plan import needs_calibration, plan_without_calibration
+        from evla_compile.plan import plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration)
@@ -105,7 +105,7 @@ def compile_policy(
     config = resolve(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
-    elif frames is None or not (needs_calibration(sizes.language, config) or precision == "float16"):
+    elif frames is None:
         chosen = plan_without_calibration(sizes.language, config)
     check_parts(parts, kept_layer_count(config, sizes.language) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
