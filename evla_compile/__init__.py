@@ -21,12 +21,13 @@ from evla_compile.errors import (
 
 if TYPE_CHECKING:
     from evla_compile import runtime
-    from evla_compile.calibration import Frame, calibrate, read_frames
+    from evla_compile.calibration import calibrate
     from evla_compile.checkpoint import load
     from evla_compile.compiled import CompiledPolicy
     from evla_compile.devices import DEVICES, Device, find_device
     from evla_compile.estimate import Estimate, estimate_upstream, estimates, quick_estimates
     from evla_compile.exporters.build import build_engine
+    from evla_compile.frames import Frame, read_frames
     from evla_compile.pipeline import compile
     from evla_compile.plan import Plan
     from evla_compile.sizes import published_sizes
@@ -72,7 +73,7 @@ _HOMES = {
     "CompiledPolicy": "compiled",
     "Device": "devices",
     "Estimate": "estimate",
-    "Frame": "calibration",
+    "Frame": "frames",
     "Plan": "plan",
     "build_engine": "exporters.build",
     "calibrate": "calibration",
@@ -83,7 +84,7 @@ _HOMES = {
     "load": "checkpoint",
     "published_sizes": "sizes",
     "quick_estimates": "estimate",
-    "read_frames": "calibration",
+    "read_frames": "frames",
     "verify": "verification",
 }
 

@@ -3,19 +3,15 @@
 Both measures are one shot, on the unpruned model, without padding and without training.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor, fx
 from torch.nn import functional
 
-from evla_compile.arguments import lone_surrogate
 from evla_compile.budgets import kept_layer_count, kept_neurons
 from evla_compile.camera_frame import CameraFrame
 from evla_compile.capture import capture
@@ -23,22 +19,13 @@ from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
 from evla_compile.fingerprint import FramesDigest, fingerprint_weights
 from evla_compile.finite_weights import check_finite_policy
-from evla_compile.host import read_image
+from evla_compile.frames import Frame
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.plan import Plan, most_important
 from evla_compile.sites import argument, decoder_layers, module_path
 from evla_compile.terminal import new_console
-
-
-class Frame(NamedTuple):
-    """One observation."""
-
-    image: CameraFrame
-    """Camera frame, 8-bit RGB of any size."""
-    instruction: str
-    """What the robot was doing."""
 
 
 def calibrate(
@@ -102,48 +89,6 @@ def calibrate(
         layer_rule=None if isinstance(config.keep_layers, tuple) or kept == sizes.layers else config.layer_rule,
         checkpoint=fingerprint_weights(policy.state_dict()),
     )
-
-
-def read_frames(folder: str | os.PathLike[str]) -> list[Frame]:
-    """Read the observations of a folder: `frames.jsonl`, lines {"image": path, "instruction": text}.
-
-    Raises:
-        CalibrationError: the folder or an image is missing or unreadable, or a line is malformed; the message names it.
-    """
-    listing = Path(folder) / "frames.jsonl"
-    try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(
-            f'{listing} cannot be read ({error}): expected lines {{"image": "0.png", "instruction": "pick coke can"}}'
-        ) from error
-    frames = [_read_frame(listing, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not frames:
-        raise CalibrationError(f"{listing} is empty: expected at least one observation")
-    return frames
-
-
-def _read_frame(listing: Path, number: int, line: str) -> Frame:
-    place = f"{listing}:{number}"
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{place}: not JSON ({error})") from error
-    name, instruction = (entry.get("image"), entry.get("instruction")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(name, str) or not name or not isinstance(instruction, str) or not instruction:
-        raise CalibrationError(f'{place}: expected {{"image": path, "instruction": text}}, found {line[:80]}')
-    half = lone_surrogate(instruction)
-    if half is not None:
-        raise CalibrationError(
-            f"{place}: instruction {instruction!r:.80} holds {half!r}, half of a character: expected whole ones"
-        )
-    try:
-        image = read_image(listing.parent / name)
-    except ValueError as error:
-        raise CalibrationError(f"{place}: {error}") from error
-    if image.mode != "RGB":
-        raise CalibrationError(f'{place}: image {name} has PIL mode {image.mode!r}: expected "RGB"; convert the file')
-    return Frame(image, instruction)
 
 
 class LayerObserver(fx.Interpreter):

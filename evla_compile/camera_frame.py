@@ -30,6 +30,9 @@ training. Stay with "whole" for the published checkpoints, and for a fine-tuned 
 it. Calibrate with the same framing.
 """
 
+MOST_PIXELS = 8192 * 8192
+"""Pixels of the largest frame that is taken; a larger one is a mistake, or made to exhaust memory."""
+
 FRAME_RANK = 3
 """Axes of a frame that is an array: height, width and colour."""
 
@@ -72,6 +75,7 @@ def rgb_image(image: CameraFrame) -> Image.Image:
             )
         if 0 in image.size:
             raise ValueError(f"the image has {image.width}x{image.height} pixels; check the camera")
+        _check_size(image.width, image.height)
         return upright(image)
     if not isinstance(image, np.ndarray):
         raise ValueError(_describe_stranger(image))
@@ -80,7 +84,16 @@ def rgb_image(image: CameraFrame) -> Image.Image:
             f"the image is an array of {image.dtype} {list(image.shape)}: expected uint8 [H,W,3] in RGB order with at"
             ' least one pixel; open other images with PIL and use image.convert("RGB")'
         )
+    _check_size(image.shape[1], image.shape[0])
     return Image.fromarray(image)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"the image has {width} x {height} pixels: expected at most {MOST_PIXELS:,}, more than any camera frame"
+            " needs; scale it down first"
+        )
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -141,7 +154,7 @@ def _describe_stranger(image: object) -> str:
     found, remedy = f"the image is a {type(image).__name__}", ""
     if isinstance(image, str | os.PathLike):
         found += f", {image!r:.80}"
-        remedy = "; read a file with evla_compile.host.read_image(path)"
+        remedy = "; read a file with evla_compile.image_file.read_image(path)"
     elif isinstance(image, bytes | bytearray | memoryview):
         found += f" of {len(image)}"
         remedy = "; decode an encoded image with PIL.Image.open(io.BytesIO(data))"

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 
 from evla_compile import host
 from evla_compile.budgets import resolve_tokens
-from evla_compile.calibration import Frame
 from evla_compile.camera_frame import CameraFrame, Framing
 from evla_compile.config import OPSET, CompileConfig, Precision
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import EvlaError
+from evla_compile.frames import Frame
 from evla_compile.graph import materialize, weights
 from evla_compile.host import Predictor
 from evla_compile.model.policy import ModelSizes

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from evla_compile import host, runtime
 from evla_compile.arguments import whole_number
-from evla_compile.calibration import Frame, calibrate
+from evla_compile.calibration import calibrate
 from evla_compile.checkpoint import load
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.demo_policy import DEMO_POLICY, calibration_frames, demo_frame
+from evla_compile.frames import Frame
 from evla_compile.model.policy import CogACT
 from evla_compile.picture import draw_kept_tokens
 from evla_compile.pipeline import compile

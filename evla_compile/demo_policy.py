@@ -6,7 +6,7 @@ It has CogACT's architecture at 15 M parameters, and solves tasks of Meta-World 
 
 from pathlib import Path
 
-from evla_compile.calibration import Frame, read_frames
+from evla_compile.frames import Frame, read_frames
 
 DEMO_POLICY = Path(__file__).parent / "data" / "demo_policy"
 """Its run directory, for `load`."""

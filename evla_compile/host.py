@@ -3,7 +3,6 @@
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from evla_compile.arguments import is_listed, whole_number
-from evla_compile.camera_frame import FRAME_RANK, CameraFrame, Framing, upright
+from evla_compile.camera_frame import FRAME_RANK, CameraFrame, Framing
 from evla_compile.config import CompileConfig
 from evla_compile.processor import Processor, draw_noise
 
@@ -34,27 +32,6 @@ class HostInputs:
     """Token ids of the prompts, right-padded, [B,T]."""
     text_length: NDArray[np.int64]
     """Real tokens of each prompt, [B]."""
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file whole, the right way up: an orientation in its EXIF data is applied.
-
-    Raises:
-        ValueError: it is missing, damaged, not an image, or deeper than 8 bits a channel.
-    """
-    try:
-        with Image.open(path) as image:
-            # Pillow opens a 16-bit RGB file as 8-bit RGB, the high bytes alone.
-            deep = any(";16" in str(tile[3]) for tile in image.tile)
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's SyntaxError is a damaged chunk
-        raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
-    if deep:
-        raise ValueError(f"image {path} has 16 bits a channel: expected 8; scale and save it as 8-bit RGB")
-    try:
-        return upright(image)
-    except ValueError as error:
-        raise ValueError(f"image {path}: {error}") from error
 
 
 def prepare(

@@ -5,13 +5,14 @@ from dataclasses import replace
 from itertools import pairwise
 
 from evla_compile.budgets import kept_layer_count, kept_neurons, resolve, resolve_layers, resolve_tokens
-from evla_compile.calibration import Frame, calibrate
+from evla_compile.calibration import calibrate
 from evla_compile.capture import capture
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
 from evla_compile.fingerprint import check_checkpoint
 from evla_compile.finite_weights import check_finite_policy
+from evla_compile.frames import Frame
 from evla_compile.graph import GraphPass
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.passes import (

@@ -16,8 +16,8 @@ from evla_compile.tolerances import relative_error
 from evla_compile.units import byte_scale, flop_scale
 
 if TYPE_CHECKING:
-    from evla_compile.calibration import Frame
     from evla_compile.compiled import CompiledPolicy
+    from evla_compile.frames import Frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

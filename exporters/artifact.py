@@ -14,7 +14,6 @@ import torch
 from evla_compile import __version__, host
 from evla_compile.arguments import whole_number
 from evla_compile.artifact import ROOM_BYTES, ArtifactFiles, check_space, check_target, part_name, writing
-from evla_compile.calibration import Frame
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import OPSET, PRECISIONS, Precision
 from evla_compile.engine_settings import EngineSettings
@@ -23,6 +22,7 @@ from evla_compile.exporters.build import build_engine, check_engine
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import Piece, split
 from evla_compile.exporters.to_onnx import to_onnx
+from evla_compile.frames import Frame
 from evla_compile.graph import weights
 from evla_compile.json_text import to_json_text
 from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, write_manifest

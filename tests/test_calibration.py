@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 import evla_compile as evla
-from evla_compile.calibration import Frame, calibrate, read_frames
+from evla_compile.calibration import calibrate
 from evla_compile.config import CompileConfig
 from evla_compile.fingerprint import fingerprint_weights
+from evla_compile.frames import Frame, read_frames
 from evla_compile.model.policy import CogACT
 from evla_compile.plan import Plan, most_important, plan_without_calibration
 from evla_compile.tolerances import TOLERANCES, check
@@ -164,7 +165,7 @@ def test_calibration_folder_is_read(folder: Path, frame: Image.Image) -> None:
         ('["0.png", "pick"]', r"frames\.jsonl:1: expected"),
         ('{"image": "0.png", "instruction": ""}', r"frames\.jsonl:1: expected"),
         ('{"image": "1.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*1\.png cannot be read"),
-        ('{"image": "grey.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*grey\.png has PIL mode 'L'"),
+        ('{"image": "grey.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*grey\.png is greyscale"),
         ('{"image": "cut.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*cut\.png cannot be read"),
         ('{"image": "0.png", "instruction": "pick \\ud83d"}', r"frames\.jsonl:1: instruction .*half of a character"),
         ("[" * 100_000, r"frames\.jsonl:1: not JSON"),

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from evla_compile.calibration import read_frames
 from evla_compile.camera_frame import fit, rgb_image, upright
-from evla_compile.host import read_image
+from evla_compile.frames import read_frames
+from evla_compile.image_file import read_image
 from evla_compile.picture import draw_kept_tokens
 
 Pixels = NDArray[np.uint8]

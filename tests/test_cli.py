@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evla_compile import calibration, checkpoint, cli, host, pipeline, runtime
+from evla_compile import calibration, checkpoint, cli, pipeline, runtime
 from evla_compile.artifact import find_manifest
+from evla_compile.cli import run
 from evla_compile.cli.settings import read_plan
 from evla_compile.errors import EvlaError
 from evla_compile.manifest import read_manifest
@@ -385,7 +386,7 @@ def test_compile_refuses_a_plan_for_other_budgets(
         ("{", "not JSON"),
         ('{"image": "0.png"}', 'expected {"image": path, "instruction": text}'),
         ('{"image": "1.png", "instruction": "go"}', "1.png cannot be read"),
-        ('{"image": "grey.png", "instruction": "go"}', "has PIL mode 'L': expected \"RGB\""),
+        ('{"image": "grey.png", "instruction": "go"}', "grey.png is greyscale (PIL mode 'L'): expected 8-bit RGB"),
         (json.dumps({"image": "0.png", "instruction": LONG}), "its budget is 32: shorten the instruction"),
         ('{"image": "0.png", "instruction": " "}', "expected a text such as 'pick coke can'"),
     ],
@@ -472,9 +473,9 @@ def test_compile_refuses_a_checkpoint_of_another_layout(
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("L", "the image has PIL mode 'L': expected 'RGB'"),
-        ("RGBA", "the image has PIL mode 'RGBA': expected 'RGB'"),
-        ("CMYK", "the image has PIL mode 'CMYK': expected 'RGB'"),
+        ("L", "is greyscale (PIL mode 'L'): expected 8-bit RGB"),
+        ("RGBA", "take its colours as RGB with --convert"),
+        ("CMYK", "has PIL mode 'CMYK': expected 8-bit RGB; save it as an RGB PNG or JPEG"),
         ("I;16", "16 bits a channel: expected 8"),
     ],
 )
@@ -572,7 +573,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(host, "read_image", load)
+    monkeypatch.setattr(run, "list_observations", load)
     assert evla("run", "x", "--image", "y", "--instruction", "z").status == 130
 
 

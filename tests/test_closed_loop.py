@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evla_compile.calibration import read_frames
 from evla_compile.checkpoint import load
 from evla_compile.demo_policy import DEMO_POLICY, calibration_frames
+from evla_compile.frames import read_frames
 
 pytest.importorskip("metaworld", reason="needs the extra sim: make sim", exc_type=ImportError)
 

@@ -28,8 +28,8 @@ from benchmarks.closed_loop.evaluation.variants import (
 from benchmarks.closed_loop.training.episodes import CHUNK
 from benchmarks.closed_loop.training.policy import demo_sizes, initialize
 from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_tokenizer
-from evla_compile.calibration import Frame
 from evla_compile.demo import DEMO_CONFIG
+from evla_compile.frames import Frame
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, SelectTokens
 from evla_compile.processor import Processor

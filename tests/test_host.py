@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from evla_compile.camera_frame import fit
-from evla_compile.host import action_noise, observations, predict_action, prepare, read_image
+from evla_compile.host import action_noise, observations, predict_action, prepare
+from evla_compile.image_file import read_image
 from evla_compile.processor import Processor, draw_noise, read_statistics
 
 SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 3
@@ -86,9 +87,9 @@ def test_rows_of_a_batch_keep_their_order(processor: Processor) -> None:
         (np.zeros((2, 6, 8, 3), np.uint8), "a", 1, "image: 2 given.* batches of 1"),
         (np.zeros((2, 6, 8, 3), np.float32), ["a", "b"], 2, r"array of float32 \[6, 8, 3\]: expected uint8"),
         (np.zeros((1, 2, 6, 8, 3), np.uint8), "a", 1, r"array of uint8 \[1, 2, 6, 8, 3\]: expected uint8"),
-        ("frame.png", "a", 1, r"image is a str, 'frame.png': expected a PIL image .*host.read_image\(path\)"),
-        (Path("frame.png"), "a", 1, r"image is a PosixPath, PosixPath\('frame.png'\).*host.read_image\(path\)"),
-        (["frame.png", "a.png"], ["a", "b"], 2, r"image is a str, 'frame.png'.*host.read_image\(path\)"),
+        ("frame.png", "a", 1, r"image is a str, 'frame.png': expected a PIL image .*image_file.read_image\(path\)"),
+        (Path("frame.png"), "a", 1, r"image is a PosixPath, PosixPath\('frame.png'\).*image_file.read_image\(path\)"),
+        (["frame.png", "a.png"], ["a", "b"], 2, r"image is a str, 'frame.png'.*image_file.read_image\(path\)"),
         (b"\x89PNG\r", "a", 1, r"image is a bytes of 5: .*PIL.Image.open\(io.BytesIO\(data\)\)"),
         (b"\x89PNG\r", "a", 5, "image is a bytes of 5"),
         (bytearray(3), "a", 1, "image is a bytearray of 3"),

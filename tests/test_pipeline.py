@@ -13,11 +13,12 @@ from PIL import Image
 import evla_compile as evla
 from evla_compile import pipeline
 from evla_compile.budgets import resolve
-from evla_compile.calibration import Frame, calibrate
+from evla_compile.calibration import calibrate
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import PRESETS, CompileConfig
 from evla_compile.exporters.precision import lower
 from evla_compile.exporters.split import Piece
+from evla_compile.frames import Frame
 from evla_compile.graph import held_tensor
 from evla_compile.model.policy import CogACT
 from evla_compile.passes.lower_precision import lowered_sites

@@ -40,6 +40,9 @@ def compile_policy(
             parser=read_path, metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl."
         ),
     ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Take greyscale, palette and opaque RGBA frames as RGB.")
+    ] = False,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -98,7 +101,7 @@ def compile_policy(
         from evla_compile.plan import plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
-    frames = None if calibration is None else evla.read_frames(calibration)
+    frames = None if calibration is None else evla.read_frames(calibration, convert=convert)
     chosen = None if plan is None else read_plan(plan)
     # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
     sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes

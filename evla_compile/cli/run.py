@@ -1,11 +1,9 @@
 """`evla run`, and what it shows."""
 
-# ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -17,7 +15,10 @@ import evla_compile as evla
 from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import new_table, print_json
+from evla_compile.cli.run_inputs import check_actions_file, list_observations, read_noise
+from evla_compile.frames import FrameFile
 from evla_compile.runtime import Provider
+from evla_compile.scratch import replacing
 from evla_compile.terminal import in_one_line, new_console
 
 if TYPE_CHECKING:
@@ -30,14 +31,35 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 def run(
     artifact: Artifact,
-    image: Annotated[Path, typer.Option(parser=read_path, metavar="FILE", help="Camera frame, 8-bit RGB.")],
-    instruction: Annotated[str, typer.Option(help="What the robot shall do.")],
+    image: Annotated[
+        Path | None,
+        typer.Option(parser=read_path, metavar="FILE|DIR", help="Camera frame, 8-bit RGB, or a folder of them."),
+    ] = None,
+    instruction: Annotated[str | None, typer.Option(help="What the robot shall do, with --image.")] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(
+            parser=read_path, metavar="FRAMES", help="Folder of frames with instructions, listed in its frames.jsonl."
+        ),
+    ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Take greyscale, palette and opaque RGBA images as RGB.")
+    ] = False,
     unnorm_key: Annotated[str | None, typer.Option(help="Dataset whose statistics scale the actions.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler's noise, the same for every frame.")] = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(parser=read_path, metavar="NPY", help="Noise instead: float [A,7], or [N,A,7] for N frames."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(parser=read_path, metavar="NPY", help="Write the actions there: float64 [N,A,7]."),
+    ] = None,
     provider: Annotated[
         Provider | None, typer.Option(help="Where to compute; engine for an .engine file, else cpu by default.")
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Calls, timed; more than one prints their latency.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads within an operator on the CPU.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls of each frame; more than one prints their latency.")] = 1,
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Launch an engine's calls as a CUDA graph.")] = (
         False
     ),
@@ -57,12 +79,13 @@ def run(
     ] = "whole",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict the action chunk for a camera frame on ONNX Runtime or TensorRT; imports no torch."""
-    from evla_compile.host import read_image
-
-    frame = read_image(image)
+    """Predict action chunks for camera frames on ONNX Runtime or TensorRT; imports no torch."""
+    files = list_observations(image, instruction, frames)
+    starts = [None] * len(files) if noise is None else read_noise(noise, len(files))
+    check_actions_file(out)
+    first = files[0].read(convert=convert)  # before the policy: a wrong file should not cost its loading
     policy = evla.runtime.load(
-        artifact, provider, mapped=mapped, cuda_graph=cuda_graph, cache=cache, allow_cpu=allow_cpu
+        artifact, provider, threads, mapped=mapped, cuda_graph=cuda_graph, cache=cache, allow_cpu=allow_cpu
     )
     batch = policy.config.batch_size
     if batch > 1:
@@ -70,16 +93,41 @@ def run(
             f"evla run gives one frame, and this policy takes {batch} at a time: compile it with --batch-size 1, or in"
             f" Python call evla_compile.runtime.load(...).predict_action with {batch} frames and instructions"
         )
-    for _ in range(repeat):
-        actions = policy.predict_action(frame, instruction, unnorm_key, seed=seed, framing=framing)
+    chunks = []
+    for number, (file, start) in enumerate(zip(files, starts, strict=True)):
+        frame = first if number == 0 else file.read(convert=convert)
+        for _ in range(repeat):
+            actions = policy.predict_action(*frame, unnorm_key, noise=start, seed=seed, framing=framing)
+        chunks.append(actions)
+    if out is not None:
+        with replacing(out) as place:
+            np.save(place, np.stack(chunks))
     latency = policy.latency.summary() if repeat > 1 else ()
+    single = image is not None and not image.is_dir()
     if as_json:
-        found = {"names": ACTION_NAMES, "actions": actions.tolist()}
-        print_json(found | ({"latency": [asdict(summary) for summary in latency]} if latency else {}))
+        shown = {"names": ACTION_NAMES, **_as_json(files, chunks, single=single)}
+        print_json(shown | ({"latency": [asdict(summary) for summary in latency]} if latency else {}))
         return
-    new_console().print(action_table(actions, f'Actions for "{in_one_line(instruction)}"'))
+    if out is not None:
+        new_console().print(f"wrote {out}: actions {list(np.stack(chunks).shape)}, a chunk a frame", soft_wrap=True)
+    else:
+        for file, actions in zip(files, chunks, strict=True):
+            where = "" if single else f" on {in_one_line(str(file.image))}"
+            new_console().print(action_table(actions, f'Actions for "{in_one_line(file.instruction)}"{where}'))
     if latency:
         new_console().print(call_table(latency))
+
+
+def _as_json(files: Sequence[FrameFile], chunks: Sequence[NDArray[np.float64]], *, single: bool) -> dict[str, Any]:
+    if single:
+        return {"actions": chunks[0].tolist()}
+    found = zip(files, chunks, strict=True)
+    return {
+        "frames": [
+            {"image": str(file.image), "instruction": file.instruction, "actions": actions.tolist()}
+            for file, actions in found
+        ]
+    }
 
 
 def action_table(actions: NDArray[np.float64], title: str) -> Table:

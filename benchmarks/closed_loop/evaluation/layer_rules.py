@@ -11,9 +11,10 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
-from evla_compile.calibration import Frame, LayerObserver, calibrate
+from evla_compile.calibration import LayerObserver, calibrate
 from evla_compile.capture import capture
 from evla_compile.config import CompileConfig
+from evla_compile.frames import Frame
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages
 

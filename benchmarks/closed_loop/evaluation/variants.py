@@ -13,11 +13,12 @@ from PIL import Image
 
 from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, OtherRule, kept_by_rule
 from evla_compile import runtime
-from evla_compile.calibration import Frame, calibrate
+from evla_compile.calibration import calibrate
 from evla_compile.capture import capture
 from evla_compile.checkpoint import load
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import LAYER_RULES, CompileConfig, LayerRule
+from evla_compile.frames import Frame
 from evla_compile.graph import GraphPass, Value
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.passes import SelectTokens
