@@ -1,15 +1,14 @@
 """Upstream's policy beside compiled ones, without a weight: what `evla estimate` and `evla inspect` show."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 
 from evla_compile.budgets import resolve
 from evla_compile.checkpoint import read_sound_checkpoint
-from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.config import CompileConfig
 from evla_compile.estimate import Estimate, estimate_upstream, quick_estimates
 from evla_compile.model.policy import ModelSizes
 from evla_compile.sizes import PublishedName, published_sizes
@@ -31,23 +30,6 @@ def sizes_of(size: str) -> ModelSizes:
     """
     published = _PUBLISHED.get(size.lower())
     return read_sound_checkpoint(size).sizes if published is None else published_sizes(published)
-
-
-def configurations(presets: Collection[str], *, dense: bool, text_tokens: int) -> dict[str, CompileConfig]:
-    """Return the configurations to compare, by name.
-
-    Args:
-        presets: names of presets, "all" among them for all.
-        dense: whether to add the policy with exact rewrites alone; without it and without presets, all are compared.
-        text_tokens: text budget of each.
-
-    Raises:
-        ValueError: there is no such preset, or the text budget is out of its range.
-    """
-    every = "all" in presets or not (presets or dense)
-    configs = {"dense": CompileConfig.dense()} if dense or not presets else {}
-    configs |= {name: CompileConfig.preset(name) for name in (PRESETS if every else presets)}
-    return {name: replace(config, text_tokens=text_tokens) for name, config in configs.items()}
 
 
 def compare(

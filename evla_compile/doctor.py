@@ -131,24 +131,23 @@ def _installed_provider(facts: Facts) -> Request:
     return Request(work="run", provider="openvino" if "onnxruntime-openvino" in facts.packages else "cpu")
 
 
-def stored_bytes(size: str, preset: str | None, precision: Precision) -> int:
+def stored_bytes(size: str, config: CompileConfig, precision: Precision) -> int:
     """Return the bytes of a policy's weights as exported; reads shapes alone, and imports torch.
 
     Args:
         size: `small`, `base`, `large`, or a run directory.
-        preset: one of `PRESETS`, `dense`, or None for the paper's headline row.
+        config: how it is compiled.
         precision: of everything outside the action head.
 
     Raises:
         CheckpointError: the run directory is none.
-        ValueError: the size or the preset is unknown.
+        ValueError: the size is unknown, or a budget does not fit it.
     """
     import torch  # noqa: PLC0415  (this module must be importable without it)
 
     from evla_compile.comparison import sizes_of  # noqa: PLC0415
     from evla_compile.estimate import quick_estimates  # noqa: PLC0415
 
-    config = CompileConfig.dense() if preset == "dense" else CompileConfig.preset(preset or "l22-t56")
     dtype = torch.float32 if precision == "float32" else torch.bfloat16  # float16 is as wide
     (found,) = quick_estimates(sizes_of(size), {"": config}, dtype=dtype).values()
     return found.total.weight_bytes

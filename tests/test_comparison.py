@@ -1,15 +1,14 @@
-"""What `evla estimate` compares: sizes by name, configurations by option, and refusals before anything is counted."""
+"""What `evla estimate` compares: sizes by name, and refusals before anything is counted."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from evla_compile.comparison import compare, configurations, sizes_of
-from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.comparison import compare, sizes_of
+from evla_compile.config import CompileConfig
 from evla_compile.errors import CheckpointError
 from evla_compile.model.policy import ModelSizes
 from evla_compile.sizes import published_sizes
@@ -27,28 +26,6 @@ def test_other_names_are_run_directories(tiny_checkpoint: Path, tmp_path: Path) 
     assert sizes_of(str(tiny_checkpoint)).language.layers == 6
     with pytest.raises(CheckpointError):
         sizes_of(str(tmp_path / "base"))
-
-
-def test_without_a_choice_everything_is_compared() -> None:
-    assert list(configurations([], dense=False, text_tokens=26)) == ["dense", *PRESETS]
-
-
-@pytest.mark.parametrize(
-    ("presets", "dense", "expected"),
-    [
-        ((), True, ["dense"]),
-        (("l22-t56", "l28-t56"), False, ["l22-t56", "l28-t56"]),
-        (("l22-t56",), True, ["dense", "l22-t56"]),
-        (("all",), False, list(PRESETS)),
-        (("all",), True, ["dense", *PRESETS]),
-    ],
-)
-def test_a_choice_is_followed(presets: tuple[str, ...], dense: bool, expected: list[str]) -> None:
-    found = configurations(presets, dense=dense, text_tokens=20)
-    assert list(found) == expected
-    for name, config in found.items():
-        base = CompileConfig.dense() if name == "dense" else PRESETS[name]
-        assert config == replace(base, text_tokens=20)
 
 
 def test_upstream_comes_first_and_every_step_is_told(small_sizes: ModelSizes) -> None:

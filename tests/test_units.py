@@ -61,7 +61,7 @@ def test_the_tables_of_a_small_policy_hold_no_zero() -> None:
     latency = latency_table([Latency(name="ONNX", median=0.004, p95=0.005)], {"ONNX": 3600})
     out = io.StringIO()
     console = Console(file=out, width=80)
-    console.print(estimate_summary({"upstream": small, "dense": small}, text_tokens=26), latency)
+    console.print(estimate_summary({"upstream": small, "dense": small}, CompileConfig.dense()), latency)
     text = out.getvalue() + str(report)
     for unit in ("weights kB", "kFLOP", "kFLOP (paper)", "Roofline, ns", "ONNX file kB", "median us"):
         assert unit in text

@@ -16,8 +16,9 @@ from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
+from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
 from evla_compile.cli.settings import read_config, read_plan
-from evla_compile.config import OPSET, LayerRule, Precision
+from evla_compile.config import OPSET, Precision
 from evla_compile.memory import PeakMemory, watching_memory
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
@@ -30,8 +31,8 @@ STAGES = ("cognition", "samples", "actions")
 """The stages of which deviations are reported, in data-flow order."""
 
 
+@with_settings
 def compile_policy(
-    ctx: typer.Context,
     run_dir: RunDirectory,
     out: Annotated[Path, typer.Option(parser=read_path, metavar="DIR", help="Folder for the artifact, or an X.onnx.")],
     calibration: Annotated[
@@ -49,25 +50,10 @@ def compile_policy(
             parser=read_path, metavar="PLAN", help="Plan file, or DIR of a compiled policy: do not measure again."
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(evla.PRESETS))}.")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")] = False,
-    keep_layers: Annotated[str | None, typer.Option(metavar="N|SHARE|i,j,k|all", help="Decoder layers kept.")] = None,
-    layer_rule: Annotated[
-        LayerRule | None, typer.Option(help="Which layers go: the paper's importance, or one after the other.")
-    ] = None,
-    mlp_keep: Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")] = None,
-    visual_tokens: Annotated[str | None, typer.Option(metavar="N|SHARE|all", help="Visual tokens kept.")] = None,
-    key_tokens: Annotated[str | None, typer.Option(metavar="N|SHARE", help="Of these, always kept by relevance.")] = (
-        None
-    ),
-    task_share: Annotated[float | None, typer.Option(help="Share of the others kept by relevance.")] = None,
-    cache_interval: Annotated[int | None, typer.Option(help="Denoising steps from one recomputation to the next.")] = (
-        None
-    ),
-    ddim_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none.")] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Text budget in tokens.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Static batch size.")] = None,
+    preset: Preset = None,
+    dense: Dense = False,
+    *,
+    settings: Settings,
     tokenizer: Annotated[
         Path | None, typer.Option(parser=read_path, metavar="FILE|DIR", help="Llama-2's tokenizer.json, or its folder.")
     ] = None,
@@ -85,7 +71,7 @@ def compile_policy(
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
     """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
-    config = read_config(ctx.params, preset=preset, dense=dense)
+    config = read_config(settings, preset=preset, dense=dense)
     check_target(out)
     if framing != "whole" and calibration is None:
         raise ValueError(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-import evla_compile as evla
 from evla_compile.cli.arguments import read_path, read_place
 from evla_compile.cli.console import new_table, print_json, step
+from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
+from evla_compile.cli.settings import read_config
 from evla_compile.config import Precision
 from evla_compile.engine_settings import Flavour
 from evla_compile.runtime import Provider
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from evla_compile.doctor_request import Finding
 
 
+@with_settings
 def doctor(
     work: Annotated[
         Literal["compile", "run", "build"] | None, typer.Argument(help="What is going to be done on this machine.")
@@ -35,7 +37,10 @@ def doctor(
             parser=read_place, metavar="SIZE", help="Without an artifact: small, base, large or a RUN_DIR. Needs torch."
         ),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Of that size: {', '.join(sorted(evla.PRESETS))}, dense.")] = None,
+    preset: Preset = None,
+    dense: Dense = False,
+    *,
+    settings: Settings,
     precision: Annotated[Precision | None, typer.Option(help="Of that size's export; float32 by default.")] = None,
     provider: Annotated[Provider | None, typer.Option(help="For run: where to compute.")] = None,
     flavour: Annotated[Flavour | None, typer.Option(help="For build and to run an engine: the library.")] = None,
@@ -43,20 +48,24 @@ def doctor(
 ) -> None:
     """Check whether this machine can do a piece of work, and say what to do about what it lacks.
 
+    How large the policy is, an artifact says, or --size with the settings that it would be compiled by.
+
     Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
     here and what can be done with it, and 1 says that something installed is broken.
     """
     from evla_compile.doctor import examine, stored_bytes
     from evla_compile.doctor_request import make_request
 
+    described = dense or any(given is not None for given in (preset, precision, *settings.values()))
     if work is None:
-        if any(given is not None for given in (artifact, size, preset, precision, provider, flavour)):
+        if described or any(given is not None for given in (artifact, size, provider, flavour)):
             raise ValueError("expected compile, run or build in front of these options: evla doctor run --artifact DIR")
         _survey(as_json=as_json)
         return
-    if size is None and (preset is not None or precision is not None):
-        raise ValueError("--preset and --precision describe --size: give it too, or leave them out")
-    weight_bytes = None if size is None else stored_bytes(size, preset, precision or "float32")
+    if size is None and described:
+        raise ValueError("--preset, --dense, --precision and budgets describe --size: give it too, or leave them out")
+    config = read_config(settings, preset=preset, dense=dense)
+    weight_bytes = None if size is None else stored_bytes(size, config, precision or "float32")
     request = make_request(
         work,
         provider=provider,

@@ -12,7 +12,9 @@ from rich.table import Table
 import evla_compile as evla
 from evla_compile.cli.arguments import read_place
 from evla_compile.cli.console import new_table, print_json, step
-from evla_compile.config import DDIM_STEPS, PAPER_TEXT_TOKENS
+from evla_compile.cli.setting_options import Settings, with_settings
+from evla_compile.cli.settings import read_configs
+from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.devices import DEVICES
 from evla_compile.terminal import new_console
 from evla_compile.units import byte_scale, flop_scale, time_scale
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from evla_compile.estimate import Estimate
 
 
+@with_settings
 def estimate(
     size: Annotated[
         str, typer.Argument(parser=read_place, metavar="SIZE", help="small, base or large (or S, B, L), or a RUN_DIR.")
@@ -29,42 +32,46 @@ def estimate(
         list[str] | None, typer.Option(help=f"{', '.join(sorted(evla.PRESETS))}, or all; may be repeated.")
     ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The policy with exact rewrites alone.")] = False,
+    *,
+    settings: Settings,
     dtype: Annotated[
         Literal["bfloat16", "float32"], typer.Option(help="Of vision and language; the action head is float32.")
     ] = "bfloat16",
-    text_tokens: Annotated[int, typer.Option(help="Text budget in tokens.")] = PAPER_TEXT_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Weigh budgets before downloading any weight: size, operations and roofline of a policy and of its presets.
 
-    Without --preset and --dense it shows all of them. Upstream's way of running the policy is always the first row.
+    Without --preset and --dense it shows all of them. Budgets change those that are named, else the default. Upstream's
+    way of running the policy is always the first row. Text has 26 tokens, the paper's, unless --text-tokens says so.
     """
+    if settings["text_tokens"] is None:
+        settings = {**settings, "text_tokens": PAPER_TEXT_TOKENS}
+    configs = read_configs(settings, presets=preset or (), dense=dense)
     with step("import torch and transformers"):
         import torch
 
-        from evla_compile.comparison import compare, configurations, sizes_of
-    configs = configurations(preset or [], dense=dense, text_tokens=text_tokens)
+        from evla_compile.comparison import compare, sizes_of
     found = compare(sizes_of(size), configs, dtype=getattr(torch, dtype), step=step)
     if as_json:
         print_json({name: estimated.to_json() for name, estimated in found.items()})
     else:
-        new_console().print(estimate_summary(found, text_tokens=text_tokens))
+        new_console().print(estimate_summary(found, next(iter(configs.values()))))
 
 
-def estimate_summary(estimates: "Mapping[str, Estimate]", *, text_tokens: int) -> RenderableType:
+def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig) -> RenderableType:
     """Return what policies hold and compute, as a whole and by part, and how fast devices could run them at best.
 
     Args:
         estimates: estimates by name, in one dtype; the one that the others are compared with is named `upstream`.
-        text_tokens: text budget that they were counted with.
+        config: the batch size, text tokens and denoising steps that all of them were counted with.
     """
     dtype = estimates["upstream"].dtype
     return Group(
         estimate_table(estimates),
         part_table(estimates),
         roofline_table(estimates),
-        f"One action chunk at batch 1, {text_tokens} text tokens, {DDIM_STEPS} denoising steps; vision and language in"
-        f" {dtype}, the action head in float32.\n"
+        f"One call at batch {config.batch_size}, {config.text_tokens} text tokens, {config.ddim_steps} denoising steps;"
+        f" vision and language in {dtype}, the action head in float32.\n"
         "FLOP count all that is executed; FLOP (paper) as EfficientVLA printed them: linear layers, convolutions and"
         " layer norms, no attention products. The last column is its share of upstream's.\n"
         "The roofline is a lower bound of a call's time: every weight read once, activations free, all at the"

@@ -1,18 +1,52 @@
 """Options of the command line to settings and plans; imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evla_compile.artifact import find_manifest
-from evla_compile.config import CompileConfig, Share
+from evla_compile.cli.setting_options import Settings
+from evla_compile.config import PRESETS, CompileConfig, Share
 from evla_compile.manifest import read_manifest
 from evla_compile.plan import Plan
 
+_OF_EVERY_ROW = ("ddim_steps", "cfg_scale", "text_tokens", "batch_size")  # settings of the call, not budgets
 
-def read_config(options: Mapping[str, Any], *, preset: str | None, dense: bool) -> CompileConfig:
-    """Return the settings asked for; every setting is an option of its name, None where it was not given.
+
+def read_configs(settings: Settings, *, presets: Collection[str], dense: bool) -> dict[str, CompileConfig]:
+    """Return the configurations to compare, by name.
+
+    Without budgets they are the presets and the dense policy, those named or else all. Budgets change each that is
+    named, else the default, which the dense policy is then shown beside.
+
+    Args:
+        settings: what was given for each setting.
+        presets: names of presets, "all" among them for all.
+        dense: whether the policy with exact rewrites alone is asked for.
+
+    Raises:
+        ValueError: there is no such preset, the options contradict each other, or one is malformed or out of its range.
+    """
+    shared = {name: value if name in _OF_EVERY_ROW else None for name, value in settings.items()}
+    budgets = [name for name, value in settings.items() if value is not None and name not in _OF_EVERY_ROW]
+    named = list(PRESETS) if "all" in presets else list(presets)
+    starts = [*(["dense"] if dense else []), *named]
+    if budgets and not starts:
+        return {
+            "dense": read_config(shared, preset=None, dense=True),
+            "custom": read_config(settings, preset=None, dense=False),
+        }
+    found = {}
+    for start in starts or ["dense", *PRESETS]:
+        name = start if not budgets else "custom" if len(starts) == 1 else f"custom {start}"
+        is_dense = start == "dense"
+        found[name] = read_config(settings, preset=None if is_dense else start, dense=is_dense)
+    return found
+
+
+def read_config(settings: Settings, *, preset: str | None, dense: bool) -> CompileConfig:
+    """Return the configuration asked for.
 
     Raises:
         ValueError: the options contradict each other, or one is malformed or out of its range.
@@ -24,7 +58,7 @@ def read_config(options: Mapping[str, Any], *, preset: str | None, dense: bool) 
         base = CompileConfig.dense()
     elif preset is not None:
         base = CompileConfig.preset(preset)
-    given = {name: options[name] for name in base.to_json() if options[name] is not None}
+    given = {name: value for name, value in settings.items() if value is not None}
     for name, read in (("keep_layers", _layers), ("visual_tokens", _tokens), ("key_tokens", _key_tokens)):
         if name in given:
             given[name] = read(given[name])
