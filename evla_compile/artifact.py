@@ -17,8 +17,8 @@ from typing import Self, TypeAlias
 
 from evla_compile.errors import ArtifactError
 from evla_compile.integrity import mismatch
+from evla_compile.journaled_move import finish, put_in_place
 from evla_compile.manifest import FileRecord, read_manifest
-from evla_compile.placement import finish, put_in_place
 from evla_compile.scratch import JOURNAL, exclusive, new_folder, partials, remove_stale, scratch
 from evla_compile.units import bytes_text
 

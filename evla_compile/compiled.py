@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -29,9 +30,16 @@ from evla_compile.sites import INPUT_NAMES
 Sampler: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Image, input ids, text length and noise -> raw samples."""
 
+_NO_PICKLE = (
+    "a CompiledPolicy cannot be pickled: export it, policy.export(DIR), and load it where it is needed,"
+    " evla_compile.runtime.load(DIR); or compile it there, with plan=policy.plan to measure nothing again"
+)
+
 
 class CompiledPolicy(Predictor):
     """A compiled policy, run by torch; made by `compile`.
+
+    It can be copied, but not pickled: another process loads an export of it, or compiles for itself.
 
     Attributes:
         graph: the finished graph, image, input_ids, text_length and noise -> samples.
@@ -63,6 +71,22 @@ class CompiledPolicy(Predictor):
         self.frames = frames
         self._deferred = True
         self._exposed: dict[tuple[str, ...], fx.GraphModule] = {("samples",): graph}
+
+    def __reduce__(self) -> NoReturn:
+        raise EvlaError(_NO_PICKLE)
+
+    def __copy__(self) -> Self:
+        """Return another policy that runs the same graph."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return another policy with a graph and weights of its own."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -259,6 +283,9 @@ class _Sampler:
 
     def __init__(self, run: Callable[..., Tensor], *, copied: bool = False) -> None:
         self._run, self._copied = run, copied
+
+    def __reduce__(self) -> NoReturn:
+        raise EvlaError(_NO_PICKLE)
 
     def __call__(self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():

@@ -3,10 +3,12 @@
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from evla_compile import host
 from evla_compile.artifact import check_files, find_manifest
 from evla_compile.camera_frame import CameraFrame, Framing
-from evla_compile.errors import ArtifactError, CheckpointError
+from evla_compile.errors import ArtifactError, CheckpointError, EvlaError
 from evla_compile.host import Predictor
 from evla_compile.hub_artifact import local_artifact
 from evla_compile.manifest import FileRecord, Manifest, read_manifest
@@ -43,6 +45,9 @@ class Session(Protocol):
 class RuntimePolicy(Predictor):
     """A compiled policy whose graphs have been loaded; made by `load`.
 
+    A `with` block closes it at its end. A pickle holds the path and the settings of `load` alone, so that unpickling,
+    in a worker process for instance, loads the artifact again; a copy is loaded again too, with memory of its own.
+
     Attributes:
         manifest: what the artifact says of itself.
         config: settings of the compilation.
@@ -50,16 +55,53 @@ class RuntimePolicy(Predictor):
         latency: how long its calls took.
     """
 
-    def __init__(self, session: Session, manifest: Manifest, processor: Processor) -> None:
+    def __init__(
+        self, session: Session, manifest: Manifest, processor: Processor, source: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take a loaded session.
+
+        Args:
+            session: the graphs.
+            manifest: what the artifact says of itself.
+            processor: the host's side.
+            source: arguments of `load` that make the same policy again; None for one that cannot be pickled or copied.
+        """
         self.manifest = manifest
         self.config = manifest.config
         self.processor = processor
         self.latency = LatencyCounter()
         self._session = session
+        self._source = source
+        self._closed = False
 
     def close(self) -> None:
-        """Give back memory, on the GPU above all; the policy cannot run any more. Done on its own at the end."""
-        self._session.close()
+        """Give back memory, on the GPU above all; the policy cannot run any more. Done on its own at the end.
+
+        Another call does nothing.
+
+        Raises:
+            EvlaError: kernels that were to be kept cannot be written, or CUDA fails.
+        """
+        if not self._closed:
+            self._closed = True
+            self._session.close()
+
+    def __enter__(self) -> Self:
+        self._refuse_closed()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._refuse_closed()
+        if self._source is None:
+            raise EvlaError("this policy was not made by evla_compile.runtime.load: load it where it is needed")
+        return _load_again, (dict(self._source), _fingerprint(self.manifest))
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise EvlaError("this policy is closed: load it again")
 
     @property
     def widened(self) -> bool:
@@ -97,8 +139,10 @@ class RuntimePolicy(Predictor):
             noise: float32 [B,A,F].
 
         Raises:
+            EvlaError: the policy is closed, or computing failed.
             ValueError: an argument has another dtype or shape, or a token id or text length is out of range.
         """
+        self._refuse_closed()
         feeds: dict[str, NDArray[Any]] = {
             "image": image,
             "input_ids": input_ids,
@@ -123,6 +167,7 @@ class RuntimePolicy(Predictor):
         framing: Framing = "whole",
     ) -> NDArray[np.float64]:
         """Return the action chunk for a camera frame and an instruction; see `Predictor.predict_action`."""
+        self._refuse_closed()
         with self.latency.timing("call"):
             return super().predict_action(image, instruction, unnorm_key, noise, seed, framing=framing)
 
@@ -174,14 +219,42 @@ def load(
     check_files(_needed(manifest, place, chosen), place.parent, hashes=check_hashes)
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
     kept = None if cache is None else Path(cache)
+    if chosen == "engine" and (mapped or threads is not None or allow_cpu):
+        raise ValueError("mapped=, threads= and allow_cpu= are for ONNX Runtime: leave them out with an engine")
+    source = {
+        "path": str(place.absolute()),
+        "provider": chosen,
+        "threads": threads,
+        "check_hashes": check_hashes,
+        "mapped": mapped,
+        "cuda_graph": cuda_graph,
+        "cache": None if kept is None else str(kept.absolute()),
+        "allow_cpu": allow_cpu,
+    }
+    session: Session
     if chosen == "engine":
-        if mapped or threads is not None or allow_cpu:
-            raise ValueError("mapped=, threads= and allow_cpu= are for ONNX Runtime: leave them out with an engine")
-        return RuntimePolicy(EngineSession(place, manifest, cuda_graph=cuda_graph, cache=kept), manifest, processor)
-    session = OnnxChain(
-        manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept, allow_cpu=allow_cpu
-    )
-    return RuntimePolicy(session, manifest, processor)
+        session = EngineSession(place, manifest, cuda_graph=cuda_graph, cache=kept)
+    else:
+        session = OnnxChain(
+            manifest, place.parent, provider=chosen, threads=threads, mapped=mapped, cache=kept, allow_cpu=allow_cpu
+        )
+    return RuntimePolicy(session, manifest, processor, source)
+
+
+def _load_again(source: Mapping[str, Any], fingerprint: str) -> RuntimePolicy:
+    """Load what a pickle is of; an ArtifactError says that another artifact has taken its place."""
+    policy = load(**source)
+    if _fingerprint(policy.manifest) != fingerprint:
+        policy.close()
+        raise ArtifactError(
+            f"{source['path']} is of another artifact than the pickled policy was loaded from: load the new one with"
+            " evla_compile.runtime.load, or put the former one back"
+        )
+    return policy
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def _needed(manifest: Manifest, place: Path, provider: Provider) -> tuple[FileRecord, ...]:
