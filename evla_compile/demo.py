@@ -137,7 +137,8 @@ def run_demo(
             _export(policy, folder / name, threads=threads, step=step) for name, policy in compiled.items()
         )
         kept = compiled["compiled"].kept_tokens(*shown)
-        draw_kept_tokens(shown.image, kept, policy.sizes.patches).save(folder / PICTURE)
+        picture = draw_kept_tokens(shown.image, kept, policy.sizes.patches, instruction=shown.instruction)
+        picture.save(folder / PICTURE)
         backends = {name: runtime.load(folder / name, threads=threads) for name in plans}
         with step(f"time {runs} calls of each backend"):
             latencies = measure_latencies(_backend_calls(policy, backends, shown, config), runs)

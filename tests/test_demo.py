@@ -145,7 +145,8 @@ def test_the_demo_shows_the_kept_tokens_on_its_frame(outcome: Outcome) -> None:
     kept = outcome.result.kept_tokens
     assert kept.shape == (DEMO_CONFIG.visual_tokens,)
     with Image.open(outcome.folder / PICTURE) as picture:
-        assert np.array_equal(np.asarray(picture), np.asarray(draw_kept_tokens(demo_frame().image, kept, 64)))
+        drawn = draw_kept_tokens(demo_frame().image, kept, 64, instruction=demo_frame().instruction)
+        assert np.array_equal(np.asarray(picture), np.asarray(drawn))
     assert all(line in outcome.printed for line in kept_tokens_text(kept, 64).splitlines())
 
 

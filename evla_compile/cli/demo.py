@@ -68,7 +68,7 @@ def demo_summary(result: "DemoResult") -> RenderableType:
         latency_table(result.latencies, sizes),
         f"{result.conditions}\n",
         action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),
-        f"Visual tokens kept of this frame, {len(result.kept_tokens)} of {result.patches}:",
+        f"Visual tokens kept of this frame, {len(result.kept_tokens)} of {result.patches} (## kept, .. dropped):",
         Text(kept_tokens_text(result.kept_tokens, result.patches)),
     )
 
