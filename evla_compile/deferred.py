@@ -1,11 +1,12 @@
 """Weights larger than memory: lazy weights, computed when an operator reads them, then freed."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -60,6 +61,15 @@ class DeferredWeight(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]  # it has no contents to show
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        recipe = self._recipe
+        # What was written is held in the weight's own dtype and is its alone; all other sources are never written.
+        own = recipe.kept is None and recipe.source.dtype == recipe.dtype
+        source = deepcopy(recipe.source, memo) if own else recipe.source
+        copied = DeferredWeight(source, dtype=recipe.dtype, dim=recipe.dim, kept=recipe.kept)
+        memo[id(self)] = result = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+        return result
 
     def cut(self, dim: int, kept: Tensor) -> "DeferredWeight":
         """Return the indices `kept` along `dim` of this weight, deferred too."""
@@ -122,6 +132,9 @@ class _View(DeferredWeight):
 
     def cut(self, dim: int, kept: Tensor) -> DeferredWeight:
         return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.compute().clone()
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(self.compute())

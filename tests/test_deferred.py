@@ -107,6 +107,22 @@ def test_a_view_of_it_is_computed_when_it_is_read(stored: Tensor) -> None:
     assert torch.equal(view + 0, expected)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_copy_of_a_module_that_holds_it_is_its_own(stored: Tensor, written: bool) -> None:
+    layer = nn.Linear(5, 6, bias=False, device="meta").requires_grad_(False)
+    layer.load_state_dict({"weight": DeferredWeight(stored, dtype=torch.float32)}, assign=True)
+    if written:
+        layer.weight.add_(1.0)
+    copied, before = deepcopy(layer), materialized(layer.weight).clone()
+    assert isinstance(copied.weight, DeferredWeight)
+    assert isinstance(copied.weight, nn.Parameter)
+    assert not copied.weight.requires_grad
+    copied.weight.mul_(2.0)
+    assert torch.equal(materialized(copied.weight), 2.0 * before)
+    assert torch.equal(materialized(layer.weight), before)
+    assert torch.equal(deepcopy(layer.weight.T), before.T)
+
+
 def test_a_module_holds_it_as_a_parameter_and_hands_it_on(stored: Tensor) -> None:
     layer = nn.Linear(5, 6, bias=False, device="meta").requires_grad_(False)
     layer.load_state_dict({"weight": DeferredWeight(stored, dtype=torch.float32)}, assign=True)

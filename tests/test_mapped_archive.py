@@ -1,6 +1,7 @@
 """Archives of torch.save, whoever wrote the zip around them, against what torch.load reads."""
 
 import io
+import mmap
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
@@ -98,6 +99,31 @@ def test_every_tensor_of_an_archive_of_torch_is_read(tmp_path: Path, tensors: di
     with config.patch("save.storage_alignment", alignment):  # type: ignore[attr-defined]  # given to it at import
         torch.save(tensors, tmp_path / "a.pt")
     assert_same(read_archive(tmp_path / "a.pt"), tensors)
+
+
+def test_the_programs_default_device_and_dtype_do_not_reach_what_is_read(
+    tmp_path: Path, tensors: dict[str, Any], members: list[Member]
+) -> None:
+    file, dtype = pack(tmp_path / "a.pt", members), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = read_archive(file)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert_same(found, tensors)
+
+
+def test_a_system_that_sets_memory_aside_for_mappings_is_reported(
+    tmp_path: Path, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    file = pack(tmp_path / "a.pt", members)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(CheckpointError, match=r"GB cannot be mapped .*Cannot allocate.*overcommit_memory"):
+        read_archive(file)
 
 
 def test_tied_tensors_stay_tied(tmp_path: Path, members: list[Member]) -> None:
