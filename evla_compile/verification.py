@@ -73,7 +73,7 @@ def verify(
     place = find_manifest(path)
     manifest = read_manifest(place)
     check_files(manifest.files, place.parent)
-    nodes = sum(_prove(place.parent, part) for part in manifest.parts)
+    nodes = sum(_prove(place.parent, part, manifest.vocabulary) for part in manifest.parts)
     cases = read_cases(place.with_name(manifest.cases.name), manifest)
     stages = replay_graphs(str(place.parent), manifest, place.parent, cases, threads=threads)
     on_cpu = provider == "cpu" or (provider is None and path.suffix != ".engine")
@@ -94,13 +94,13 @@ def verify(
     )
 
 
-def _prove(folder: Path, part: Part) -> int:
+def _prove(folder: Path, part: Part, vocabulary: int) -> int:
     """Prove what holds of one graph without running it; return the number of its operators."""
     path = folder / part.model.name
     check_external_data(part, folder)
     try:
         model = read_checked(path)
-    except (checker.ValidationError, DecodeError) as error:
+    except (checker.ValidationError, DecodeError, UnicodeDecodeError) as error:
         raise VerificationError(f"{path}: onnx.checker refuses it: {error}") from error
     nodes = prove_static_shapes_of(model, str(path))
     for kind, values, specs in (
@@ -111,6 +111,12 @@ def _prove(folder: Path, part: Part) -> int:
         if found != expected:
             raise VerificationError(
                 f"{path}: its {kind} are {', '.join(found)}: expected {', '.join(expected)} by the manifest"
+            )
+    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and "input_ids" in node.input and rows.get(node.input[0], vocabulary) != vocabulary:
+            raise VerificationError(
+                f"{path}: the token embedding has {rows[node.input[0]]} rows, {vocabulary} by the manifest"
             )
     return nodes
 
@@ -142,7 +148,7 @@ def prove_static_shapes_of(model: onnx.ModelProto, path: str) -> int:
     del model.graph.value_info[:]
     try:
         inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except shape_inference.InferenceError as error:
+    except (shape_inference.InferenceError, ValueError) as error:  # the latter of a dtype that there is not
         raise VerificationError(f"{path}: its shapes cannot be inferred: {error}") from error
     graph = inferred.graph
     static = {value.name for value in (*graph.input, *graph.value_info, *graph.output) if _is_static(value)}

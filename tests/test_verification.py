@@ -72,6 +72,15 @@ def test_shape_that_a_file_only_claims_fails_the_proof(tmp_path: Path) -> None:
         prove_static_shapes(tmp_path / "m.onnx")
 
 
+def test_a_dtype_that_there_is_not_fails_the_proof(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Reshape", ["r", "shape"], ["y"])]
+    model = onnx.load(write_model(tmp_path / "m.onnx", nodes, weights=(1, 12)))
+    model.graph.initializer[0].data_type = 99
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(evla.VerificationError, match=r"m\.onnx: its shapes cannot be inferred: .*99"):
+        prove_static_shapes(tmp_path / "m.onnx")
+
+
 @pytest.fixture(scope="module")
 def dense(tiny_policy: CogACT) -> CompiledPolicy:
     return evla.compile(tiny_policy, CompileConfig.dense(ddim_steps=1))
@@ -135,6 +144,13 @@ def test_weights_in_a_file_that_the_manifest_does_not_list_are_refused(copy: Pat
     onnx.save(model, copy / "model.onnx", save_as_external_data=True, location="hidden.bin", size_threshold=1024)
     accept_model(copy)
     with pytest.raises(evla.ArtifactError, match=r"keeps weights in \['hidden.bin'\], its manifest lists \[\]"):
+        evla.verify(copy, threads=1)
+
+
+def test_an_embedding_of_other_rows_than_the_manifest_s_is_refused(copy: Path) -> None:
+    manifest = read_manifest(copy / "manifest.json")
+    write_manifest(replace(manifest, vocabulary=manifest.vocabulary + 1), copy / "manifest.json")
+    with pytest.raises(evla.VerificationError, match="the token embedding has 32064 rows, 32065 by the manifest"):
         evla.verify(copy, threads=1)
 
 
