@@ -179,7 +179,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
     files = ArtifactFiles.of(target)
     with writable(files):
         finish_interrupted(files)
-        former = _former(files, _names(files))
+        former = _settled_former(files, hashes=True)
         known = {record.name: _version(files.folder / record.name) for record in former}
         with scratch(files.target) as folder:
             yield new_folder(folder)
@@ -197,7 +197,7 @@ def check_target(target: str | os.PathLike[str]) -> None:
     files = ArtifactFiles.of(target)
     with writable(files):
         finish_interrupted(files)
-        _former(files, _names(files), hashes=False)
+        _settled_former(files, hashes=False)
         with scratch(files.target):
             pass
 
@@ -244,6 +244,14 @@ def _names(files: ArtifactFiles) -> tuple[str, ...]:
     return (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
 
 
+def _settled_former(files: ArtifactFiles, *, hashes: bool) -> tuple[FileRecord, ...]:
+    """Return `_former` of all names, once no other process is moving files."""
+    if not files.folder.exists() and not files.beside_others:
+        return ()
+    with exclusive(files.folder):
+        return _former(files, _names(files), hashes=hashes)
+
+
 def _former(
     files: ArtifactFiles, names: Iterable[str], known: Mapping[str, _Version] = _NOTHING, *, hashes: bool = True
 ) -> tuple[FileRecord, ...]:
@@ -257,8 +265,6 @@ def _former(
         known: versions of files that have been found to be ours before, and are not read again.
         hashes: whether to read files through; otherwise only their sizes are compared.
     """
-    if not files.folder.exists() and not files.beside_others:
-        return ()
     present = {path.name for path in files.folder.iterdir()}
     taken = present.intersection(names) if files.beside_others else present
     owned: list[FileRecord] = []
@@ -291,8 +297,13 @@ def _version(path: Path) -> _Version:
 def _move_into_place(folder: Path, files: ArtifactFiles, known: Mapping[str, _Version]) -> None:
     new = new_folder(folder)
     if not files.folder.exists():
-        new.replace(files.folder)
-        return
+        try:
+            new.replace(files.folder)
+        except OSError:
+            if not files.folder.exists():
+                raise
+        else:
+            return  # otherwise another export came first
     with exclusive(files.folder):
         former = _former(files, [path.name for path in new.iterdir()], known)
         put_in_place(folder, files.folder, former, files.manifest)

@@ -14,10 +14,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Literal
 
 JOURNAL = "journal.json"
 """Describes a move of several files that is under way; a scratch folder that has one is needed to finish the move."""
@@ -41,8 +41,8 @@ def scratch(place: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if folder.exists() and not (folder / JOURNAL).exists():
-                shutil.rmtree(folder)
+            if not (folder / JOURNAL).exists():
+                _remove(folder)
             lock.close()
 
 
@@ -91,7 +91,7 @@ def remove_stale(place: Path, finish: Callable[[Path], None] | None = None) -> N
     """
     for folder in partials(place):
         try:
-            lock = _take_lock(folder)
+            lock = _take_stale(folder)
         except OSError as error:
             _log.warning("%s may be left from a process that was killed, and cannot be examined: %s", folder, error)
             continue
@@ -104,7 +104,7 @@ def remove_stale(place: Path, finish: Callable[[Path], None] | None = None) -> N
                 continue
             size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
             try:
-                shutil.rmtree(folder)
+                _remove(folder)
             except OSError as error:
                 _log.warning("%s was left by a process that was killed, and cannot be removed: %s", folder, error)
             else:
@@ -156,7 +156,7 @@ def _create(place: Path) -> tuple[Path, IO[str]]:
         folder = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
         folder.mkdir()
         try:
-            lock = _take_lock(folder)
+            lock = _take_lock(folder, "a")
         except FileNotFoundError:
             continue  # removed by a process that saw it before it was locked
         except OSError:  # no locks on this file system: then nobody takes it for stale either
@@ -165,14 +165,45 @@ def _create(place: Path) -> tuple[Path, IO[str]]:
             return folder, lock
 
 
-def _take_lock(folder: Path) -> IO[str] | None:
+def _remove(folder: Path) -> None:
+    """Remove a scratch folder, its lock last: one without lock is being made or removed, if it is empty."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+    (folder / _LOCK).unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process saw it empty
+        folder.rmdir()
+
+
+def _take_stale(folder: Path) -> IO[str] | None:
+    """Return the lock of a scratch folder that was left behind; None where it is in use, or gone.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    try:
+        return _take_lock(folder, "r+")
+    except FileNotFoundError:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError:  # not empty: its lock came in the meantime, or it never had one
+            return _take_lock(folder, "a")
+        return None
+
+
+def _take_lock(folder: Path, mode: Literal["a", "r+"]) -> IO[str] | None:
     """Return the lock of a scratch folder, which closing gives back; None where a living process has it.
 
     Raises:
-        OSError: the folder is gone, or nobody can tell.
+        FileNotFoundError: the folder is gone, or has no lock and `mode` does not make one.
+        OSError: nobody can tell.
     """
     path = folder / _LOCK
-    file = path.open("a")
+    file = path.open(mode)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
