@@ -19,7 +19,7 @@ from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
 from evla_compile.fingerprint import FramesDigest, fingerprint_weights
 from evla_compile.finite_weights import check_finite_policy
-from evla_compile.frames import Frame
+from evla_compile.frames import Frame, as_frames
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
@@ -56,7 +56,7 @@ def calibrate(
     config = config or CompileConfig()
     sizes = policy.sizes.language
     kept = kept_layer_count(config, sizes)
-    observations = list(frames)
+    observations = as_frames(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
     check_finite_policy(policy)

@@ -133,7 +133,7 @@ class CompiledPolicy(Predictor):
             PassError: the graph has no such stage.
             ValueError: an argument has another dtype or shape, or a token id or text length is out of range.
         """
-        names = tuple(stages)
+        names = _names(stages)
         graph = self.exposing(names)
         given = (image, input_ids, text_length, noise)
         expected = [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
@@ -267,13 +267,13 @@ class CompiledPolicy(Predictor):
 
             if parts != 1 or engine is not None:
                 raise ValueError("parts= and engine= are not for a .pt2: leave them out")
-            to_pt2(self, Path(path), packaging=packaging, stages=tuple(stages), precision=precision)
+            to_pt2(self, Path(path), packaging=packaging, stages=_names(stages), precision=precision)
             return
         # The exporter takes a second to import.
         from evla_compile.exporters.artifact import ExportSettings, export_artifact  # noqa: PLC0415
 
         settings = ExportSettings(
-            opset=opset, stages=tuple(stages), precision=precision, parts=parts, engine=engine, progress=progress
+            opset=opset, stages=_names(stages), precision=precision, parts=parts, engine=engine, progress=progress
         )
         export_artifact(self, path, settings)
 
@@ -292,6 +292,11 @@ class _Sampler:
             samples = self._run(image, input_ids, text_length, noise)
             # A CUDA graph writes every result to the same place.
             return samples.clone() if self._copied else samples
+
+
+def _names(stages: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names of stages as a tuple; a single name is not a sequence of letters."""
+    return (stages,) if isinstance(stages, str) else tuple(stages)
 
 
 def _to_numpy(value: torch.Tensor) -> NDArray[Any]:

@@ -1,12 +1,13 @@
 """What to build a TensorRT engine for; no torch, no TensorRT."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
 
-from evla_compile.arguments import whole_number
+from evla_compile.arguments import is_listed, whole_number
 
 Flavour: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
 """Library that builds and runs engines: TensorRT on the GPU that will run them, or TensorRT-RTX ahead of time, for RTX
@@ -59,6 +60,9 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.flavour is not None and self.flavour not in FLAVOURS:
             raise ValueError(f"flavour={self.flavour!r}: expected one of {', '.join(FLAVOURS)}")
+        object.__setattr__(self, "compute_capabilities", _capabilities(self.compute_capabilities))
+        if self.timing_cache is not None:
+            object.__setattr__(self, "timing_cache", Path(self.timing_cache))
         limits: dict[str, tuple[int, int | None, str]] = {
             "workspace_bytes": (1, None, "bytes"),
             "memory_bytes": (1, None, "bytes"),
@@ -96,6 +100,16 @@ class EngineSettings:
                 raise ValueError(
                     f"compute capability {capability}: TensorRT-RTX builds for {', '.join(RTX_CAPABILITIES)}; {reason}"
                 )
+
+
+def _capabilities(given: object) -> tuple[str, ...]:
+    """Return compute capabilities as texts; a single one, a list, and numbers such as 8.9 will do."""
+    listed: Sequence[object] = given if is_listed(given) else [given]
+    found = tuple(f"{value:.1f}" if isinstance(value, float) else value for value in listed)
+    for value in found:
+        if not isinstance(value, str) or not re.fullmatch(r"\d{1,2}\.\d", value):
+            raise ValueError(f'compute_capabilities={given!r}: expected texts, as in ("8.9", "12.0")')
+    return tuple(str(value) for value in found)
 
 
 _NOT_IN_RTX: Mapping[str, str] = MappingProxyType(

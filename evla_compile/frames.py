@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,22 @@ class FrameFile:
             if not self.place:
                 raise
             raise CalibrationError(f"{self.place}: {error}") from error
+
+
+def as_frames(frames: Iterable[Frame]) -> list[Frame]:
+    """Return observations as a list; pairs that are no `Frame` become one.
+
+    Raises:
+        ValueError: it is the path of a folder, or one of them is no (image, instruction) pair.
+    """
+    if isinstance(frames, str | bytes | os.PathLike):
+        raise ValueError(f"the frames are {frames!r}: expected observations; evla_compile.read_frames(path) reads them")
+    found = []
+    for number, pair in enumerate(frames):
+        if not isinstance(pair, tuple | list) or len(pair) != len(Frame._fields):
+            raise ValueError(f"frame {number} is a {type(pair).__name__}: expected an (image, instruction) pair")
+        found.append(Frame(*pair))
+    return found
 
 
 def read_frames(folder: str | os.PathLike[str], *, convert: bool = False) -> list[Frame]:

@@ -12,7 +12,7 @@ from evla_compile.config import CompileConfig
 from evla_compile.errors import CalibrationError
 from evla_compile.fingerprint import check_checkpoint
 from evla_compile.finite_weights import check_finite_policy
-from evla_compile.frames import Frame
+from evla_compile.frames import Frame, as_frames
 from evla_compile.graph import GraphPass
 from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.passes import (
@@ -62,7 +62,7 @@ def compile(
         PassError: the captured graph lacks a site that a rewrite needs.
     """
     config = resolve(config or CompileConfig(), policy.sizes)
-    frames = None if calibration is None else [Frame(*frame) for frame in calibration]
+    frames = None if calibration is None else as_frames(calibration)
     for frame in frames or ():
         policy.processor.text(frame.instruction, config.text_tokens)  # refused here rather than behind the calibration
     if plan is not None:

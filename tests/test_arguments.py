@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from evla_compile.arguments import is_listed, number, whole_number
 from evla_compile.config import CompileConfig, check_ddim_steps
 from evla_compile.engine_settings import EngineSettings
 from evla_compile.exporters.artifact import ExportSettings
+from evla_compile.frames import Frame, as_frames
 from evla_compile.model.diffusion import ddim_schedule
 from evla_compile.simpler import AdaptiveEnsembler
 from evla_compile.verification import verify
@@ -159,3 +161,40 @@ def test_opset_and_parts_of_an_export_are_whole_numbers() -> None:
     for settings_given in wrong:
         with pytest.raises(ValueError, match=r"=.*: expected a whole number from 1 up"):
             ExportSettings(**settings_given)
+
+
+def test_a_single_compute_capability_a_list_and_numbers_are_texts() -> None:
+    given: list[Any] = ["8.9", ["8.9"], (8.9,), 8.9, np.array(["8.9"])]
+    for capabilities in given:
+        assert EngineSettings(compute_capabilities=capabilities).compute_capabilities == ("8.9",)
+    settings: Any = {"compute_capabilities": [8.6, "12.0"], "timing_cache": "timings.bin"}
+    several = EngineSettings(**settings)
+    assert several.compute_capabilities == ("8.6", "12.0")
+    assert several.timing_cache == Path("timings.bin")
+
+
+@pytest.mark.parametrize("given", ["sm89", 8, [None], True, "89", [8.9, "x"], b"8.9"])
+def test_what_is_no_compute_capability_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"compute_capabilities=.*: expected texts, as in \(\"8.9\", \"12.0\"\)"):
+        EngineSettings(compute_capabilities=given)
+
+
+def test_frames_are_pairs_of_an_image_and_an_instruction() -> None:
+    image = np.zeros((2, 2, 3), np.uint8)
+    pairs: Any = [(image, "go"), [image, "stop"]]
+    assert [(type(frame), frame.instruction) for frame in as_frames(pairs)] == [(Frame, "go"), (Frame, "stop")]
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ("frames", r"the frames are 'frames': expected observations; evla_compile.read_frames\(path\) reads them"),
+        (Path("frames"), r"the frames are PosixPath\('frames'\): expected observations"),
+        ([np.zeros((2, 2, 3), np.uint8)], r"frame 0 is a ndarray: expected an \(image, instruction\) pair"),
+        ([(1, "go"), (1,)], r"frame 1 is a tuple: expected an \(image, instruction\) pair"),
+        (["go"], r"frame 0 is a str: expected an \(image, instruction\) pair"),
+    ],
+)
+def test_what_is_no_list_of_pairs_is_refused(frames: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_frames(frames)

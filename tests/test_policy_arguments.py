@@ -12,6 +12,8 @@ from torch import fx, nn
 from evla_compile.camera_frame import fit
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig
+from evla_compile.exporters import artifact
+from evla_compile.exporters.artifact import ExportSettings
 from evla_compile.model.policy import CogACT
 from evla_compile.plan import Plan
 from evla_compile.report import CompileReport
@@ -89,6 +91,15 @@ def test_the_torch_policy_takes_a_batch_as_a_list_or_an_array(
     ((arrays, _),) = calls
     assert actions.shape == (2, 16, 7)
     np.testing.assert_array_equal(arrays[0][1], fit(np.asarray(frame)[::-1], 224))
+
+
+def test_a_single_stage_is_not_a_sequence_of_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[ExportSettings] = []
+    monkeypatch.setattr(artifact, "export_artifact", lambda _, __, given: settings.append(given))
+    compiled = object.__new__(CompiledPolicy)
+    compiled.export("x.onnx", stages="cognition")
+    compiled.export("x.onnx", stages=["cognition", "kept_patches"])
+    assert [given.stages for given in settings] == [("cognition",), ("cognition", "kept_patches")]
 
 
 def test_kept_tokens_take_what_predict_action_takes(
