@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from evla_compile.budgets import kept_neurons, resolve
+from evla_compile.checkpoint import read_checkpoint
 from evla_compile.config import PRESETS, CompileConfig
+from evla_compile.demo_policy import DEMO_POLICY
 from evla_compile.model.policy import ModelSizes
 from evla_compile.sizes import published_sizes
 
@@ -129,3 +131,9 @@ def test_a_decoder_of_two_layers_is_not_told_to_keep_three() -> None:
 )
 def test_mlp_width_is_rounded_to_a_multiple_of_64(share: float, width: int, kept: int) -> None:
     assert kept_neurons(CompileConfig(mlp_keep=share), width) == kept
+
+
+def test_defaults_fit_the_policy_of_the_demo() -> None:
+    sizes = read_checkpoint(DEMO_POLICY).sizes
+    assert counts(CompileConfig(), sizes) == (8, 14, 1)
+    assert kept_neurons(CompileConfig(), sizes.language.mlp_width) == 0.75 * sizes.language.mlp_width

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import evla_compile as evla
 from evla_compile.artifact import check_target
+from evla_compile.budgets import kept_layer_count, resolve
 from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
@@ -20,6 +21,7 @@ from evla_compile.cli.setting_options import Dense, Preset, Settings, with_setti
 from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.config import OPSET, Precision
 from evla_compile.memory import PeakMemory, watching_memory
+from evla_compile.plan import plan_without_calibration
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
 
@@ -78,24 +80,23 @@ def compile_policy(
             f"--framing {framing} is for the frames of --calibration, and none are given: give them too, or leave it"
             " out and give it to evla run"
         )
-    with step("import torch and transformers"):
-        from evla_compile.budgets import kept_layer_count, resolve
+    chosen = None if plan is None else read_plan(plan)
+    with step("import torch"):
         from evla_compile.checkpoint import read_checkpoint
+    # Loading casts gigabytes of weights, and the compiler takes seconds to import: what shapes can refuse comes before.
+    sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
+    config = resolve(config, sizes)
+    if chosen is None and calibration is None:
+        chosen = plan_without_calibration(sizes.language, config)
+    with step("import the compiler and its exporters"):
         from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
         from evla_compile.pipeline import check_plan
-        from evla_compile.plan import plan_without_calibration
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration, convert=convert)
-    chosen = None if plan is None else read_plan(plan)
-    # Loading casts gigabytes of weights, so what their shapes can refuse is refused before.
-    sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
-    config = resolve(config, sizes)
     if chosen is not None:
         check_plan(chosen, config, sizes)
-    elif frames is None:
-        chosen = plan_without_calibration(sizes.language, config)
     check_parts(parts, kept_layer_count(config, sizes.language) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
         with step("load the policy"):
