@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def to_json_text(value: Any, *, indent: int | None = None) -> str:
+def to_json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Return a value as JSON.
 
     Python writes NaN and infinities by default, as words that no other reader of JSON takes.
@@ -14,12 +14,13 @@ def to_json_text(value: Any, *, indent: int | None = None) -> str:
     Args:
         value: whatever `json.dumps` takes.
         indent: columns to indent by; None for a single line.
+        sort_keys: whether the keys of objects are sorted, so that equal values give equal texts.
 
     Raises:
         ValueError: a number is not finite; the message says where it is.
     """
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False)
     except ValueError as error:
         found = _not_finite(value, "")
         if found is None:

@@ -42,6 +42,7 @@ def test_other_faults_of_a_value_stay_pythons_own() -> None:
 def test_what_is_finite_is_written_as_python_writes_it() -> None:
     value = {"a": [1, 2.5, None, True], "b": {"c": "\u00e4"}}
     assert to_json_text(value) == json.dumps(value)
+    assert to_json_text({"b": 1, "a": 2}, sort_keys=True) == '{"a": 2, "b": 1}'
     assert to_json_text(value, indent=1) == json.dumps(value, indent=1)
 
 

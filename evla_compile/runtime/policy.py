@@ -4,7 +4,6 @@ Shape legend: B batch, S image side in pixels, T text budget, A action steps, F 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from evla_compile.camera_frame import CameraFrame, Framing
 from evla_compile.errors import ArtifactError, CheckpointError, EvlaError
 from evla_compile.host import Predictor
 from evla_compile.hub_artifact import local_artifact
+from evla_compile.json_text import to_json_text
 from evla_compile.manifest import FileRecord, Manifest, read_manifest
 from evla_compile.processor import Processor
 from evla_compile.runtime.engine_match import require_engine
@@ -254,7 +254,7 @@ def _load_again(source: Mapping[str, Any], fingerprint: str) -> RuntimePolicy:
 
 
 def _fingerprint(manifest: Manifest) -> str:
-    return hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json_text(manifest.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def _needed(manifest: Manifest, place: Path, provider: Provider) -> tuple[FileRecord, ...]:
