@@ -9,6 +9,7 @@ from evla_compile.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES, Flavou
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.manifest import EngineRecord, Manifest
 from evla_compile.runtime.cuda import Gpu
+from evla_compile.units import bytes_text
 
 _ALSO_RUNS = {10: 11}
 """Major versions of TensorRT whose version-compatible engines the given later one runs too, by NVIDIA's support matrix;
@@ -115,7 +116,7 @@ def _runs_gpu(record: EngineRecord, gpu: Gpu) -> bool:
 
 def _size(processors: int, memory_bytes: int) -> str:
     """Return the words that tell apart GPUs of one name."""
-    return f" with {processors} multiprocessors and {memory_bytes / 1e9:.1f} GB"
+    return f" with {processors} multiprocessors and {bytes_text(memory_bytes)}"
 
 
 def _power_mode(record: EngineRecord, gpu: Gpu) -> str:
