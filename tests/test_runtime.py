@@ -717,7 +717,9 @@ def test_a_file_that_is_no_graph_cannot_be_widened(tmp_path: Path) -> None:
 def test_a_provider_without_bfloat16_is_refused_with_the_precision_and_what_has_it(
     bfloat16_artifact: Path, remote: str
 ) -> None:
-    with pytest.raises(ArtifactError, match=r"it is of bfloat16, which openvino may lack: take provider='cpu', an eng"):
+    with pytest.raises(
+        ArtifactError, match=r"it is of bfloat16, which openvino may lack: take provider='cpu', .*newer ONNX Runtime$"
+    ):
         load(bfloat16_artifact, "openvino", allow_cpu=True)
 
 

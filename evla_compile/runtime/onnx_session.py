@@ -208,12 +208,12 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
 
 
 def _advice(provider: OnnxProvider, precision: Precision) -> str:
-    """Return what to try first where a provider refuses a graph of a precision."""
+    """Return what to do where a provider refuses a graph that its precision may be the reason for; else nothing."""
     if provider == "cpu" or precision == "float32":
         return ""
     return (
-        f"it is of {precision}, which {provider} may lack: take provider='cpu', an engine (evla build), or another"
-        " precision=; or else "
+        f"it is of {precision}, which {provider} may lack: take provider='cpu', an engine (evla build), another"
+        " precision=, or a newer ONNX Runtime"
     )
 
 
@@ -264,7 +264,7 @@ def _open(
             raise EvlaError(refusal(model, provider, onnxruntime)) from error
         raise ArtifactError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model}: {str(error).strip()};"
-            f" {_advice(provider, precision)}{refusal_advice(onnxruntime.__version__, opset, asked.package)}"
+            f" {_advice(provider, precision) or refusal_advice(onnxruntime.__version__, opset, asked.package)}"
         ) from error
     taken = session.get_providers()
     if taken[0] != wanted:
