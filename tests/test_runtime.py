@@ -381,6 +381,16 @@ def test_weights_in_a_file_that_nobody_hashes_are_refused(tmp_path: Path, tokeni
         load(folder)
 
 
+@pytest.mark.parametrize("name", [b"lengths", b"text_length"])
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, tokenizer_json: str, name: bytes) -> None:
+    folder = export(tmp_path / "policy", tokenizer_json)
+    data = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(data.replace(name, b"\xff" * len(name)))
+    remeasure(folder)
+    with pytest.raises(ArtifactError, match=r"model\.onnx: a name in it is no UTF-8 text"):
+        load(folder)
+
+
 def test_a_graph_without_its_external_data_is_refused(tmp_path: Path, tokenizer_json: str) -> None:
     folder = export(tmp_path / "policy", tokenizer_json)
     (folder / "model.onnx.data").unlink()

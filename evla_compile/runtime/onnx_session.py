@@ -92,7 +92,13 @@ class OnnxSession:
         self._session = _open(
             model, provider, threads, cache, opset, mapped=mapped, allow_cpu=allow_cpu, precision=precision
         )
-        self.outputs = tuple(output.name for output in self._session.get_outputs())
+        try:
+            self.outputs = tuple(output.name for output in self._session.get_outputs())
+            _ = [given.name for given in self._session.get_inputs()]
+        except UnicodeDecodeError as error:
+            raise ArtifactError(
+                f"{model}: a name in it is no UTF-8 text ({error}); compile the policy again"
+            ) from error
 
     def check_signature(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         """Compare the graph's inputs and outputs with those expected.
