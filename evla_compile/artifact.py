@@ -179,8 +179,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
     files = ArtifactFiles.of(target)
     with writable(files):
         finish_interrupted(files)
-        former = _settled_former(files, hashes=True)
-        known = {record.name: _version(files.folder / record.name) for record in former}
+        known = _refuse_foreign(files, hashes=True)
         with scratch(files.target) as folder:
             yield new_folder(folder)
             _move_into_place(folder, files, known)
@@ -197,7 +196,7 @@ def check_target(target: str | os.PathLike[str]) -> None:
     files = ArtifactFiles.of(target)
     with writable(files):
         finish_interrupted(files)
-        _settled_former(files, hashes=False)
+        _refuse_foreign(files, hashes=False)
         with scratch(files.target):
             pass
 
@@ -244,12 +243,13 @@ def _names(files: ArtifactFiles) -> tuple[str, ...]:
     return (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
 
 
-def _settled_former(files: ArtifactFiles, *, hashes: bool) -> tuple[FileRecord, ...]:
-    """Return `_former` of all names, once no other process is moving files."""
+def _refuse_foreign(files: ArtifactFiles, *, hashes: bool) -> dict[str, _Version]:
+    """Refuse what is not ours, once no other process is moving files; return the versions of the files that are."""
     if not files.folder.exists() and not files.beside_others:
-        return ()
+        return {}
     with exclusive(files.folder):
-        return _former(files, _names(files), hashes=hashes)
+        former = _former(files, _names(files), hashes=hashes)
+        return {record.name: _version(files.folder / record.name) for record in former}
 
 
 def _former(

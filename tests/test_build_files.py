@@ -88,10 +88,10 @@ def test_a_manifest_that_is_replaced_during_the_build_keeps_its_artifact(
 
 
 def test_exports_to_one_place_at_once_leave_one_of_them_whole(tmp_path: Path) -> None:
-    """Four processes, each exporting five times, beside files of others."""
+    """Four processes, each exporting three times, beside files of others."""
     script = (
         "import sys; from pathlib import Path; from tests.killed_writers import export\n"
-        "for number in range(5):\n"
+        "for number in range(3):\n"
         "    for target in sys.argv[2:]:\n"
         "        export(Path(target), sys.argv[1])\n"
     )
