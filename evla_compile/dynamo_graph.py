@@ -1,19 +1,23 @@
 """Dynamo's graph of a policy in the form of `capture`: ATen operators, the policy's own names, weights as tensors."""
 
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.traceback import preserve_node_meta
 
 from evla_compile.capture import clean, mark_stages
-from evla_compile.errors import UnsupportedModelError
+from evla_compile.errors import PassError, UnsupportedModelError
 from evla_compile.graph import copy_graph, propagate, remove_dead_nodes, weights
 from evla_compile.model.policy import ModelSizes
+from evla_compile.policy_call import ADVICE, PolicyCall, find_policy_call
 from evla_compile.sites import (
     ACTION_MODEL,
     DECODER_LAYERS,
@@ -28,105 +32,185 @@ from evla_compile.sizes import infer_sizes
 
 aten = torch.ops.aten
 
+_DTYPES = (torch.uint8, torch.int64, torch.int64, torch.float32)
+"""Dtypes of `INPUT_NAMES`."""
+
+_ROOTS = r"(?:vision_backbone|projector|llm_backbone|action_model)(?:\.|$)"
+"""What paths within a policy begin with."""
+
+
+class Number(NamedTuple):
+    """A number that Dynamo passes and that a captured graph holds as a constant."""
+
+    name: str
+    """Dynamo's name for it."""
+    position: int
+    """Position among the inputs that Dynamo passes."""
+    value: float
+    """What it was when the graph was captured."""
+
 
 class DynamoGraph(NamedTuple):
     """What Dynamo captured of a policy."""
 
     graph: fx.GraphModule
-    """The whole sampler, unrolled, with the inputs `INPUT_NAMES`."""
-    order: tuple[int, ...]
-    """Positions of these among the inputs that Dynamo passes."""
-    held: dict[str, int]
-    """Positions of the weights, by their names in the state dict."""
+    """The whole sampler, unrolled, with the inputs `INPUT_NAMES`: the values that reach the policy."""
+    weights: dict[str, int]
+    """Positions of the weights among the inputs that Dynamo passes, by their names in the state dict."""
+    numbers: tuple[Number, ...]
+    """Numbers that the graph holds as constants."""
 
 
 def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
-    """Return Dynamo's graph in the form of `capture`.
+    """Return the policy in Dynamo's graph in the form of `capture`.
+
+    What computes the policy's inputs and what reads its samples is left out; see `replace_policy_call`.
 
     Args:
-        gm: Dynamo's graph of torch calls, which takes the weights beside the policy's four inputs.
+        gm: Dynamo's graph of torch calls, which takes the weights beside its other inputs.
         inputs: what it was captured with.
 
     Raises:
-        UnsupportedModelError: it is not the graph of a whole `CogACT` and of nothing else.
-        ValueError: a setting of the sampler was captured as a variable.
+        PassError: the text length was captured as a constant.
+        UnsupportedModelError: it has no whole call of a `CogACT`, or the call is none that can be compiled.
     """
+    call = find_policy_call(gm.graph)
+    entering = [node.meta["example_value"] for node in call.inputs]
+    _check_inputs(entering)
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    fakes = [node.meta["example_value"] for node in placeholders]
+    needed = set(call.computed)
+    positions = {node: position for position, node in enumerate(placeholders) if node in needed}
+    numbers = {n: _number(inputs[position]) for n, position in positions.items() if _is_number(n, inputs[position])}
+    names = {node: _name(node) for node in positions if node not in numbers}
+    other = sorted(str(node.target) for node, name in names.items() if "." not in name)
+    if other:
+        raise UnsupportedModelError(
+            f"backend evla was handed a graph whose policy reads {', '.join(other)} beside {', '.join(INPUT_NAMES)} and"
+            f" its weights: {ADVICE}"
+        )
+    core = _core(gm, call, numbers, names)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [_fake(mode, name, value) for name, value in zip(INPUT_NAMES, entering, strict=True)]
+    fakes += [mode.from_tensor(inputs[positions[node]].detach(), static_shapes=True) for node in names]
 
     def interpreted(*values: Any) -> Any:
         with preserve_node_meta():
-            return fx.Interpreter(gm).run(*values)
+            return fx.Interpreter(core).run(*values)
 
-    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
     with torch.no_grad(), mode:
         traced = make_fx(interpreted, pre_dispatch=True)(*fakes)
-    names = [_name(node) for node in placeholders]
-    missing = [name for name in INPUT_NAMES if name not in names]
-    if missing:
-        raise UnsupportedModelError(
-            f"backend evla was handed a graph without the inputs {', '.join(missing)}: it compiles a CogACT policy as a"
-            " whole, torch.compile(policy, backend='evla') or policy.compile(backend='evla')"
-        )
     remove_dead_nodes(traced.graph)  # steps that were counted out by a variable, for instance
-    _check_inputs(traced.graph, names)
-    order = tuple(names.index(name) for name in INPUT_NAMES)
-    captured = _captured(traced, names, inputs)
-    held = {name: names.index(name) for name, _ in weights(captured) if name in names}
-    return DynamoGraph(captured, order, held)
+    captured = _captured(traced, {names[node]: inputs[positions[node]] for node in names})
+    used = {name for name, _ in weights(captured)}
+    return DynamoGraph(
+        graph=captured,
+        weights={name: positions[node] for node, name in names.items() if name in used},
+        numbers=tuple(Number(_name(node), positions[node], number) for node, number in numbers.items()),
+    )
 
 
-def _check_inputs(graph: fx.Graph, names: Sequence[str]) -> None:
-    """Refuse inputs beside the four, the weights and the text length: they would be taken for one of these."""
-    placeholders = list(graph.find_nodes(op="placeholder"))
-    text = placeholders[names.index("input_ids")].meta["val"].shape[1]
-    for node, name in zip(placeholders, names, strict=True):
-        value = node.meta["val"]
-        held = isinstance(value, Tensor) and "." in name
-        size = isinstance(value, torch.SymInt) and isinstance(text, torch.SymInt) and value.node.expr == text.node.expr
-        if name in INPUT_NAMES or held or size or not node.users:
-            continue
-        if name in ("ddim_steps", "cfg_scale"):  # Dynamo makes a number an input once it has changed
-            raise ValueError(
-                f"{name} was captured as a variable, because an earlier call had another: call torch._dynamo.reset(),"
-                " then the policy as the configuration says"
+def _check_inputs(entering: Sequence[Any]) -> None:
+    """Refuse values that the policy would read otherwise once it is compiled."""
+    for name, value, dtype, ndim in zip(INPUT_NAMES, entering, _DTYPES, (4, 2, 1, 3), strict=True):
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != ndim:
+            found = f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UnsupportedModelError(
+                f"{name} reaches the policy as {found}: expected a tensor of {dtype} with {ndim} dimensions"
             )
-        raise UnsupportedModelError(
-            f"backend evla was handed a graph with the input {name!r} beside {', '.join(INPUT_NAMES)}:"
-            " it compiles a CogACT policy alone, policy.compile(backend='evla'); do the rest outside of it"
+    if isinstance(entering[1].shape[1], int):
+        raise PassError(
+            "the text length was captured as a constant: call the policy itself, whose forward keeps it symbolic, or"
+            " mark it before the first call: torch._dynamo.mark_dynamic(input_ids, 1)"
         )
 
 
-def _captured(traced: fx.GraphModule, names: Sequence[str], inputs: Sequence[Any]) -> fx.GraphModule:
-    """Return the traced graph with parameters as tensors and the four inputs in their order, cleaned as `capture`'s."""
+def _is_number(node: fx.Node, given: Any) -> bool:
+    """Tell whether one of Dynamo's inputs is a number: a size, or a float that it passes as a tensor to be read."""
+    if not isinstance(given, Tensor):
+        return True
+    return given.ndim == 0 and all(user.op == "call_method" and user.target == "item" for user in node.users)
+
+
+def _number(given: Any) -> float:
+    if isinstance(given, Tensor):
+        return float(given.item())
+    return given if isinstance(given, int | float) else given.node.hint  # a SymInt; asking it would restrict it
+
+
+def _core(
+    gm: fx.GraphModule, call: PolicyCall, numbers: Mapping[fx.Node, float], names: Mapping[fx.Node, str]
+) -> fx.GraphModule:
+    """Return the policy's own part of Dynamo's graph: the four inputs, then the weights `names` -> the samples.
+
+    Numbers become constants, but for the text length, which is read off the input ids.
+    """
+    graph, values = fx.Graph(), dict[fx.Node, Any]()
+    given = [graph.placeholder(name) for name in INPUT_NAMES]
+    values |= {getter: given[getter.args[1]] for getter in call.enter.users if isinstance(getter.args[1], int)}
+    values |= {node: graph.placeholder(f"weight_{count}") for count, node in enumerate(names)}
+    text = call.inputs[1].meta["example_value"].shape[1]
+    length = graph.call_method("size", (given[1], 1))
+    for node, number in numbers.items():
+        offset = _offset(node.meta["example_value"], text)
+        read = number if offset is None else graph.call_function(operator.add, (length, offset))
+        values[node] = read
+        values |= dict.fromkeys((user for user in node.users if user.target == "item"), read)
+    for node in call.computed:
+        if node not in values:
+            values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(values[argument(call.leave, 0)])
+    return fx.GraphModule(gm, graph)
+
+
+def _offset(size: Any, text: torch.SymInt) -> int | None:
+    """Return how much larger `size` is than the text length; None for a size of something else.
+
+    Raises:
+        UnsupportedModelError: it is neither the text length plus a number nor free of it.
+    """
+    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols & text.node.expr.free_symbols:
+        return None
+    difference = size.node.expr - text.node.expr
+    if not difference.is_Integer:
+        raise UnsupportedModelError(
+            f"the input ids that reach the policy are {text} tokens long, in terms of the length {size} of an argument:"
+            f" expected this length plus or minus a number; {ADVICE}"
+        )
+    return int(difference)
+
+
+def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
+    """Return a fake tensor of the form of `value` in its first call, its sizes static but for the text length."""
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+    sizes = [DimDynamic.STATIC] * len(shape)
+    if name == "input_ids":
+        sizes[1] = DimDynamic.DYNAMIC
+    return mode.from_tensor(
+        torch.empty(shape, dtype=value.dtype, device=value.device),
+        source=ConstantSource(name),
+        symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+    )
+
+
+def _captured(traced: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """Return the traced graph with its weights as tensors, cleaned as `capture`'s; it takes them behind its inputs."""
     root, graph = torch.nn.Module(), fx.Graph()
     values: dict[fx.Node, Any] = {}
-    given = dict(zip(names, traced.graph.find_nodes(op="placeholder"), strict=True))
-    for name in INPUT_NAMES:
-        values[given[name]] = graph.placeholder(name)
-        values[given[name]].meta = {"val": given[name].meta["val"]}
-    for name, node, tensor in zip(names, given.values(), inputs, strict=True):
+    given = list(traced.graph.find_nodes(op="placeholder"))
+    for name, node in zip((*INPUT_NAMES, *tensors), given, strict=True):
         if name in INPUT_NAMES:
-            continue
-        if isinstance(tensor, Tensor):
-            _hold(root, name, tensor.detach())
+            values[node] = graph.placeholder(name)
+        else:
+            _hold(root, name, tensors[name].detach())
             values[node] = graph.get_attr(name)
-        else:  # the symbolic text length, which Dynamo passes beside the tensors
-            values[node] = graph.call_function(aten.sym_size.int, (values[given["input_ids"]], 1))
         values[node].meta = {"val": node.meta["val"]}
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             _hold(root, str(node.target), getattr(traced, str(node.target)))
-        if node.op not in ("placeholder", "output") and node.target is not torch._C._set_grad_enabled:
+        if node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta["nn_module_stack"] = _stack(node)
-    results = traced.graph.output_node().all_input_nodes
-    if len(results) != 1:
-        raise UnsupportedModelError(
-            f"backend evla was handed a graph with {len(results)} outputs, expected the samples: it compiles a CogACT"
-            " policy alone, policy.compile(backend='evla'); do the rest outside of it"
-        )
-    graph.output(values[results[0]])
+    graph.output(values[argument(traced.graph.output_node(), 0)])
     captured = fx.GraphModule(root, graph)
     clean(captured)
     mark_stages(captured)
@@ -146,7 +230,7 @@ def _hold(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _name(node: fx.Node) -> str:
-    """Return the name of one of Dynamo's inputs: of a parameter in the state dict, of an argument in the call.
+    """Return the name of one of Dynamo's inputs: of a parameter in the policy's state dict, or an argument's own.
 
     Dynamo joins what leads to a parameter, L['self']._modules['projector']._parameters['bias'], to a single word.
     """
@@ -155,13 +239,19 @@ def _name(node: fx.Node) -> str:
     if not modules:
         return word
     last, _, leaf = modules.pop().rpartition("_parameters_")
-    return ".".join([*modules, last, leaf])
+    return _below_policy(".".join([*modules, last, leaf]))
+
+
+def _below_policy(path: str) -> str:
+    """Return a path as it is below the policy, whatever holds that; "" for one of something else."""
+    found = re.search(rf"(?:^|\.){_ROOTS}", path)
+    return path[found.start() :].removeprefix(".") if found else ""
 
 
 def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     """Return a node's module stack with paths as they are below the policy: "L['self'].projector" -> "projector"."""
     stack = node.meta.get("nn_module_stack") or {}
-    return {key: (re.sub(r"^L\['\w+'\]\.?", "", path), kind) for key, (path, kind) in stack.items()}
+    return {key: (_below_policy(path), kind) for key, (path, kind) in stack.items()}
 
 
 def _name_steps(graph: fx.Graph) -> None:

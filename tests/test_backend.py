@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import evla_compile as evla
 from evla_compile import backend, host
 from evla_compile.backend import compile_fx
 from evla_compile.config import CompileConfig
+from evla_compile.dynamo_graph import DynamoGraph, Number
 from evla_compile.errors import CalibrationError, PassError, UnsupportedModelError
 from evla_compile.graph import materialize
-from evla_compile.model.policy import CogACT
-from evla_compile.passes import SpecializeShapes
+from evla_compile.model.policy import CogACT, ModelSizes
 from evla_compile.plan import Plan
+from evla_compile.policy_call import enter_policy, leave_policy, replace_policy_call
 from evla_compile.processor import draw_noise
 from evla_compile.sites import DENOISING, indexed_modules
 from evla_compile.tolerances import relative_error
@@ -39,14 +42,14 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """The finished graphs of all compilations, in order."""
-    made: list[fx.GraphModule] = []
+    finished: list[fx.GraphModule] = []
 
     def noting(gm: fx.GraphModule) -> None:
-        made.append(gm)
+        finished.append(gm)
         materialize(gm)
 
-    monkeypatch.setattr("evla_compile.backend.materialize", noting)
-    return made
+    monkeypatch.setattr(backend, "materialize", noting)
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -235,39 +238,177 @@ def test_another_guidance_scale_behind_the_first_is_refused(
     fast(*small_inputs, ddim_steps=5)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         fast(*small_inputs, ddim_steps=5, cfg_scale=2.0)
-    assert "torch._dynamo.reset()" in refusal(ValueError, caught.value)
+    assert "called with cfg_scale=2.0, not 1.5" in refusal(ValueError, caught.value)
 
 
-@pytest.mark.parametrize("extra", ["tensor", "number", "output"])
-def test_what_surrounds_the_policy_is_refused(extra: str, small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
-    def step(
-        image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor, other: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        samples = small_policy.sample(image, input_ids, text_length, noise, ddim_steps=5)
-        return (samples, samples + 1) if extra == "output" else samples + other
+# A policy within a function
 
-    fast = torch.compile(step, backend="evla", options=TWO_ROWS)
-    image, input_ids, text_length, noise = small_inputs
-    torch._dynamo.mark_dynamic(input_ids, 1)
-    if extra == "number":  # Dynamo makes a number an input once it has changed
-        fast(image, input_ids, text_length, noise, 2)
+
+@pytest.fixture(scope="module")
+def flat_policy(small_sizes: ModelSizes, small_policy: CogACT) -> CogACT:
+    """A random policy with one block of every kind, which Dynamo reads soonest."""
+    sizes = replace(
+        small_sizes, language=replace(small_sizes.language, layers=1), action=replace(small_sizes.action, depth=1)
+    )
+    policy = CogACT(sizes, small_policy.processor).eval().requires_grad_(False)
+    known = small_policy.state_dict()
+    policy.load_state_dict({name: known[name] for name in policy.state_dict()})
+    return policy
+
+
+def one_step(text_tokens: int = 9) -> Any:
+    return {"config": CompileConfig.dense(text_tokens=text_tokens, batch_size=2, ddim_steps=1), "mode": "eager"}
+
+
+TRANSFORMED: dict[str, Callable[..., Any]] = {
+    "text length": lambda policy, image, ids, length, noise: policy(image, ids, (length - 1).clamp(max=6), noise),
+    "shorter ids": lambda policy, image, ids, length, noise: policy(image, ids[:, :-1], length - 1, noise),
+    "longer ids": lambda policy, image, ids, length, noise: policy(
+        image, torch.cat([ids, ids[:, :1]], 1), length, noise
+    ),
+    "image": lambda policy, image, ids, length, noise: policy(image // 2 + 100, ids, length, noise),
+    "noise": lambda policy, image, ids, length, noise: policy(image, ids, length, 0.5 * noise + 1.0),
+    "one value twice": lambda policy, image, ids, length, noise: policy(image, ids, ids[:, 0] % 5 + 4, noise) + noise,
+    "samples": lambda policy, image, ids, length, noise: (policy(image, ids, length, noise)[:, 0] * 2, length + 1),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_values_computed_around_the_policy_are_read_rightly(
+    name: str, flat_policy: CogACT, small_inputs: Sequence[Tensor]
+) -> None:
+    transformed = TRANSFORMED[name]
+
+    def step(*arguments: Tensor) -> Any:
+        return transformed(partial(flat_policy.sample, ddim_steps=1), *arguments)
+
+    text_tokens = 9 + {"shorter ids": -1, "longer ids": 1}.get(name, 0)
+    torch._dynamo.mark_dynamic(small_inputs[1], 1)
+    found = torch.compile(step, backend="evla", options=one_step(text_tokens))(*small_inputs)
+    expected = step(*small_inputs)
+    for left, right in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert relative_error(left.numpy(), right.numpy()) < 1e-5
+
+
+def test_arguments_may_have_each_other_s_names_and_the_function_more_of_them(
+    flat_policy: CogACT, small_inputs: Sequence[Tensor]
+) -> None:
+    def step(noise: Tensor, text_length: Tensor, image: Tensor, input_ids: Tensor, other: Any) -> Tensor:
+        # what is called noise is the image, and so on
+        samples: Tensor = flat_policy.sample(noise, text_length, image, input_ids * other, ddim_steps=1) + other
+        return samples
+
+    fast = torch.compile(step, backend="evla", options=one_step())
+    torch._dynamo.mark_dynamic(small_inputs[1], 1)
+    image, ids, length, noise = small_inputs
+    for other in (2, 3):  # Dynamo makes a number an input once it has changed
+        found, expected = (call(image, ids, length, noise, other) for call in (fast, step))
+        assert relative_error(found.numpy(), expected.numpy()) < 1e-5
+
+
+def test_a_policy_may_be_part_of_a_module(flat_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Linear(7, 7)
+            self.policy = flat_policy
+
+        def forward(self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> Tensor:
+            scaled: Tensor = self.scale(self.policy.sample(image, input_ids, text_length, noise, ddim_steps=1))
+            return scaled
+
+    step = Step().requires_grad_(False)
+    torch._dynamo.mark_dynamic(small_inputs[1], 1)
+    found = torch.compile(step, backend="evla", options=one_step())(*small_inputs)
+    assert relative_error(found.numpy(), step(*small_inputs).numpy()) < 1e-5
+
+
+def test_dynamic_shapes_are_those_of_the_configuration(flat_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
+    fast = torch.compile(flat_policy, backend="evla", options=one_step(), dynamic=True)
+    found, expected = fast(*small_inputs, ddim_steps=1), flat_policy.sample(*small_inputs, ddim_steps=1)
+    assert relative_error(found.numpy(), expected.numpy()) < 1e-5
+    with pytest.raises(ValueError, match=r"cfg_scale=2\.0: the policy was compiled with 1\.5"):
+        fast(*small_inputs, ddim_steps=1, cfg_scale=2.0)
+
+
+def test_other_shapes_and_numbers_than_those_compiled_are_refused(
+    small_sampler: fx.GraphModule, small_inputs: Sequence[Tensor]
+) -> None:
+    captured = DynamoGraph(small_sampler, {}, (Number("cfg_scale", 4, 1.5),))
+    compiled = backend._Compiled(captured, (), "eager", 9)
+    image, ids, length, noise = small_inputs
+    assert torch.equal(compiled(image, ids, length, noise, 1.5), small_sampler(*small_inputs))
+    with pytest.raises(
+        ValueError, match=r"image reaches the policy with the shape \[1, 56, 56, 3\], .* \[2, 56, 56, 3"
+    ):
+        compiled(image[:1], ids, length, noise, 1.5)
+    with pytest.raises(ValueError, match=r"cfg_scale=2\.0: the policy was compiled with 1\.5"):
+        compiled(image, ids, length, noise, torch.tensor(2.0, dtype=torch.float64))
+
+
+def whole(image: Tensor, ids: Tensor, length: Tensor, noise: Tensor) -> Tensor:
+    """What stands for a policy where its graph is refused before anything of it is read."""
+    image, ids, length, noise = enter_policy(image, ids, length, noise, 0)
+    samples: Tensor = leave_policy(noise + ids.shape[1])
+    return samples
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
+    "no policy": (
+        lambda image, ids, length, noise: noise + 1,
+        UnsupportedModelError,
+        "a graph with 0 calls of a CogACT",
+    ),
+    "two policies": (
+        lambda image, ids, length, noise: whole(image, ids, length, whole(image, ids, length, noise)),
+        UnsupportedModelError,
+        "a graph with 2 calls of a CogACT policy",
+    ),
+    "float image": (
+        lambda image, ids, length, noise: whole(image / 255, ids, length, noise),
+        UnsupportedModelError,
+        "image reaches the policy as torch.float32[2, 56, 56, 3]: expected a tensor of torch.uint8 with 4 dimensions",
+    ),
+    "int32 ids": (
+        lambda image, ids, length, noise: whole(image, ids.int(), length, noise),
+        UnsupportedModelError,
+        "expected a tensor of torch.int64 with 2 dimensions",
+    ),
+    "doubled ids": (
+        lambda image, ids, length, noise: whole(image, ids.repeat(1, 2), length, noise),
+        UnsupportedModelError,
+        "expected this length plus or minus a number",
+    ),
+    "ids of a constant length": (
+        lambda image, ids, length, noise: whole(image, ids[:, :7], length, noise),
+        PassError,
+        "the text length was captured as a constant",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_compiled_is_refused(name: str, small_inputs: Sequence[Tensor]) -> None:
+    step, kind, message = REFUSED[name]
+    torch._dynamo.mark_dynamic(small_inputs[1], 1)
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        fast(image, input_ids, text_length, noise, torch.ones(7) if extra == "tensor" else 3)
-    assert "compiles a CogACT policy alone" in refusal(UnsupportedModelError, caught.value)
+        torch.compile(step, backend="evla", options=one_step())(*small_inputs)
+    assert message in refusal(kind, caught.value)
 
 
-def test_another_module_is_refused() -> None:
-    fast = torch.compile(nn.Linear(3, 3), backend="evla")
+def test_a_value_from_within_the_policy_is_refused() -> None:
+    def step(image: Tensor, ids: Tensor, length: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        image, ids, length, noise = enter_policy(image, ids, length, noise, 0)
+        inner = noise + 1
+        return leave_policy(inner * 2), inner
+
+    def backend_(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return replace_policy_call(gm, lambda *arguments: arguments[3], ())
+
+    fast = torch.compile(step, backend=backend_)
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        fast(torch.zeros(1, 3))
-    assert "compiles a CogACT policy as a whole" in refusal(UnsupportedModelError, caught.value)
-
-
-def test_a_text_length_that_was_not_kept_symbolic_is_refused(small_sampler: fx.GraphModule) -> None:
-    static, _ = SpecializeShapes(text_tokens=9)(small_sampler)
-    with pytest.raises(PassError, match="the text length was captured as a constant"):
-        backend._check_call(static, replace(SMALL, ddim_steps=5))
-    backend._check_call(small_sampler, replace(SMALL, ddim_steps=5))
+        fast(*(torch.zeros(2) for _ in range(4)))
+    assert "reads inner within the policy" in refusal(UnsupportedModelError, caught.value)
 
 
 def test_fullgraph_says_what_breaks_the_graph(small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:

@@ -22,7 +22,9 @@ from evla_compile.model.action import ActionModel, ActionSizes
 from evla_compile.model.diffusion import ddim_schedule
 from evla_compile.model.language import LanguageBackbone, LanguageSizes, cognition_token
 from evla_compile.model.vision import PATCH_SIDE, TowerSizes, VisionBackbone
+from evla_compile.policy_call import enter_policy, leave_policy
 from evla_compile.processor import Processor
+from evla_compile.torch_state import own_torch_state, traceable_torch_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +186,16 @@ class CogACT(_Modules):
         Raises:
             ValueError: `ddim_steps` has no integer stride.
         """
-        condition = self.cognition(image, input_ids, text_length)
-        return self.denoise(condition, noise, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+        traced = torch.compiler.is_dynamo_compiling()
+        with traceable_torch_state(image.device):
+            if traced:  # tell the backend `evla` where the policy begins and ends
+                modes = torch._C._len_torch_function_stack()
+                image, input_ids, text_length, noise = enter_policy(image, input_ids, text_length, noise, modes)
+            condition = self.cognition(image, input_ids, text_length)
+            samples = self.denoise(condition, noise, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+            if traced:
+                samples = leave_policy(samples)
+        return samples
 
     @torch.no_grad()
     def denoise(
@@ -197,9 +207,10 @@ class CogACT(_Modules):
             ValueError: `ddim_steps` has no integer stride.
         """
         x = noise
-        for step in ddim_schedule(ddim_steps):
-            timestep = torch.tensor([float(step.timestep)], device=x.device)
-            x = step.sample * x + step.noise * self.action_model(x, timestep, condition, cfg_scale)
+        with traceable_torch_state(noise.device):
+            for step in ddim_schedule(ddim_steps):
+                timestep = torch.tensor([float(step.timestep)], dtype=torch.float32, device=x.device)
+                x = step.sample * x + step.noise * self.action_model(x, timestep, condition, cfg_scale)
         return x
 
     def predict_action(
@@ -251,6 +262,7 @@ class CogACT(_Modules):
             framing=framing,
         )
 
+    @own_torch_state()
     def _sample_arrays(
         self,
         image: NDArray[np.uint8],

@@ -171,6 +171,10 @@ def normalize_pixels(image_BSSC: Tensor) -> tuple[Tensor, Tensor]:
     pixels = image_BSSC.to(torch.float32).permute(0, 3, 1, 2) / 255.0
     shape = (1, 3, 1, 1)
     device = image_BSSC.device
-    dino_mean, dino_std = (torch.tensor(v, device=device).view(shape) for v in (DINO_MEAN, DINO_STD))
-    siglip_mean, siglip_std = (torch.tensor(v, device=device).view(shape) for v in (SIGLIP_MEAN, SIGLIP_STD))
+    dino_mean, dino_std = (
+        torch.tensor(v, dtype=torch.float32, device=device).view(shape) for v in (DINO_MEAN, DINO_STD)
+    )
+    siglip_mean, siglip_std = (
+        torch.tensor(v, dtype=torch.float32, device=device).view(shape) for v in (SIGLIP_MEAN, SIGLIP_STD)
+    )
     return (pixels - dino_mean) / dino_std, (pixels - siglip_mean) / siglip_std
