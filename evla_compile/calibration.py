@@ -26,8 +26,10 @@ from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.plan import Plan, most_important
 from evla_compile.sites import argument, decoder_layers, module_path
 from evla_compile.terminal import new_console
+from evla_compile.torch_state import own_torch_state
 
 
+@own_torch_state()
 def calibrate(
     policy: CogACT, frames: Iterable[Frame], config: CompileConfig | None = None, *, progress: bool = True
 ) -> Plan:

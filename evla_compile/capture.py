@@ -28,6 +28,7 @@ from evla_compile.sites import (
     module_path,
     nodes_under,
 )
+from evla_compile.torch_state import own_torch_state
 
 aten = torch.ops.aten
 
@@ -38,6 +39,7 @@ TIMESTEP = "timestep"
 """Name of the captured graph's input that `UnrollDiffusion` replaces by constants."""
 
 
+@own_torch_state()
 def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     """Return the graph of one noise prediction of `policy`, its weights shared with the policy.
 
@@ -62,6 +64,7 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     return copy_graph(gm)
 
 
+@own_torch_state()
 def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphModule:
     """Return the graph of everything that upstream runs for one action chunk, its weights shared with `policy`.
 
@@ -85,6 +88,7 @@ def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphM
     return copy_graph(gm)
 
 
+@own_torch_state()
 def capture_decoder(model: nn.Module, example_ids: torch.Tensor) -> fx.GraphModule:
     """Return the graph of any model of token ids whose Llama layers stand at `DECODER_LAYERS`.
 

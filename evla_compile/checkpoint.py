@@ -26,6 +26,7 @@ from evla_compile.processor import (
 )
 from evla_compile.run_directory import find_checkpoint, find_tokenizer, naming, read_json, read_text
 from evla_compile.sizes import check_action_width, check_joints, infer_sizes
+from evla_compile.torch_state import own_torch_state
 from evla_compile.units import bytes_text
 
 _LOG = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Checkpoint:
         return self.file.parent.parent
 
 
+@own_torch_state()
 def load(
     path: str | Path,
     tokenizer: str | Path | None = None,

@@ -26,6 +26,7 @@ from evla_compile.plan import Plan
 from evla_compile.processor import Processor
 from evla_compile.report import CompileReport
 from evla_compile.sites import INPUT_NAMES
+from evla_compile.torch_state import own_torch_state, traceable_torch_state
 
 Sampler: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Image, input ids, text length and noise -> raw samples."""
@@ -93,6 +94,7 @@ class CompiledPolicy(Predictor):
         """Shape of the noise that the graph takes, (B, A, F)."""
         return self.config.batch_size, self.sizes.action.chunk, self.sizes.action.action_width
 
+    @own_torch_state()
     def sample(
         self,
         image: NDArray[np.uint8],
@@ -109,6 +111,7 @@ class CompiledPolicy(Predictor):
             self._deferred = False
         return self.outputs(image, input_ids, text_length, noise)["samples"]
 
+    @own_torch_state()
     def outputs(
         self,
         image: NDArray[np.uint8],
@@ -147,6 +150,7 @@ class CompiledPolicy(Predictor):
         values = (results,) if isinstance(results, torch.Tensor) else results
         return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
 
+    @own_torch_state()
     def to_torch(self, mode: Literal["eager", "inductor", "cudagraphs"] = "inductor") -> Sampler:
         """Return the graph as a function of torch tensors, for programs that run torch.
 
@@ -177,6 +181,7 @@ class CompiledPolicy(Predictor):
             torch.compile(self.graph, fullgraph=True, dynamic=False, mode=kind), copied=mode == "cudagraphs"
         )
 
+    @own_torch_state()
     def exposing(self, stages: tuple[str, ...]) -> fx.GraphModule:
         """Return the graph with `stages` as its outputs, made once for each choice.
 
@@ -221,6 +226,7 @@ class CompiledPolicy(Predictor):
             kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
         return kept if host.is_batch(image) else kept[0]
 
+    @own_torch_state()
     def export(
         self,
         path: str | os.PathLike[str],
@@ -288,7 +294,7 @@ class _Sampler:
         raise EvlaError(_NO_PICKLE)
 
     def __call__(self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> Tensor:
-        with torch.no_grad():
+        with traceable_torch_state(image.device), torch.no_grad():
             samples = self._run(image, input_ids, text_length, noise)
             # A CUDA graph writes every result to the same place.
             return samples.clone() if self._copied else samples

@@ -26,6 +26,7 @@ from evla_compile.pipeline import build_passes
 from evla_compile.plan import stand_in_plan
 from evla_compile.processor import Processor
 from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
+from evla_compile.torch_state import own_torch_state
 
 Rewritten: TypeAlias = tuple[str, fx.GraphModule, tuple[PassReport, ...]]
 """Name of a configuration, its finished graph, and what each pass did."""
@@ -82,6 +83,7 @@ class Estimate:
         return asdict(self) | {"total": asdict(self.total), "roofline_seconds": bounds}
 
 
+@own_torch_state()
 def skeleton(sizes: ModelSizes, *, dtype: torch.dtype = torch.bfloat16) -> CogACT:
     """Return a policy without weights, on the meta device, in the dtypes of `load`: the action head float32.
 
@@ -104,6 +106,7 @@ def estimate(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = t
     return estimates(sizes, {"": config}, dtype=dtype)[""]
 
 
+@own_torch_state()
 def estimates(
     sizes: ModelSizes, configs: Mapping[str, CompileConfig], *, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Estimate]:
@@ -126,6 +129,7 @@ def estimates(
     return {name: found[name] for name in configs}
 
 
+@own_torch_state()
 def quick_estimates(
     sizes: ModelSizes, configs: Mapping[str, CompileConfig], *, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Estimate]:
@@ -152,6 +156,7 @@ def quick_estimates(
     return {name: found[name] for name in configs}
 
 
+@own_torch_state()
 def estimate_upstream(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = torch.bfloat16) -> Estimate:
     """Return what the policy as upstream runs it holds and computes, counted on one block of every kind.
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import PassError
 from evla_compile.flops import graph_flops
+from evla_compile.torch_state import own_torch_state
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -81,6 +82,7 @@ class GraphPass(ABC):
             PassError: a site that was asked for does not exist.
         """
 
+    @own_torch_state()
     def __call__(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, PassReport]:
         """Return a rewritten copy of `gm`, which shares its weights, and the report; `gm` itself is never touched.
 
@@ -160,6 +162,7 @@ def replace_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
         node.meta.pop("val", None)
 
 
+@own_torch_state()
 def materialize(gm: fx.GraphModule) -> None:
     """Let `gm` hold the values of its deferred weights instead of their recipes; copies of `gm` keep the recipes."""
     for name, tensor in list(weights(gm)):

@@ -27,11 +27,13 @@ from evla_compile.passes import (
 )
 from evla_compile.plan import Plan, plan_without_calibration
 from evla_compile.report import CompileReport, measure_deviations
+from evla_compile.torch_state import own_torch_state
 
 COMPARED_FRAMES = 2
 """Calibration frames on which the compiled policy is compared with the dense one, and its exports with itself."""
 
 
+@own_torch_state()
 def compile(
     policy: CogACT,
     config: CompileConfig | None = None,

@@ -13,6 +13,7 @@ from evla_compile.graph import GraphStats, PassReport
 from evla_compile.model.policy import CogACT
 from evla_compile.processor import draw_noise
 from evla_compile.tolerances import relative_error
+from evla_compile.torch_state import own_torch_state
 from evla_compile.units import byte_scale, flop_scale
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class CompileReport:
         return "\n".join(lines)
 
 
+@own_torch_state()
 def measure_deviations(
     policy: CogACT, compiled: "CompiledPolicy", frames: "Sequence[Frame]"
 ) -> tuple[StageDeviation, ...]:

@@ -31,6 +31,7 @@ from evla_compile.processor import draw_noise
 from evla_compile.recorded import RecordedCase, check_finite, probe, write_cases
 from evla_compile.sites import verified_stages
 from evla_compile.stage_run import replay_graphs
+from evla_compile.torch_state import own_torch_state
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ExportSettings:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), low=1))
 
 
+@own_torch_state()
 def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], settings: ExportSettings) -> None:
     """Write `compiled` to `target`, an `X.onnx`, an `X.engine` or a folder; see `CompiledPolicy.export`."""
     check_target(target)
@@ -177,6 +179,7 @@ def _spec(name: str, node: torch.fx.Node) -> TensorSpec:
     return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))
 
 
+@own_torch_state()
 def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tuple[str, ...] = ()) -> list[RecordedCase]:
     """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
 

@@ -16,8 +16,10 @@ from evla_compile.graph import weights
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
 from evla_compile.recorded import RecordedCase
 from evla_compile.replay import replay
+from evla_compile.torch_state import own_torch_state
 
 
+@own_torch_state()
 def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str, float], ...]) -> tuple[Piece, ...]:
     """Return the chain with its matrix products outside the action head in `precision`; what passes on stays float32.
 
@@ -60,6 +62,7 @@ def compare(
     )
 
 
+@own_torch_state()
 def run(pieces: Sequence[Piece], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Run a chain in torch: the inputs of a finished graph by name -> every output of every piece by name."""
     device = next(tensor.device for piece in pieces for _, tensor in weights(piece.graph))

@@ -29,6 +29,7 @@ from evla_compile.exporters.onnx_weights import (
 )
 from evla_compile.graph import WRITTEN_BY
 from evla_compile.terminal import new_console
+from evla_compile.torch_state import own_torch_state
 
 IR_VERSIONS: Mapping[int, int] = MappingProxyType({18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 10})
 """Version of ONNX's file format that is written, by opset: the oldest runtimes of an opset read no newer one."""
@@ -43,6 +44,7 @@ _MODULE, _PASS = "module", "pass"
 _TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
+@own_torch_state()
 def to_onnx(
     gm: fx.GraphModule,
     path: Path,
@@ -84,6 +86,7 @@ def to_onnx(
         raise ExportError(f"{path}: onnx.checker refuses the exported model: {error}") from error
 
 
+@own_torch_state()
 def to_model(
     gm: fx.GraphModule,
     *,

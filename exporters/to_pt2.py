@@ -25,6 +25,7 @@ from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
 from evla_compile.scratch import replacing
 from evla_compile.sites import INPUT_NAMES, verified_stages
+from evla_compile.torch_state import own_torch_state
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
 """A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
@@ -33,6 +34,7 @@ DESCRIPTION = "evla_compile.json"
 """Name of the extra file in an ExportedProgram that says what it is, and of that entry in a package's metadata."""
 
 
+@own_torch_state()
 def to_pt2(
     compiled: CompiledPolicy, path: Path, *, packaging: Packaging, stages: tuple[str, ...], precision: Precision
 ) -> None:
