@@ -22,7 +22,7 @@ from evla_compile.dynamo_graph import DynamoGraph, Number
 from evla_compile.errors import CalibrationError, PassError, UnsupportedModelError
 from evla_compile.graph import materialize
 from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.plan import Plan
+from evla_compile.plan import Plan, plan_without_calibration
 from evla_compile.policy_call import enter_policy, leave_policy, replace_policy_call
 from evla_compile.processor import draw_noise
 from evla_compile.sites import DENOISING, indexed_modules
@@ -332,10 +332,11 @@ def test_dynamic_shapes_are_those_of_the_configuration(flat_policy: CogACT, smal
 
 
 def test_other_shapes_and_numbers_than_those_compiled_are_refused(
-    small_sampler: fx.GraphModule, small_inputs: Sequence[Tensor]
+    small_sizes: ModelSizes, small_sampler: fx.GraphModule, small_inputs: Sequence[Tensor]
 ) -> None:
+    plan = plan_without_calibration(small_sizes.language, SMALL)
     captured = DynamoGraph(small_sampler, {}, (Number("cfg_scale", 4, 1.5),))
-    compiled = backend._Compiled(captured, (), "eager", 9)
+    compiled = backend._Compiled(captured, plan, (), "eager", 9)
     image, ids, length, noise = small_inputs
     assert torch.equal(compiled(image, ids, length, noise, 1.5), small_sampler(*small_inputs))
     with pytest.raises(
