@@ -12,6 +12,7 @@ from evla_compile import pipeline
 from evla_compile.backend import _Compiled
 from evla_compile.config import CompileConfig
 from evla_compile.deferred import DeferredWeight, cut
+from evla_compile.dynamo_graph import DynamoGraph
 from evla_compile.errors import CalibrationError
 from evla_compile.estimate import skeleton
 from evla_compile.fingerprint import check_checkpoint, fingerprint_weights
@@ -124,7 +125,8 @@ def test_compile_refuses_a_plan_of_other_weights_before_it_captures(
 
 
 def test_the_backend_of_torch_compile_refuses_a_plan_of_other_weights(plan: Plan) -> None:
-    compiled = _Compiled(fx.GraphModule(nn.Module(), fx.Graph()), [], {NAME: 0}, plan, [], "eager", 9)
+    captured = DynamoGraph(fx.GraphModule(nn.Module(), fx.Graph()), {NAME: 0}, ())
+    compiled = _Compiled(captured, plan, [], "eager", 9)
     with pytest.raises(CalibrationError, match="the plan was measured on another checkpoint"):
         compiled.prepare([torch.zeros(2)])
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import evla_compile as evla
 from evla_compile import backend, calibration, finite_weights, pipeline
 from evla_compile.deferred import DeferredWeight, cut
+from evla_compile.dynamo_graph import DynamoGraph
 from evla_compile.errors import CheckpointError
 from evla_compile.finite_weights import check_finite, check_finite_policy
 from evla_compile.model.policy import CogACT
@@ -100,7 +101,8 @@ def test_a_policy_with_weights_that_are_not_finite_is_refused_before_it_is_captu
 
 def test_the_backend_of_torch_compile_refuses_them_before_it_rewrites() -> None:
     plan = Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0)
-    compiled = backend._Compiled(fx.GraphModule(nn.Module(), fx.Graph()), [], {NAME: 0}, plan, [], "eager", 9)
+    captured = DynamoGraph(fx.GraphModule(nn.Module(), fx.Graph()), {NAME: 0}, ())
+    compiled = backend._Compiled(captured, plan, [], "eager", 9)
     with pytest.raises(CheckpointError, match=rf"{NAME} \(1 of 2 values, the first, nan, at \[1\]\)"):
         compiled.prepare([torch.tensor([0.0, torch.nan])])
 

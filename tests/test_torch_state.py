@@ -305,13 +305,13 @@ def test_exports(precision: Any, compiled: evla.CompiledPolicy, tmp_path: Path) 
 
 
 def test_exported_programs(compiled: evla.CompiledPolicy, tmp_path: Path) -> None:
-    compiled.export(tmp_path / "outside.pt2")
+    compiled.export(tmp_path / "outside.pt2", precision="bfloat16")
     with everything():
-        compiled.export(tmp_path / "inside.pt2")
+        compiled.export(tmp_path / "inside.pt2", precision="bfloat16")
     programs = [torch.export.load(tmp_path / f"{name}.pt2") for name in ("outside", "inside")]
     texts = [str(program.graph) for program in programs]
     assert texts[0] == texts[1]
-    states = [{name: tensor.numpy().tobytes() for name, tensor in p.state_dict.items()} for p in programs]
+    states = [{name: tensor.float().numpy().tobytes() for name, tensor in p.state_dict.items()} for p in programs]
     assert states[0] == states[1]
 
 
