@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 import evla_compile as evla
+from evla_compile import calibration
 from evla_compile.calibration import calibrate
 from evla_compile.config import CompileConfig
 from evla_compile.fingerprint import fingerprint_weights
 from evla_compile.frames import Frame, read_frames
+from evla_compile.graph import copy_graph, held_tensor, replace_tensor
 from evla_compile.model.policy import CogACT
 from evla_compile.plan import Plan, most_important, plan_without_calibration
 from evla_compile.tolerances import TOLERANCES, check
@@ -28,6 +30,11 @@ def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
 @pytest.fixture(scope="module")
 def plan(tiny_policy: CogACT, frames: list[Frame]) -> Plan:
     return calibrate(tiny_policy, frames, CompileConfig(keep_layers=4), progress=False)
+
+
+@pytest.fixture(scope="module")
+def small_perception(small_policy: CogACT) -> fx.GraphModule:
+    return calibration._perception(small_policy)
 
 
 def test_importance_equals_the_golden_reference(
@@ -76,6 +83,37 @@ def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
     assert len(chosen.mlp_neurons) == 4
 
 
+@pytest.mark.parametrize(
+    ("moved", "expected"),
+    [
+        ([[10, 0], [0, 0.5], [99, 1], [99, 1]], (1, 2, 3)),  # 0.05 against 0.25 relative, 10 against 0.5 absolute
+        ([[10, 0.3], [18, 0.1], [99, 1], [99, 1]], (0, 2, 3)),  # 0.2 against 0.14: the first frame alone misleads
+        ([[18, 0.1], [5, 0.12], [99, 1], [99, 1]], (0, 2, 3)),  # 0.14 against 0.085: so does the last alone
+        ([[20, 0], [15, 0.15], [99, 1], [99, 1]], (1, 2, 3)),  # 0.1 against 0.15: so does the worst
+        ([[99, 1], [10, 0.1], [0, 0.2], [20, 0]], (0, 2, 3)),  # the lower index among equals
+    ],
+)
+def test_greedy_measures_each_frame_relative_to_its_own_dense_feature(
+    moved: list[list[float]], expected: tuple[int, ...], small_policy: CogACT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of real policies leave a norm and have one length, so that an absolute distance would rank alike.
+
+    Each row of `moved` says how far two frames move without that layer; their dense features are 100 and 1 long.
+    """
+    dense = torch.tensor([[100.0, 0.0], [1.0, 0.0]])
+
+    def features(graph: tuple[int, ...], inputs: Sequence[object]) -> Tensor:
+        shifts = torch.tensor(moved)[[gone for gone in range(4) if gone not in graph]].sum(0)
+        return dense + torch.stack([torch.zeros(2), shifts], dim=1)
+
+    monkeypatch.setattr(calibration, "_perception", lambda policy: (0, 1, 2, 3))
+    monkeypatch.setattr(calibration, "_inputs", lambda policy, *frame: frame)
+    monkeypatch.setattr(calibration, "_features", features)
+    monkeypatch.setattr(calibration, "PruneLayers", lambda keep: lambda graph: (keep, None))
+    frames = [Frame(Image.new("RGB", (4, 4)), "pick")] * 2
+    assert calibration._greedy_layers(small_policy, frames, 3, progress=False) == expected
+
+
 def test_greedy_leaves_named_layers_alone(tiny_policy: CogACT, frames: list[Frame]) -> None:
     config = CompileConfig(keep_layers=(0, 1, 5), layer_rule="greedy")
     found = calibrate(tiny_policy, frames[:1], config, progress=False)
@@ -103,6 +141,60 @@ def test_neurons_are_those_of_an_eager_count(tiny_policy: CogACT, frames: list[F
     for layer, kept in zip(plan.keep_layers, plan.mlp_neurons, strict=True):
         score = torch.cat(activity[layer]).mean(0) * downs[layer].get_parameter("weight").norm(dim=0)
         assert kept == tuple(score.topk(128).indices.sort().values.tolist())
+
+
+def test_equal_neurons_stay_by_the_lower_index() -> None:
+    scores = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0, 2.0])
+    assert calibration._top(scores, 3) == (1, 2, 3)
+    assert calibration._top(scores, 5) == (0, 1, 2, 3, 5)
+    assert calibration._top(torch.zeros(1000), 7) == tuple(range(7))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_ranges_are_the_largest_values_of_all_frames(
+    order: int, small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against hooks on the linear layers of the eager policy."""
+    draw = np.random.Generator(np.random.PCG64(0))
+    images = [Image.fromarray(draw.integers(0, top, (8, 8, 3), dtype=np.uint8)) for top in (20, 256, 90)][::order]
+    each: list[dict[str, float]] = []
+
+    def note(module: nn.Module, given: tuple[Tensor], returned: Tensor) -> None:
+        each[-1][names[module]] = max(given[0].abs().max().item(), returned.abs().max().item())
+
+    names: dict[nn.Module, str] = {
+        module: name
+        for name, module in small_policy.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith("action_model")
+    }
+    hooks = [module.register_forward_hook(note) for module in names]
+    for image in images:
+        ids = torch.tensor([small_policy.processor.prompt_ids("pick")])
+        each.append({})
+        with torch.no_grad():
+            pixels = torch.from_numpy(small_policy.processor.image(image))[None]
+            small_policy.cognition(pixels, ids, torch.tensor([ids.shape[1]]))
+    for hook in hooks:
+        hook.remove()
+    expected = {name: max(values[name] for values in each) for name in each[0]}
+    assert all(any(values[name] < expected[name] for name in expected) for values in each), "one frame has it all"
+    frames = [Frame(image, "pick") for image in images]
+    monkeypatch.setattr(calibration, "_perception", lambda policy: small_perception)
+    found = dict(calibrate(small_policy, frames, CompileConfig.dense(), progress=False).ranges)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_values_that_overflow_are_refused_by_the_name_of_their_layer(
+    small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are finite, their products are not."""
+    graph = copy_graph(small_perception)
+    for name in ("gate_proj", "up_proj"):
+        weight = f"llm_backbone.llm.model.layers.2.mlp.{name}.weight"
+        replace_tensor(graph, weight, held_tensor(graph, weight) * 1e30)
+    monkeypatch.setattr(calibration, "_perception", lambda policy: graph)
+    with pytest.raises(evla.CalibrationError, match=r"layers\.2\.mlp\S* yields (inf|nan) on a calibration frame"):
+        calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], CompileConfig.dense(), progress=False)
 
 
 def test_all_budgets_open_keep_everything(tiny_policy: CogACT, frames: list[Frame]) -> None:

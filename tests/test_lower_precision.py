@@ -8,12 +8,13 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from evla_compile.config import CompileConfig
 from evla_compile.errors import PassError
-from evla_compile.graph import measure, weights
+from evla_compile.graph import measure, propagate, weights
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import ExposeStages, FoldConstants, LowerPrecision, SpecializeShapes, UnrollDiffusion
 from evla_compile.passes.lower_precision import FLOAT16_LIMIT, lowered_sites
@@ -172,6 +173,40 @@ def test_float16_is_refused_where_a_layer_was_seen_to_overflow_it(finished: fx.G
     with pytest.raises(PassError, match=f"float16 cannot hold {hot}, where calibration observed .* choose bfloat16"):
         LowerPrecision(dtype="float16", ranges=tuple(ranges.items()))(finished)
     LowerPrecision(dtype="bfloat16", ranges=tuple(ranges.items()))(finished)
+
+
+def test_float16_is_refused_from_half_of_its_largest_value_on(finished: fx.GraphModule) -> None:
+    LowerPrecision(dtype="float16", ranges=ranges_of(finished, 32752.0))(finished)  # 65504 / 2
+    with pytest.raises(PassError, match=r"calibration observed 3\.275e\+04 \(limit 32752, half of float16's largest"):
+        LowerPrecision(dtype="float16", ranges=ranges_of(finished, 32752.1))(finished)
+
+
+def test_a_weight_that_float32_operators_also_read_stays_float32() -> None:
+    """One linear layer reads two weights; the first is also added to its result."""
+    holder, graph = torch.nn.Module(), fx.Graph()
+    generator = torch.Generator().manual_seed(0)
+    x = graph.placeholder("x")
+    for name in ("shared", "alone"):
+        holder.register_buffer(name, torch.randn(4, 4, generator=generator))
+    shared, alone = graph.get_attr("shared"), graph.get_attr("alone")
+    first = graph.call_function(aten.linear.default, (x, shared))
+    second = graph.call_function(aten.linear.default, (first, alone))
+    for node in (first, second):
+        node.meta["nn_module_stack"] = {"p": ("projector.fc", "torch.nn.Linear")}
+    graph.output((graph.call_function(aten.add.Tensor, (second, graph.get_attr("shared"))), second))
+    with FakeTensorMode() as mode:
+        x.meta["val"] = mode.from_tensor(torch.zeros(4, 4))
+    gm = fx.GraphModule(holder, graph)
+    propagate(gm)
+    lowered, _ = LowerPrecision(dtype="bfloat16")(gm)
+    assert {name: tensor.dtype for name, tensor in weights(lowered)} == {
+        "shared": torch.float32,
+        "alone": torch.bfloat16,
+    }
+    values = torch.randn(4, 4, generator=generator)
+    total, product = lowered(values)
+    assert total.dtype == product.dtype == torch.float32
+    assert torch.equal(total, product + holder.get_buffer("shared"))
 
 
 def test_a_graph_without_products_is_refused(small_sampler: fx.GraphModule) -> None:

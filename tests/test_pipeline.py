@@ -3,11 +3,13 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 import evla_compile as evla
@@ -25,6 +27,7 @@ from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.pipeline import build_passes, check_plan
 from evla_compile.plan import Plan
 from evla_compile.processor import draw_noise
+from evla_compile.report import measure_deviations
 from evla_compile.sites import module_path
 from evla_compile.sizes import published_sizes
 from evla_compile.tolerances import TOLERANCES, check
@@ -82,6 +85,29 @@ def test_report_prints_every_pass_and_the_deviation(compiled: CompiledPolicy) ->
     assert "samples: " in text
     assert {deviation.stage for deviation in compiled.report.deviations} == {"cognition", "samples", "actions"}
     assert all(deviation.relative > 0 for deviation in compiled.report.deviations)
+
+
+@pytest.mark.parametrize("factors", [(1.01, 1.2, 1.05), (1.2, 1.01, 1.05), (1.01, 1.05, 1.2)])
+def test_the_deviation_is_that_of_the_worst_frame(factors: tuple[float, ...], small_policy: CogACT) -> None:
+    """The compiled policy here is the dense one, all outputs of a frame multiplied by a factor of its own."""
+    config = CompileConfig.dense(text_tokens=26, ddim_steps=1)
+    left = list(factors)
+
+    def outputs(*arrays: NDArray[Any], stages: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        image, ids, length, noise = map(torch.from_numpy, arrays)
+        cognition = small_policy.cognition(image, ids, length)
+        samples = small_policy.denoise(cognition, noise, ddim_steps=1, cfg_scale=config.cfg_scale)
+        factor = left.pop(0)
+        return {"cognition": factor * cognition.numpy(), "samples": factor * samples.numpy()}
+
+    compiled: Any = SimpleNamespace(config=config, noise_shape=(1, 5, 7), outputs=outputs)
+    frames = [Frame(Image.new("RGB", (4, 4), (shade, 0, 0)), "pick") for shade in (0, 100, 200)]
+    found = {each.stage: each for each in measure_deviations(small_policy, compiled, frames)}
+    assert list(found) == ["cognition", "samples", "actions"]
+    assert found["cognition"].relative == pytest.approx(0.2, rel=1e-5)
+    assert found["samples"].relative == pytest.approx(0.2, rel=1e-5)
+    assert {each.frames for each in found.values()} == {3}
+    assert not left
 
 
 def test_dense_policy_does_not_deviate(tiny_policy: CogACT, frames: list[Frame]) -> None:

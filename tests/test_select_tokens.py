@@ -18,6 +18,7 @@ from evla_compile.graph import PassReport, copy_graph, propagate, replace_tensor
 from evla_compile.model.language import rotary_tables
 from evla_compile.model.policy import CogACT
 from evla_compile.passes import PruneLayers, SelectTokens
+from evla_compile.passes.select_tokens import _top
 from evla_compile.sites import decoder_layers, is_call, module_path, stage_node
 from evla_compile.tolerances import TOLERANCES, relative_error
 
@@ -270,3 +271,13 @@ def test_attention_without_a_literal_scale_is_refused(small_graph: fx.GraphModul
     assert is_call(attention, aten.scaled_dot_product_attention.default)
     with pytest.raises(PassError, match=r"layers\.1: expected attention with a literal scale .* found scale None"):
         HALF(unscaled)
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    graph = fx.Graph()
+    scores = fx.Proxy(graph.placeholder("scores"), fx.proxy.GraphAppendingTracer(graph))
+    graph.output(_top(scores, 5).node)
+    run = fx.GraphModule(nn.Module(), graph)
+    rows = torch.tensor([[1.0, 2.0, 3.0, 2.0, 1.0, 2.0], [0.0] * 6])
+    assert run(rows).tolist() == [[2, 1, 3, 5, 0], [0, 1, 2, 3, 4]]
+    assert run(torch.zeros(1, 1000)).tolist() == [[0, 1, 2, 3, 4]]

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import evla_compile as evla
+from evla_compile import verification
 from evla_compile.artifact import check_files
 from evla_compile.compiled import CompiledPolicy
 from evla_compile.config import CompileConfig, Precision
@@ -17,7 +19,7 @@ from evla_compile.manifest import FileRecord, read_manifest, write_manifest
 from evla_compile.model.policy import CogACT
 from evla_compile.recorded import read_cases
 from evla_compile.stage_run import StageRun
-from evla_compile.verification import prove_static_shapes
+from evla_compile.verification import prove_static_shapes, prove_static_shapes_of
 
 
 def write_model(path: Path, nodes: list[onnx.NodeProto], size: int | str = 4, weights: tuple[int, ...] = ()) -> Path:
@@ -43,6 +45,17 @@ def test_dynamic_input_fails_the_proof(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.onnx", nodes, size="batch", weights=(1, 12))
     with pytest.raises(evla.VerificationError, match="x has a dynamic shape"):
         prove_static_shapes(path)
+
+
+def test_a_size_of_0_fails_the_proof(tmp_path: Path) -> None:
+    """Exporters write 0 where a size is not known; no value of a policy is empty."""
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Constant", [], ["y"], value_floats=[0.0] * 12)]
+    model = onnx.load(write_model(tmp_path / "m.onnx", nodes, size=0))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [12]))
+    with pytest.raises(evla.VerificationError, match="x has a dynamic shape"):
+        prove_static_shapes_of(model, "m.onnx")
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3]))
+    assert prove_static_shapes_of(model, "m.onnx") == 2
 
 
 def test_inner_data_dependent_shape_fails_the_proof(tmp_path: Path) -> None:
@@ -105,6 +118,23 @@ def test_artifact_verifies(artifact: Path) -> None:
     ((name, error),) = found.errors
     assert name == "samples"
     assert 0 < error < 1e-5
+
+
+def test_what_the_runtime_returns_is_compared_too(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are right; only the runtime's outputs are not."""
+
+    def load(*arguments: object, **options: object) -> SimpleNamespace:
+        policy = evla.runtime.load(artifact, threads=1)
+        return SimpleNamespace(outputs=lambda **inputs: {"samples": policy.outputs(**inputs)["samples"] * factor})
+
+    factor = np.float32(1.00003)
+    monkeypatch.setattr(verification, "load", load)
+    ((name, error),) = evla.verify(artifact, threads=1).errors
+    assert name == "samples"
+    assert error == pytest.approx(3e-5, rel=0.2)
+    factor = np.float32(1.1)
+    with pytest.raises(evla.VerificationError, match=r"artifact in the runtime: samples is 1\.00e-01 of its largest"):
+        evla.verify(artifact, threads=1)
 
 
 def accept_model(folder: Path, precision: Precision = "float32") -> None:
