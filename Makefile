@@ -34,7 +34,7 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-sim: $(SIM) ## run the tests that need the simulator
-	$(BIN)/python -m pytest tests/test_closed_loop.py
+	$(BIN)/python -m pytest tests/benchmarks/test_closed_loop.py
 
 check: $(INSTALLED) ## lint, check the formatting, check the types
 	$(BIN)/ruff check .

@@ -12,16 +12,17 @@ from time import perf_counter
 import torch
 
 from evla_compile import runtime
-from evla_compile.calibration import calibrate
-from evla_compile.capture import capture
-from evla_compile.checkpoint import load
-from evla_compile.config import CompileConfig
-from evla_compile.demo import DEMO_CONFIG, describe_machine
-from evla_compile.demo_policy import DEMO_POLICY, calibration_frames, demo_frame
-from evla_compile.model.policy import CogACT
-from evla_compile.pipeline import build_passes, compile
-from evla_compile.plan import Plan, plan_without_calibration
-from evla_compile.verification import verify
+from evla_compile.calibration.calibrate import calibrate
+from evla_compile.compiled_policy import compile
+from evla_compile.compiler.pipeline import build_passes
+from evla_compile.demo.demo import DEMO_CONFIG, describe_machine
+from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames, demo_frame
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan import Plan, plan_without_calibration
+from evla_compile.verification.verify import verify
 
 Times = dict[str, float]
 """Seconds by what they were spent on."""

@@ -21,21 +21,20 @@ import numpy as np
 import torch
 
 import evla_compile as evla
-from evla_compile.checkpoint import read_checkpoint
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import PAPER_TEXT_TOKENS
-from evla_compile.demo import describe_machine
-from evla_compile.demo_policy import demo_frame
-from evla_compile.estimate import skeleton
+from evla_compile.artifact.cases import read_cases
+from evla_compile.compiled_policy import CompiledPolicy, compile
+from evla_compile.demo.demo import describe_machine
+from evla_compile.demo.shipped_policy import demo_frame
+from evla_compile.estimate.estimates import skeleton
 from evla_compile.exporters.onnx_weights import without_data
 from evla_compile.exporters.to_onnx import to_model
+from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
 from evla_compile.memory import watching_memory
-from evla_compile.pipeline import compile
-from evla_compile.plan import stand_in_plan
-from evla_compile.recorded import read_cases
-from evla_compile.sizes import published_sizes
-from evla_compile.tolerances import TOLERANCES, check
-from evla_compile.verification import prove_static_shapes_of
+from evla_compile.settings.config import PAPER_TEXT_TOKENS
+from evla_compile.settings.plan import stand_in_plan
+from evla_compile.settings.sizes import published_sizes
+from evla_compile.settings.tolerances import TOLERANCES, check
+from evla_compile.verification.verify import prove_static_shapes_of
 
 CONFIG = evla.CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
 """L=22, T=56, N=5, and the longest of SIMPLER's prompts."""

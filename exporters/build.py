@@ -9,16 +9,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from evla_compile.artifact import ArtifactFiles, check_files, find_manifest, finish_interrupted, writable
-from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
+from evla_compile.artifact.files import ArtifactFiles, check_files, find_manifest, finish_interrupted, writable
+from evla_compile.artifact.integrity import mismatch
+from evla_compile.artifact.journaled_move import put_in_place
+from evla_compile.artifact.manifest import Manifest, read_manifest, write_manifest
+from evla_compile.artifact.records import EngineRecord, FileRecord, Part
 from evla_compile.errors import ArtifactError, EvlaError, ExportError
 from evla_compile.exporters.to_tensorrt import check_memory, to_tensorrt
-from evla_compile.integrity import mismatch
-from evla_compile.journaled_move import put_in_place
-from evla_compile.manifest import EngineRecord, FileRecord, Manifest, Part, read_manifest, write_manifest
-from evla_compile.runtime.cuda import Gpu, find_gpu
 from evla_compile.scratch import exclusive, new_folder, scratch
-from evla_compile.tensorrt_library import find_flavour, import_flavour
+from evla_compile.settings.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
+from evla_compile.tensorrt.cuda import Gpu, find_gpu
+from evla_compile.tensorrt.library import find_flavour, import_flavour
 from evla_compile.units import bytes_text
 
 

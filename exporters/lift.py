@@ -14,7 +14,7 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from evla_compile.graph import weights
+from evla_compile.graph.contract import weights
 
 
 def to_exported_program(gm: fx.GraphModule) -> ExportedProgram:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from evla_compile.deferred import materialized
+from evla_compile.graph.deferred import materialized
 
 ALIGNMENT = 65536
 """Offset of large tensors in a data file, in bytes: what every system can map into memory."""

@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evla_compile.config import Precision
+from evla_compile.artifact.cases import RecordedCase
+from evla_compile.artifact.replay import replay
 from evla_compile.errors import ExportError, PassError
 from evla_compile.exporters.split import Piece
-from evla_compile.graph import weights
+from evla_compile.graph.contract import weights
+from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
-from evla_compile.recorded import RecordedCase
-from evla_compile.replay import replay
-from evla_compile.torch_state import own_torch_state
+from evla_compile.settings.config import Precision
 
 
 @own_torch_state()

@@ -7,8 +7,8 @@ from torch import fx
 
 from evla_compile.arguments import whole_number
 from evla_compile.errors import ExportError
-from evla_compile.graph import copy_graph, held_tensor
-from evla_compile.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
+from evla_compile.graph.contract import copy_graph, held_tensor
+from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
 
 ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
 """Names of parts; several of perception are numbered from 1."""

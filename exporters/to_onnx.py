@@ -17,7 +17,6 @@ from onnxscript.rewriter import onnx_fusions
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import fx
 
-from evla_compile.config import OPSET
 from evla_compile.errors import ExportError
 from evla_compile.exporters.lift import to_exported_program
 from evla_compile.exporters.onnx_weights import (
@@ -27,9 +26,10 @@ from evla_compile.exporters.onnx_weights import (
     save,
     weight_bytes,
 )
-from evla_compile.graph import WRITTEN_BY
+from evla_compile.graph.contract import WRITTEN_BY
+from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.settings.config import OPSET
 from evla_compile.terminal import new_console
-from evla_compile.torch_state import own_torch_state
 
 IR_VERSIONS: Mapping[int, int] = MappingProxyType({18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 10})
 """Version of ONNX's file format that is written, by opset: the oldest runtimes of an opset read no newer one."""

@@ -12,20 +12,20 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from evla_compile import __version__
-from evla_compile.artifact import check_space
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import Precision
+from evla_compile.artifact.files import check_space
+from evla_compile.compiler.result import CompiledGraph
 from evla_compile.errors import ArtifactError, ExportError
 from evla_compile.exporters.artifact import record_cases
 from evla_compile.exporters.lift import to_exported_program
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import split
-from evla_compile.graph import copy_graph, materialize, weights
+from evla_compile.graph.contract import copy_graph, materialize, weights
+from evla_compile.graph.sites import INPUT_NAMES, verified_stages
+from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
 from evla_compile.scratch import replacing
-from evla_compile.sites import INPUT_NAMES, verified_stages
-from evla_compile.torch_state import own_torch_state
+from evla_compile.settings.config import Precision
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
 """A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
@@ -36,7 +36,7 @@ DESCRIPTION = "evla_compile.json"
 
 @own_torch_state()
 def to_pt2(
-    compiled: CompiledPolicy, path: Path, *, packaging: Packaging, stages: tuple[str, ...], precision: Precision
+    compiled: CompiledGraph, path: Path, *, packaging: Packaging, stages: tuple[str, ...], precision: Precision
 ) -> None:
     """Write a policy's finished graph, which takes `INPUT_NAMES` in order and returns a tuple, `samples` first.
 
@@ -114,7 +114,7 @@ def _is_described(path: Path) -> bool:
     return False
 
 
-def _check_precision(compiled: CompiledPolicy, precision: Precision) -> None:
+def _check_precision(compiled: CompiledGraph, precision: Precision) -> None:
     """Hold the graph in lower precision against the float32 one, stage by stage, on the recorded frames."""
     names = (SAMPLES, *verified_stages(compiled.graph.graph))
     pieces = lower(split(compiled.exposing(names), names, 1), precision, compiled.plan.ranges)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.errors import EvlaError, ExportError
 from evla_compile.exporters.build_progress import watching
 from evla_compile.memory import BUILD_BASE_BYTES, BUILD_FACTOR, available_memory, build_bytes
 from evla_compile.scratch import replacing
-from evla_compile.tensorrt_library import (
+from evla_compile.settings.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
+from evla_compile.tensorrt.library import (
     create,
     describe_tensor,
     find_flavour,

@@ -1,4 +1,4 @@
-"""The rewrites, one file each; `evla_compile.graph` has their contract, `evla_compile.pipeline` their order."""
+"""The rewrites, one file each: their contract is in `evla_compile.graph.contract`, their order in the pipeline."""
 
 from evla_compile.passes.cache_features import CacheFeatures
 from evla_compile.passes.expose_stages import ExposeStages

@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, inserting
-from evla_compile.sites import ACTION_MODEL, DENOISING, indexed_modules, is_call, residual_ends
+from evla_compile.graph.contract import GraphPass, inserting
+from evla_compile.graph.sites import ACTION_MODEL, DENOISING, indexed_modules, is_call, residual_ends
 
 aten = torch.ops.aten
 

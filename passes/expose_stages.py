@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass
-from evla_compile.sites import stage_node
+from evla_compile.graph.contract import GraphPass
+from evla_compile.graph.sites import stage_node
 
 SAMPLES = "samples"
 """Name of the finished graph's own output."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from evla_compile.graph import GraphPass, held_tensor, hold_tensor
+from evla_compile.graph.contract import GraphPass, held_tensor, hold_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

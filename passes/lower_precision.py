@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from evla_compile.deferred import DeferredWeight
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, held_tensor, replace_tensor
-from evla_compile.sites import argument, is_call, module_path
+from evla_compile.graph.contract import GraphPass, held_tensor, replace_tensor
+from evla_compile.graph.deferred import DeferredWeight
+from evla_compile.graph.sites import argument, is_call, module_path
 
 aten = torch.ops.aten
 

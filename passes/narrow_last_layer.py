@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, Value, inserting
-from evla_compile.sites import DecoderLayer, argument, decoder_layers, input_node, is_call, stage_node
+from evla_compile.graph.contract import GraphPass, Value, inserting
+from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, input_node, is_call, stage_node
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass
-from evla_compile.sites import decoder_layers
+from evla_compile.graph.contract import GraphPass
+from evla_compile.graph.sites import decoder_layers
 
 
 @dataclass(frozen=True, kw_only=True)

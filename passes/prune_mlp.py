@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from evla_compile.deferred import cut
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, held_tensor, replace_tensor
-from evla_compile.sites import DecoderLayer, decoder_layers
+from evla_compile.graph.contract import GraphPass, held_tensor, replace_tensor
+from evla_compile.graph.deferred import cut
+from evla_compile.graph.sites import DecoderLayer, decoder_layers
 
 
 @dataclass(frozen=True, kw_only=True)

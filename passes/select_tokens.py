@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, Value, Wrap, inserting
-from evla_compile.sites import DecoderLayer, argument, decoder_layers, input_node, mark_stage
+from evla_compile.graph.contract import GraphPass, Value, Wrap, inserting
+from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, input_node, mark_stage
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, propagate
-from evla_compile.sites import input_node
+from evla_compile.graph.contract import GraphPass, propagate
+from evla_compile.graph.sites import input_node
 
 aten = torch.ops.aten
 

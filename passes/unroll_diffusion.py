@@ -7,9 +7,9 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph import GraphPass, hold_tensor, inserting
-from evla_compile.model.diffusion import ddim_schedule
-from evla_compile.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
+from evla_compile.graph.contract import GraphPass, hold_tensor, inserting
+from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
+from evla_compile.settings.schedule import ddim_schedule
 
 aten = torch.ops.aten
 

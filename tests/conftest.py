@@ -17,17 +17,15 @@ from PIL import Image
 from tokenizers import Tokenizer, models, processors
 from torch import Tensor, fx
 
-from evla_compile.capture import capture
-from evla_compile.checkpoint import load
-from evla_compile.config import CompileConfig
-from evla_compile.graph import held_tensor, weights
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.language import LanguageSizes
-from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.model.vision import TowerSizes
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.contract import held_tensor, weights
+from evla_compile.graph.sites import module_path
+from evla_compile.host.processor import Processor
 from evla_compile.passes import UnrollDiffusion
-from evla_compile.processor import Processor
-from evla_compile.sites import module_path
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.sizes import ActionSizes, LanguageSizes, ModelSizes, TowerSizes
 
 DATA = Path(__file__).parent / "data"
 

@@ -11,7 +11,7 @@ import evla_compile
 from evla_compile import json_text
 from evla_compile.cli.console import print_json
 from evla_compile.json_text import to_json_text
-from evla_compile.plan import Plan
+from evla_compile.settings.plan import Plan
 
 PACKAGE = Path(evla_compile.__file__).parent
 SOURCES = sorted({path.resolve() for folder in (PACKAGE, *PACKAGE.iterdir()) for path in folder.glob("**/*.py")})

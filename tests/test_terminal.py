@@ -11,10 +11,10 @@ import pytest
 from rich.text import Text
 
 from evla_compile import cli
+from evla_compile.artifact.manifest import write_manifest
 from evla_compile.cli.console import new_table, print_json
-from evla_compile.manifest import write_manifest
 from evla_compile.terminal import in_one_line, new_console, printable
-from tests.command_line import Outcome, evla, example_manifest, refused
+from tests.cli.command_line import Outcome, evla, example_manifest, refused
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 

@@ -7,12 +7,12 @@ from rich.console import Console
 
 from evla_compile.cli.demo import latency_table
 from evla_compile.cli.estimate import estimate_summary
-from evla_compile.config import CompileConfig
-from evla_compile.demo import Latency
-from evla_compile.estimate import Estimate
-from evla_compile.footprint import Footprint
-from evla_compile.graph import GraphStats, PassReport
-from evla_compile.report import CompileReport
+from evla_compile.compiler.report import CompileReport
+from evla_compile.demo.demo import Latency
+from evla_compile.estimate.estimates import Estimate
+from evla_compile.estimate.footprint import Footprint
+from evla_compile.graph.contract import GraphStats, PassReport
+from evla_compile.settings.config import CompileConfig
 from evla_compile.units import byte_scale, bytes_text, digits, flop_scale, time_scale
 
 

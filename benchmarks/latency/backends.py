@@ -17,13 +17,13 @@ from benchmarks.latency.policies import MadeRow
 from benchmarks.latency.rows import DtypeName
 from benchmarks.latency.timing import Stopwatch
 from evla_compile import runtime
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import PAPER_TEXT_TOKENS
+from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.errors import EvlaError
-from evla_compile.model.policy import ModelSizes
-from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.processor import BLANK_ID, BOS_ID, EOS_ID
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.host.processor import BLANK_ID, BOS_ID, EOS_ID
 from evla_compile.runtime import Provider
+from evla_compile.settings.config import PAPER_TEXT_TOKENS
+from evla_compile.settings.sizes import ModelSizes
 
 Backend: TypeAlias = Literal["eager", "compile", "cudagraphs", "compile-cudagraphs", "onnx-cpu", "onnx-cuda"]
 """`compile` is Inductor, `cudagraphs` records the eager kernels, `compile-cudagraphs` those of Inductor."""

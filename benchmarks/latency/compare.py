@@ -32,11 +32,11 @@ from benchmarks.latency.rows import SIZES, DtypeName, Row, make_rows, select_row
 from benchmarks.latency.timing import Latency, describe_clocks, describe_machine, find_roof, measure
 from benchmarks.latency.variants import Variant, prepare_row
 from evla_compile import __version__
-from evla_compile.checkpoint import read_checkpoint
-from evla_compile.config import PAPER_TEXT_TOKENS
-from evla_compile.devices import Device
 from evla_compile.errors import EvlaError
-from evla_compile.model.policy import ModelSizes
+from evla_compile.estimate.devices import Device
+from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
+from evla_compile.settings.config import PAPER_TEXT_TOKENS
+from evla_compile.settings.sizes import ModelSizes
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """Modes of Inductor that leave CUDA graphs to the backends here."""

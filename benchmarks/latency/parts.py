@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from benchmarks.latency.rows import DtypeName
-from evla_compile.capture import capture_upstream
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.devices import Device
-from evla_compile.flops import Part, flops_by_part, graph_flops
-from evla_compile.graph import copy_graph, held_tensor, remove_dead_nodes
-from evla_compile.model.policy import ModelSizes
-from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.sites import is_call, stage_node
+from evla_compile.estimate.devices import Device
+from evla_compile.families.cogact.capture import capture_upstream
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.contract import copy_graph, held_tensor, remove_dead_nodes
+from evla_compile.graph.flops import Part, flops_by_part, graph_flops
+from evla_compile.graph.sites import is_call, stage_node
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
+from evla_compile.settings.sizes import ModelSizes
 
 aten = torch.ops.aten
 

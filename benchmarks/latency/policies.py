@@ -12,17 +12,18 @@ from torch import Tensor, fx
 
 from benchmarks.latency.parts import Cost, Parts, costs_of, cut, upstream_costs
 from benchmarks.latency.rows import DtypeName, Row
-from evla_compile.capture import capture
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.flops import Part
-from evla_compile.graph import materialize, measure
-from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.pipeline import build_passes
-from evla_compile.plan import stand_in_plan
-from evla_compile.processor import ACTION_WIDTH, PAD_ID, ActionStatistics, Processor
-from evla_compile.report import CompileReport
+from evla_compile.compiled_policy import CompiledPolicy
+from evla_compile.compiler.pipeline import build_passes
+from evla_compile.compiler.report import CompileReport
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.contract import materialize, measure
+from evla_compile.graph.flops import Part
+from evla_compile.host.processor import PAD_ID, ActionStatistics, Processor
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
+from evla_compile.settings.plan import stand_in_plan
+from evla_compile.settings.sizes import ACTION_WIDTH, ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

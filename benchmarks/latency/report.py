@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.latency.parts import PARTS, Cost
 from benchmarks.latency.timing import Latency
-from evla_compile.devices import Device
-from evla_compile.flops import Part
+from evla_compile.estimate.devices import Device
+from evla_compile.graph.flops import Part
 
 COLUMNS = (
     "policy",

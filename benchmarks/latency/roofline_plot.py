@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from benchmarks.latency.report import Entry
-from evla_compile.devices import Device
+from evla_compile.estimate.devices import Device
 
 _MARKERS = "osD^vP"
 _COLUMN = 1.03

@@ -5,12 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.language import LanguageSizes
-from evla_compile.model.policy import ModelSizes
-from evla_compile.model.vision import TowerSizes
-from evla_compile.sizes import published_sizes
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
+from evla_compile.settings.sizes import ActionSizes, LanguageSizes, ModelSizes, TowerSizes, published_sizes
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16"]
 """Dtype of the vision towers, the projector and the decoder; the action head is float32 throughout."""

@@ -14,8 +14,8 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from evla_compile.demo import cpu_field
-from evla_compile.devices import Device, find_device
+from evla_compile.demo.demo import cpu_field
+from evla_compile.estimate.devices import Device, find_device
 
 _PRODUCT_SIDE = MappingProxyType(
     {

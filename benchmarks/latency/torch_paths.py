@@ -23,11 +23,11 @@ from benchmarks.latency.policies import random_weight
 from benchmarks.latency.rows import SIZES
 from benchmarks.latency.timing import Stopwatch, describe_machine, measure
 from evla_compile import __version__
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.estimate import skeleton
-from evla_compile.model.policy import CogACT
-from evla_compile.plan import stand_in_plan
-from evla_compile.tolerances import relative_error
+from evla_compile.estimate.estimates import skeleton
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
+from evla_compile.settings.plan import stand_in_plan
+from evla_compile.settings.tolerances import relative_error
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """How far a path's samples may be from the compiled graph's; Inductor fuses, and so rounds, otherwise in bfloat16."""

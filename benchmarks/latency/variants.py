@@ -11,7 +11,7 @@ from benchmarks.latency.backends import Backend, Inputs, Sampler, make_sampler
 from benchmarks.latency.policies import MadeRow, PolicyMaker
 from benchmarks.latency.rows import DtypeName, Row
 from benchmarks.latency.timing import Stopwatch
-from evla_compile.tolerances import TOLERANCES, check
+from evla_compile.settings.tolerances import TOLERANCES, check
 
 BFLOAT16_TOLERANCE = 5e-2
 """Largest relative error accepted between two ways of computing one bfloat16 graph.

@@ -8,16 +8,15 @@ import torch
 from torch import fx
 
 from benchmarks.paper.published import setting
-from evla_compile.capture import capture, capture_upstream
-from evla_compile.config import CompileConfig
-from evla_compile.estimate import skeleton
-from evla_compile.flops import Part, flops_by_part, graph_flops, part_of
-from evla_compile.graph import GraphPass, weights
-from evla_compile.model.policy import ModelSizes
-from evla_compile.model.upstream import UpstreamCogACT
-from evla_compile.pipeline import build_passes
-from evla_compile.plan import stand_in_plan
-from evla_compile.sizes import PublishedName
+from evla_compile.compiler.pipeline import build_passes
+from evla_compile.estimate.estimates import skeleton
+from evla_compile.families.cogact.capture import capture, capture_upstream
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.contract import GraphPass, weights
+from evla_compile.graph.flops import Part, flops_by_part, graph_flops, part_of
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan import stand_in_plan
+from evla_compile.settings.sizes import ModelSizes, PublishedName
 
 Progress: TypeAlias = Callable[[str], None]
 """Takes a line that says what is going on."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.flops import Part
-from evla_compile.sizes import PublishedName
+from evla_compile.graph.flops import Part
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
+from evla_compile.settings.sizes import PublishedName
 
 EXTRA_TOKENS = 4
 """Visual tokens that the published rows keep beyond T."""

@@ -23,9 +23,8 @@ from rich.table import Table
 from benchmarks.paper.counts import Counter, Counts, Step, exact_steps
 from benchmarks.paper.published import EXTRA_TOKENS, PUBLISHED, Quantity, Row, Unit, efficient, setting
 from evla_compile import __version__
-from evla_compile.config import PAPER_TEXT_TOKENS
-from evla_compile.model.policy import ModelSizes
-from evla_compile.sizes import PublishedName, published_sizes
+from evla_compile.settings.config import PAPER_TEXT_TOKENS
+from evla_compile.settings.sizes import ModelSizes, PublishedName, published_sizes
 
 NOTES = (
     "Ours: CogACT as its public code runs it, captured without weights and rewritten by the paper's four components"

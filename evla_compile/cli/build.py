@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from evla_compile.artifact.records import EngineRecord
 from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import step
-from evla_compile.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
-from evla_compile.manifest import EngineRecord
+from evla_compile.settings.engine_settings import FLAVOUR_NAMES, EngineSettings, Flavour
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
 

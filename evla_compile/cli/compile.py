@@ -11,22 +11,22 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
-from evla_compile.artifact import check_target
-from evla_compile.budgets import kept_layer_count, resolve
-from evla_compile.camera_frame import Framing
+from evla_compile.artifact.files import check_target
 from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
 from evla_compile.cli.settings import read_config, read_plan
-from evla_compile.config import OPSET, Precision
+from evla_compile.host.camera_frame import Framing
 from evla_compile.memory import PeakMemory, watching_memory
-from evla_compile.plan import plan_without_calibration
+from evla_compile.settings.budgets import kept_layer_count, resolve
+from evla_compile.settings.config import OPSET, Precision
+from evla_compile.settings.plan import plan_without_calibration
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
 
 if TYPE_CHECKING:
-    from evla_compile.report import CompileReport
+    from evla_compile.compiler.report import CompileReport
 
 
 STAGES = ("cognition", "samples", "actions")
@@ -82,16 +82,16 @@ def compile_policy(
         )
     chosen = None if plan is None else read_plan(plan)
     with step("import torch"):
-        from evla_compile.checkpoint import read_checkpoint
+        from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
     # Loading casts gigabytes of weights, and the compiler takes seconds to import: what shapes can refuse comes before.
     sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
     config = resolve(config, sizes)
     if chosen is None and calibration is None:
         chosen = plan_without_calibration(sizes.language, config)
     with step("import the compiler and its exporters"):
+        from evla_compile.compiler.pipeline import check_plan
         from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
-        from evla_compile.pipeline import check_plan
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
     frames = None if calibration is None else evla.read_frames(calibration, convert=convert)

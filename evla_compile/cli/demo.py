@@ -17,13 +17,13 @@ from evla_compile.cli.compile import deviation_table, deviations_by_stage, pass_
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
 from evla_compile.cli.run import action_table
-from evla_compile.picture import kept_tokens_text
+from evla_compile.host.picture import kept_tokens_text
 from evla_compile.scratch import new_folder, remove_stale, scratch
 from evla_compile.terminal import new_console
 from evla_compile.units import byte_scale, time_scale
 
 if TYPE_CHECKING:
-    from evla_compile.demo import DemoResult, Latency
+    from evla_compile.demo.demo import DemoResult, Latency
 
 
 def demo(
@@ -41,8 +41,8 @@ def demo(
     with TemporaryDirectory() if out is None else scratch(out) as place:
         folder = new_folder(Path(place))
         with step("import torch and transformers"):
-            from evla_compile.demo import PICTURE, run_demo
-            from evla_compile.demo_policy import DEMO_IMAGE
+            from evla_compile.demo.demo import PICTURE, run_demo
+            from evla_compile.demo.shipped_policy import DEMO_IMAGE
         result = run_demo(folder, runs=runs, threads=threads, step=step)
         if out is not None:
             folder.rename(out)

@@ -13,14 +13,14 @@ from evla_compile.cli.arguments import read_path, read_place
 from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
 from evla_compile.cli.settings import read_config
-from evla_compile.config import Precision
-from evla_compile.engine_settings import Flavour
 from evla_compile.runtime import Provider
+from evla_compile.settings.config import Precision
+from evla_compile.settings.engine_settings import Flavour
 from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
-    from evla_compile.doctor import Survey
-    from evla_compile.doctor_request import Finding
+    from evla_compile.doctor.request import Finding
+    from evla_compile.doctor.survey import Survey
 
 
 @with_settings
@@ -53,8 +53,8 @@ def doctor(
     Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
     here and what can be done with it, and 1 says that something installed is broken.
     """
-    from evla_compile.doctor import examine, stored_bytes
-    from evla_compile.doctor_request import make_request
+    from evla_compile.doctor.request import make_request
+    from evla_compile.doctor.survey import examine, stored_bytes
 
     described = dense or any(given is not None for given in (preset, precision, *settings.values()))
     if work is None:
@@ -90,7 +90,7 @@ def doctor(
 
 def _survey(*, as_json: bool) -> None:
     """Print what is on this machine and what can be done with it."""
-    from evla_compile.doctor import survey_machine
+    from evla_compile.doctor.survey import survey_machine
 
     with step("look at this machine"):
         found = survey_machine()

@@ -14,13 +14,13 @@ from evla_compile.cli.arguments import read_place
 from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.cli.setting_options import Settings, with_settings
 from evla_compile.cli.settings import read_configs
-from evla_compile.config import PAPER_TEXT_TOKENS, CompileConfig
-from evla_compile.devices import DEVICES
+from evla_compile.estimate.devices import DEVICES
+from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.terminal import new_console
 from evla_compile.units import byte_scale, flop_scale, time_scale
 
 if TYPE_CHECKING:
-    from evla_compile.estimate import Estimate
+    from evla_compile.estimate.estimates import Estimate
 
 
 @with_settings
@@ -50,7 +50,7 @@ def estimate(
     with step("import torch and transformers"):
         import torch
 
-        from evla_compile.comparison import compare, sizes_of
+        from evla_compile.estimate.comparison import compare, sizes_of
     found = compare(sizes_of(size), configs, dtype=getattr(torch, dtype), step=step)
     if as_json:
         print_json({name: estimated.to_json() for name, estimated in found.items()})

@@ -11,18 +11,18 @@ import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from evla_compile.artifact import find_manifest
+from evla_compile.artifact.files import find_manifest
+from evla_compile.artifact.manifest import Manifest, read_manifest
 from evla_compile.cli.arguments import read_place
 from evla_compile.cli.build import describe_engine
 from evla_compile.cli.console import new_table, step
-from evla_compile.manifest import Manifest, read_manifest
 from evla_compile.terminal import in_one_line, new_console
 from evla_compile.units import Scale, byte_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from evla_compile.checkpoint import Checkpoint
+    from evla_compile.families.cogact.loading.checkpoint import Checkpoint
 
 
 def inspect(
@@ -37,7 +37,7 @@ def inspect(
         console.print(manifest_table(read_manifest(find_manifest(place))))
         return
     with step("import torch"):
-        from evla_compile.checkpoint import read_sound_checkpoint
+        from evla_compile.families.cogact.loading.checkpoint import read_sound_checkpoint
     console.print(checkpoint_summary(read_sound_checkpoint(path)))
     console.print(
         f"What it computes and how fast devices could run it:\n  evla estimate {shlex.quote(path)}", soft_wrap=True

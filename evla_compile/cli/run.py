@@ -12,11 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 import evla_compile as evla
-from evla_compile.camera_frame import Framing
 from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import new_table, print_json
 from evla_compile.cli.run_inputs import check_actions_file, list_observations, read_noise
-from evla_compile.frames import FrameFile
+from evla_compile.host.camera_frame import Framing
+from evla_compile.host.frames import FrameFile
 from evla_compile.runtime import Provider
 from evla_compile.scratch import replacing
 from evla_compile.terminal import in_one_line, new_console

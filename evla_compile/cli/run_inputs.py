@@ -6,7 +6,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from evla_compile.frames import FrameFile, list_frames, list_images
+from evla_compile.host.frames import FrameFile, list_frames, list_images
 
 
 def list_observations(image: Path | None, instruction: str | None, frames: Path | None) -> list[FrameFile]:

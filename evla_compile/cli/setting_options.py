@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from evla_compile.config import PRESETS, LayerRule
+from evla_compile.settings.config import PRESETS, LayerRule
 
 Settings: TypeAlias = Mapping[str, Any]
 """What was given for each setting of `CompileConfig`, by its name; None where nothing was."""

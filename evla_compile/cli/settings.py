@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evla_compile.artifact import find_manifest
+from evla_compile.artifact.files import find_manifest
+from evla_compile.artifact.manifest import read_manifest
 from evla_compile.cli.setting_options import Settings
-from evla_compile.config import PRESETS, CompileConfig, Share
-from evla_compile.manifest import read_manifest
-from evla_compile.plan import Plan
+from evla_compile.settings.config import PRESETS, CompileConfig, Share
+from evla_compile.settings.plan import Plan
 
 _OF_EVERY_ROW = ("ddim_steps", "cfg_scale", "text_tokens", "batch_size")  # settings of the call, not budgets
 

@@ -12,7 +12,7 @@ from evla_compile.runtime import Provider
 from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:
-    from evla_compile.verification import Verification
+    from evla_compile.verification.verify import Verification
 
 
 def verify(

@@ -5,10 +5,11 @@ import re
 import shlex
 from pathlib import Path
 
-from evla_compile.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES, Flavour
+from evla_compile.artifact.manifest import Manifest
+from evla_compile.artifact.records import EngineRecord
 from evla_compile.errors import ArtifactError, EvlaError
-from evla_compile.manifest import EngineRecord, Manifest
-from evla_compile.runtime.cuda import Gpu
+from evla_compile.settings.engine_settings import FLAVOUR_NAMES, RTX_CAPABILITIES, Flavour
+from evla_compile.tensorrt.cuda import Gpu
 from evla_compile.units import bytes_text
 
 _ALSO_RUNS = {10: 11}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evla_compile.artifact.records import Part, TensorSpec
 from evla_compile.errors import EvlaError
-from evla_compile.manifest import Part, TensorSpec
-from evla_compile.runtime.cuda import Cuda
 from evla_compile.runtime.kernel_cache import KernelCache
+from evla_compile.tensorrt.cuda import Cuda
 
 
 class EngineResources:

@@ -8,14 +8,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from evla_compile.engine_settings import FLAVOUR_NAMES
+from evla_compile.artifact.manifest import Manifest
+from evla_compile.artifact.records import EngineRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError, EvlaError
-from evla_compile.manifest import EngineRecord, Manifest, Part, TensorSpec
-from evla_compile.runtime.cuda import Cuda, find_gpu
 from evla_compile.runtime.engine_match import check_match, rebuild, require_engine
 from evla_compile.runtime.engine_resources import EngineResources
 from evla_compile.runtime.kernel_cache import KernelCache, prepare_cache
-from evla_compile.tensorrt_library import create, describe_tensor, import_flavour, make_logger, reasons
+from evla_compile.settings.engine_settings import FLAVOUR_NAMES
+from evla_compile.tensorrt.cuda import Cuda, find_gpu
+from evla_compile.tensorrt.library import create, describe_tensor, import_flavour, make_logger, reasons
 
 _SHORTEST_TEXT = 2
 """Least `text_length` of a policy, in tokens; the graph's gathers expect no less."""

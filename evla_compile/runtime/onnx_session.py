@@ -8,17 +8,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from evla_compile.arguments import whole_number
-from evla_compile.config import Precision
+from evla_compile.artifact.external_data import check_external_data
+from evla_compile.artifact.manifest import Manifest
+from evla_compile.artifact.records import TensorSpec
 from evla_compile.errors import ArtifactError, EvlaError
-from evla_compile.external_data import check_external_data
-from evla_compile.manifest import Manifest, TensorSpec
 from evla_compile.memory import available_memory
 from evla_compile.runtime.kernel_cache import prepare_cache
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider, is_widened
+from evla_compile.runtime.widening import FACTOR, read_widened
+from evla_compile.settings.config import Precision
 from evla_compile.units import bytes_text
-from evla_compile.widening import FACTOR, read_widened
 
 _DTYPES = {
     "tensor(bool)": "bool",

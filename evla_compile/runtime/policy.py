@@ -12,15 +12,16 @@ from typing import Any, Protocol, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from evla_compile import host
-from evla_compile.artifact import check_files, find_manifest
-from evla_compile.camera_frame import CameraFrame, Framing
+from evla_compile.artifact.files import check_files, find_manifest
+from evla_compile.artifact.hub import local_artifact
+from evla_compile.artifact.manifest import Manifest, read_manifest
+from evla_compile.artifact.records import FileRecord
 from evla_compile.errors import ArtifactError, CheckpointError, EvlaError
-from evla_compile.host import Predictor
-from evla_compile.hub_artifact import local_artifact
+from evla_compile.host.camera_frame import CameraFrame, Framing
+from evla_compile.host.inputs import check_input, check_input_ids, check_text_length
+from evla_compile.host.predictor import Predictor
+from evla_compile.host.processor import Processor
 from evla_compile.json_text import to_json_text
-from evla_compile.manifest import FileRecord, Manifest, read_manifest
-from evla_compile.processor import Processor
 from evla_compile.runtime.engine_match import require_engine
 from evla_compile.runtime.engine_session import EngineSession
 from evla_compile.runtime.latency import LatencyCounter
@@ -150,9 +151,9 @@ class RuntimePolicy(Predictor):
             "noise": noise,
         }
         for spec in self.manifest.inputs:
-            host.check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
-        host.check_input_ids(input_ids, self.manifest.vocabulary)
-        host.check_text_length(text_length, self.config.text_tokens)
+            check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
+        check_input_ids(input_ids, self.manifest.vocabulary)
+        check_text_length(text_length, self.config.text_tokens)
         with self.latency.timing("graph"):
             return self._session.run(feeds)
 

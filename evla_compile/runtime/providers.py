@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from evla_compile.config import Precision
+from evla_compile.settings.config import Precision
 
 OnnxProvider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino"]
 """Where ONNX Runtime computes."""

@@ -34,12 +34,12 @@ from benchmarks.closed_loop.evaluation.variants import RECIPES, Prepared, Varian
 from benchmarks.closed_loop.simulation.environment import simulator_lack
 from benchmarks.closed_loop.simulation.tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 from benchmarks.conditions import command_line
-from evla_compile.checkpoint import load
-from evla_compile.demo import describe_machine
-from evla_compile.demo_policy import DEMO_POLICY
+from evla_compile.demo.demo import describe_machine
+from evla_compile.demo.shipped_policy import DEMO_POLICY
 from evla_compile.errors import EvlaError
-from evla_compile.frames import Frame, read_frames
-from evla_compile.run_directory import find_checkpoint
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.loading.run_directory import find_checkpoint
+from evla_compile.host.frames import Frame, read_frames
 
 _VERSIONS = ("evla-compile", "metaworld", "mujoco", "numpy", "onnxruntime", "torch")
 _workers: list[Worker] = []  # the one of this process

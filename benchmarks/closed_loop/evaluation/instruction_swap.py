@@ -22,10 +22,10 @@ from benchmarks.closed_loop.evaluation.rollout import call_noise
 from benchmarks.closed_loop.simulation.environment import SimEnvironment, simulator_lack
 from benchmarks.closed_loop.simulation.tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 from benchmarks.conditions import command_line
-from evla_compile.checkpoint import load
-from evla_compile.demo import describe_machine
-from evla_compile.demo_policy import DEMO_POLICY
-from evla_compile.model.policy import CogACT
+from evla_compile.demo.demo import describe_machine
+from evla_compile.demo.shipped_policy import DEMO_POLICY
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.model.policy import CogACT
 
 INSTRUCTIONS = tuple(TASKS[task].instruction for task in ("window-open", "window-close"))
 OUTCOMES = ("opened", "closed", "neither")

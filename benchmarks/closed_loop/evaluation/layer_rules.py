@@ -1,6 +1,6 @@
 """Which decoder layers go, by rules that the package does not offer: variations of its own, and controls.
 
-All measure the unpruned policy on the same calibration frames, as `evla_compile.calibration` does.
+All measure the unpruned policy on the same calibration frames, as `evla_compile.calibration.calibrate` does.
 """
 
 import math
@@ -11,12 +11,12 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
-from evla_compile.calibration import LayerObserver, calibrate
-from evla_compile.capture import capture
-from evla_compile.config import CompileConfig
-from evla_compile.frames import Frame
-from evla_compile.model.policy import CogACT
+from evla_compile.calibration.calibrate import LayerObserver, calibrate
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.host.frames import Frame
 from evla_compile.passes import ExposeStages
+from evla_compile.settings.config import CompileConfig
 
 OtherRule: TypeAlias = Literal["random", "last", "keep-last", "cognition"]
 """`random`, `last`: controls. `keep-last`: the paper's, but the last layer stays. `cognition`: the paper's at the

@@ -14,8 +14,8 @@ from PIL import Image
 from benchmarks.closed_loop.evaluation.variants import Policy, Prepared
 from benchmarks.closed_loop.simulation.environment import SimEnvironment
 from benchmarks.closed_loop.simulation.tasks import MAX_STEPS, TASKS
-from evla_compile.processor import draw_noise
-from evla_compile.simpler import AdaptiveEnsembler
+from evla_compile.host.processor import draw_noise
+from evla_compile.host.simpler import AdaptiveEnsembler
 
 ENSEMBLE_HORIZON = 7
 """Action chunks that the adaptive ensemble looks back on, as CogACT does on the WidowX."""

@@ -13,19 +13,20 @@ from PIL import Image
 
 from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, OtherRule, kept_by_rule
 from evla_compile import runtime
-from evla_compile.calibration import calibrate
-from evla_compile.capture import capture
-from evla_compile.checkpoint import load
-from evla_compile.compiled import CompiledPolicy
-from evla_compile.config import LAYER_RULES, CompileConfig, LayerRule
-from evla_compile.frames import Frame
-from evla_compile.graph import GraphPass, Value
-from evla_compile.model.policy import CogACT, ModelSizes
+from evla_compile.calibration.calibrate import calibrate
+from evla_compile.compiled_policy import CompiledPolicy
+from evla_compile.compiler.pipeline import build_passes
+from evla_compile.compiler.report import CompileReport
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.contract import GraphPass, Value
+from evla_compile.graph.sites import input_node, mark_stage
+from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
-from evla_compile.pipeline import build_passes
-from evla_compile.plan import Plan, needs_calibration, plan_without_calibration
-from evla_compile.report import CompileReport
-from evla_compile.sites import input_node, mark_stage
+from evla_compile.settings.config import LAYER_RULES, CompileConfig, LayerRule
+from evla_compile.settings.plan import Plan, needs_calibration, plan_without_calibration
+from evla_compile.settings.sizes import ModelSizes
 
 Backend: TypeAlias = Literal["onnx", "torch"]
 """ONNX Runtime on the CPU, or the same graph in torch."""

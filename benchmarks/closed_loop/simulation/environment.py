@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.closed_loop.simulation.tasks import SimTask
 from evla_compile.errors import EvlaError
-from evla_compile.processor import ACTION_WIDTH, GRIPPER
+from evla_compile.host.processor import GRIPPER
+from evla_compile.settings.sizes import ACTION_WIDTH
 
 FRAME_SIDE = 224
 """Side in pixels of a rendered frame; the policy's processor squashes it to what its towers take."""

@@ -26,7 +26,8 @@ from rich.progress import track
 from benchmarks.closed_loop.simulation.environment import STEP_METRES, SimEnvironment, simulator_lack
 from benchmarks.closed_loop.simulation.tasks import CALIBRATION_SEED, TASKS
 from benchmarks.closed_loop.training.episodes import CHUNK, Episode
-from evla_compile.processor import ACTION_WIDTH, GRIPPER
+from evla_compile.host.processor import GRIPPER
+from evla_compile.settings.sizes import ACTION_WIDTH
 
 FRAME_EVERY = 3
 """Control steps between two recorded frames."""

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evla_compile.config import DIFFUSION_STEPS
-from evla_compile.model.action import ActionSizes
-from evla_compile.model.diffusion import cumulative_alphas
-from evla_compile.model.language import LanguageSizes, cognition_token, rotary_tables
-from evla_compile.model.policy import CogACT, ModelSizes
-from evla_compile.model.vision import TowerSizes
+from evla_compile.families.cogact.model.language import cognition_token, rotary_tables
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.host.processor import Processor
 from evla_compile.passes.select_tokens import SCORING_LAYER
-from evla_compile.processor import ACTION_WIDTH, Processor
+from evla_compile.settings.config import DIFFUSION_STEPS
+from evla_compile.settings.schedule import cumulative_alphas
+from evla_compile.settings.sizes import ACTION_WIDTH, ActionSizes, LanguageSizes, ModelSizes, TowerSizes
 
 FIRST_DROPPED = SCORING_LAYER + 1
 """The first decoder layer that training may skip, and before which it may drop visual tokens: compilation selects them

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evla_compile.model.policy import ModelSizes
-from evla_compile.processor import ACTION_WIDTH, GRIPPER, ActionStatistics, Processor
+from evla_compile.host.processor import GRIPPER, ActionStatistics, Processor
+from evla_compile.settings.sizes import ACTION_WIDTH, ModelSizes
 
 _GROUPS = ("vision_backbone", "projector", "llm_backbone", "action_model")
 

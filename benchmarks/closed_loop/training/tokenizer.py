@@ -5,7 +5,7 @@ from string import printable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from benchmarks.closed_loop.simulation.tasks import TASKS
-from evla_compile.processor import PROMPT
+from evla_compile.host.processor import PROMPT
 
 VOCABULARY = 512
 """Rows of the token embedding."""

@@ -30,7 +30,7 @@ from benchmarks.closed_loop.training.episodes import CHUNK, Demonstrations, load
 from benchmarks.closed_loop.training.policy import TrainingPolicy, demo_sizes
 from benchmarks.closed_loop.training.run_directory import action_statistics, write_run
 from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_tokenizer
-from evla_compile.processor import GRIPPER, Processor
+from evla_compile.host.processor import GRIPPER, Processor
 
 TEXT_TOKENS = 28
 """Text budget of training; any that holds the prompts gives the same policy."""

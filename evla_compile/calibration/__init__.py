@@ -1,0 +1,1 @@
+"""Frames to plan: what a policy can spare, measured on real observations."""

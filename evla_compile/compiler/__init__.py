@@ -1,0 +1,1 @@
+"""Configuration and plan to a rewritten, static graph and its report."""

@@ -1,0 +1,1 @@
+"""The small trained policy of the package, through the whole path."""

@@ -1,0 +1,229 @@
+"""The demo: a small trained policy through the whole path, each lowering verified, each backend timed.
+
+It shows that the path works and what it costs; whether a robot still does its task is measured by
+benchmarks/closed_loop.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evla_compile import runtime
+from evla_compile.arguments import whole_number
+from evla_compile.calibration.calibrate import calibrate
+from evla_compile.compiled_policy import CompiledPolicy, compile
+from evla_compile.compiler.report import CompileReport
+from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames, demo_frame
+from evla_compile.families.cogact.loading.checkpoint import load
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.host.frames import Frame
+from evla_compile.host.inputs import prepare
+from evla_compile.host.picture import draw_kept_tokens
+from evla_compile.host.processor import draw_noise
+from evla_compile.runtime import RuntimePolicy
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan import plan_without_calibration
+from evla_compile.verification.verify import Verification, verify
+
+DEMO_CONFIG = CompileConfig(
+    keep_layers=10, layer_rule="greedy", mlp_keep=0.75, visual_tokens=28, key_tokens=2, cache_interval=5
+)
+"""Budgets with which the demo's policy still solves its tasks in simulation; see docs/quality.md."""
+PICTURE = "kept-tokens.png"
+"""File of the demo's folder that shows which visual tokens are kept."""
+WARM_UP_CALLS = 3
+"""Calls of each backend before the measured ones."""
+
+Step: TypeAlias = Callable[[str], AbstractContextManager[object]]
+"""Takes what is going to be done, and returns a context to do it in: a progress display, a stopwatch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Time of one call of a backend."""
+
+    name: str
+    """The backend."""
+    median: float
+    """Median, in milliseconds."""
+    p95: float
+    """95th percentile, in milliseconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoVariant:
+    """One compilation of the demo's policy, exported and verified."""
+
+    name: str
+    """`dense` or `compiled`."""
+    report: CompileReport
+    """What its passes did, and how far its graph is from the dense policy."""
+    verification: Verification
+    """How far ONNX Runtime is from its graph."""
+    onnx_bytes: int
+    """Size of the ONNX file, external data included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoResult:
+    """What the demo found."""
+
+    variants: tuple[DemoVariant, ...]
+    """The dense and the compiled policy."""
+    latencies: tuple[Latency, ...]
+    """Dense PyTorch, dense ONNX and compiled ONNX."""
+    conditions: str
+    """What a latency includes, and what it was measured on."""
+    instruction: str
+    """What the robot shall do."""
+    kept_tokens: NDArray[np.int64]
+    """Patches of the demo's frame that the compiled policy keeps, ascending, [K]."""
+    patches: int
+    """Patches of a frame."""
+    actions: NDArray[np.float64]
+    """Action chunk [A,7] of the compiled ONNX for the demo's frame and the instruction."""
+
+
+def run_demo(
+    folder: Path,
+    *,
+    runs: int,
+    threads: int,
+    step: Step,
+    config: CompileConfig = DEMO_CONFIG,
+) -> DemoResult:
+    """Take the policy that the package carries through the whole path.
+
+    Args:
+        folder: an existing folder, in which the artifacts `dense` and `compiled` and the picture `kept-tokens.png` are
+            made.
+        runs: measured calls of each backend, at least 1.
+        threads: threads of torch and of ONNX Runtime.
+        step: entered around each long step.
+        config: settings of the compiled variant; its sampler settings and text budget serve the dense one too.
+
+    Raises:
+        OSError: the picture cannot be written.
+        ArtifactError: an artifact cannot be written.
+        ValueError: `runs` or `threads` is no whole number from 1 up.
+        VerificationError: ONNX Runtime does not return what a graph does.
+    """
+    runs, threads = whole_number("runs", runs, low=1), whole_number("threads", threads, low=1)
+    with _torch_threads(threads):
+        with step("load the policy: CogACT's architecture, trained in simulation"):
+            policy = load(DEMO_POLICY)
+        frames, shown = calibration_frames(), demo_frame()
+        with step(f"calibrate on {len(frames)} frames of other episodes"):
+            plan = calibrate(policy, frames, config, progress=False)
+        dense = CompileConfig.dense(
+            ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale, text_tokens=config.text_tokens
+        )
+        plans = {"dense": (dense, plan_without_calibration(policy.sizes.language, dense)), "compiled": (config, plan)}
+        compiled = {}
+        for name, choice in plans.items():
+            with step(f"{name}: capture and rewrite the graph"):
+                compiled[name] = compile(policy, choice[0], calibration=frames, plan=choice[1], progress=False)
+        variants = tuple(
+            _export(policy, folder / name, threads=threads, step=step) for name, policy in compiled.items()
+        )
+        kept = compiled["compiled"].kept_tokens(*shown)
+        picture = draw_kept_tokens(shown.image, kept, policy.sizes.patches, instruction=shown.instruction)
+        picture.save(folder / PICTURE)
+        backends = {name: runtime.load(folder / name, threads=threads) for name in plans}
+        with step(f"time {runs} calls of each backend"):
+            latencies = measure_latencies(_backend_calls(policy, backends, shown, config), runs)
+    return DemoResult(
+        variants=variants,
+        latencies=latencies,
+        conditions="A latency is that of one call, batch 1, float32, from the squashed frame and the token ids in"
+        f" memory to the raw samples: {runs} calls of each backend in turn after {WARM_UP_CALLS} to warm up;"
+        f" {describe_machine(threads)}.",
+        instruction=shown.instruction,
+        kept_tokens=kept,
+        patches=policy.sizes.patches,
+        actions=backends["compiled"].predict_action(*shown),
+    )
+
+
+def measure_latencies(calls: Mapping[str, Callable[[], object]], runs: int) -> tuple[Latency, ...]:
+    """Time calls in turn, so that whatever else the machine does meets them alike.
+
+    Raises:
+        ValueError: `runs` is below 1.
+    """
+    runs = whole_number("runs", runs, low=1)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(WARM_UP_CALLS + runs):
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            times[name].append(1e3 * (perf_counter() - start))
+    measured = {name: np.percentile(values[WARM_UP_CALLS:], (50, 95)) for name, values in times.items()}
+    return tuple(Latency(name=name, median=float(p50), p95=float(p95)) for name, (p50, p95) in measured.items())
+
+
+def describe_machine(threads: int) -> str:
+    """Return in a line what a time depends on: the machine, the threads used of it, the versions."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
+    return (
+        f"{threads} of {os.cpu_count()} CPUs ({cpu_field('model name')}), {platform.system()} {platform.machine()},"
+        f" Python {platform.python_version()}, {versions}"
+    )
+
+
+def cpu_field(name: str) -> str:
+    """Return what Linux says of the first CPU under `name`; platform.processor() is empty there."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")
+
+
+def _export(compiled: CompiledPolicy, artifact: Path, *, threads: int, step: Step) -> DemoVariant:
+    name = artifact.name
+    with step(f"{name}: export it to ONNX"):
+        compiled.export(artifact)
+    with step(f"{name}: verify it on ONNX Runtime"):
+        verification = verify(artifact, threads=threads)
+    size = sum(file.stat().st_size for file in artifact.glob("model.onnx*"))
+    return DemoVariant(name=name, report=compiled.report, verification=verification, onnx_bytes=size)
+
+
+def _backend_calls(
+    policy: CogACT, backends: Mapping[str, RuntimePolicy], frame: Frame, config: CompileConfig
+) -> dict[str, Callable[[], object]]:
+    """Return calls that sample an action chunk from the same inputs: the policy run eagerly, then each backend."""
+    inputs = prepare(policy.processor, frame.image, frame.instruction, text_tokens=config.text_tokens, batch_size=1)
+    noise = draw_noise((1, policy.sizes.action.chunk, policy.sizes.action.action_width), 0)
+    arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
+    image, ids, length, start = map(torch.from_numpy, arrays)
+
+    def eager() -> object:
+        return policy.sample(image, ids, length, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)
+
+    def sampling(backend: RuntimePolicy) -> Callable[[], object]:
+        return lambda: backend.sample(*arrays)
+
+    return {
+        "dense PyTorch, eager": eager,
+        **{f"{name} ONNX": sampling(backend) for name, backend in backends.items()},
+    }
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Sizes, operations and rooflines of a policy before anything is downloaded."""

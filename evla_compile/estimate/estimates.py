@@ -1,0 +1,256 @@
+"""Parameters, operations, bytes and rooflines of a policy that nobody has downloaded: everything on meta tensors.
+
+The numbers are counted on graphs that `capture` and the passes made, for weights of which only the shapes exist.
+`estimates` takes the whole policy through them: a minute at full size. `quick_estimates` takes one block of every kind
+through them and counts it as often as the policy has it: the same numbers in seconds.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from tokenizers import Tokenizer, models, processors
+from torch import fx
+
+from evla_compile.compiler.pipeline import build_passes
+from evla_compile.estimate.devices import DEVICES, Device
+from evla_compile.estimate.footprint import Footprint, footprint, footprint_by_part
+from evla_compile.families.cogact.capture import capture, capture_upstream
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.contract import GraphPass, PassReport
+from evla_compile.graph.flops import Part, part_of
+from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
+from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.host.processor import Processor
+from evla_compile.settings.budgets import kept_layer_count, resolve
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan import stand_in_plan
+from evla_compile.settings.sizes import ModelSizes
+
+Rewritten: TypeAlias = tuple[str, fx.GraphModule, tuple[PassReport, ...]]
+"""Name of a configuration, its finished graph, and what each pass did."""
+
+_SHORT_LAYERS, _TYPICAL_LAYER = 5, 3
+"""Decoder layers of the shortest stack with one that no rewrite treats on its own, and the index of that one: scores
+are taken from layer 1, tokens selected in front of 2, and 4 is the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a policy holds and computes for one call, by part."""
+
+    dtype: str
+    """Dtype of vision and language, "bfloat16" or "float32"; the action head is always float32."""
+    vision: Footprint
+    """Towers and projector."""
+    language: Footprint
+    """Decoder and the selection of visual tokens; upstream's language head."""
+    action: Footprint
+    """The whole denoising loop."""
+    passes: tuple[PassReport, ...] = ()
+    """What each pass did, in order; empty where the policy was not rewritten as a whole."""
+
+    @property
+    def parts(self) -> dict[Part, Footprint]:
+        """The parts by name, in data-flow order."""
+        return {"vision": self.vision, "language": self.language, "action": self.action}
+
+    @property
+    def total(self) -> Footprint:
+        """The sum of the parts."""
+        return self.vision + self.language + self.action
+
+    def fits(self, device: Device) -> bool:
+        """Tell whether the memory of `device` holds the weights; activations need room beside them."""
+        return self.total.weight_bytes <= device.memory_bytes
+
+    def roofline_seconds(self, device: Device) -> float:
+        """Return a lower bound of the time of one call on `device`: weights read once, activations free.
+
+        It is the sum of the parts' bounds, for each part waits for the one before it and no cache holds its weights.
+        """
+        return sum(
+            device.roofline_seconds(
+                flops=held.flops, weight_bytes=held.read_bytes, dtype="float32" if part == "action" else self.dtype
+            )
+            for part, held in self.parts.items()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as JSON-ready values, with the total, and the roofline of every device that it fits."""
+        bounds = {name: self.roofline_seconds(device) for name, device in DEVICES.items() if self.fits(device)}
+        return asdict(self) | {"total": asdict(self.total), "roofline_seconds": bounds}
+
+
+@own_torch_state()
+def skeleton(sizes: ModelSizes, *, dtype: torch.dtype = torch.bfloat16) -> CogACT:
+    """Return a policy without weights, on the meta device, in the dtypes of `load`: the action head float32.
+
+    Its tokenizer knows no word: it is for capturing and counting, never for running.
+
+    Raises:
+        ValueError: `dtype` is neither torch.float32 nor torch.bfloat16.
+    """
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1}, "<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    processor = Processor(tokenizer_json=tokenizer.to_str(), statistics={}, image_side=sizes.image_side, pad_id=0)
+    with torch.device("meta"):
+        policy = CogACT(sizes, processor)
+    _cast(policy, dtype)
+    return policy.eval().requires_grad_(False)
+
+
+def estimate(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = torch.bfloat16) -> Estimate:
+    """Return what the policy that `compile` would make of these sizes holds and computes; see `estimates`."""
+    return estimates(sizes, {"": config}, dtype=dtype)[""]
+
+
+@own_torch_state()
+def estimates(
+    sizes: ModelSizes, configs: Mapping[str, CompileConfig], *, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Estimate]:
+    """Return what the policies that `compile` would make of these sizes hold and compute, by name.
+
+    Captures are shared, and so are the passes that several configurations begin with. Operators count as on the meta
+    device, where export copies each decoder layer's attention output; on a CPU it sees that no copy is needed.
+
+    Args:
+        sizes: sizes of the dense policy.
+        configs: configurations by a name of the caller's.
+        dtype: torch.float32 or torch.bfloat16, of vision and language.
+
+    Raises:
+        ValueError: a budget does not fit the sizes, or `dtype` is another.
+    """
+    found = {
+        name: _estimate(dtype, footprint_by_part(gm), reports) for name, gm, reports in _rewrite(sizes, configs, dtype)
+    }
+    return {name: found[name] for name in configs}
+
+
+@own_torch_state()
+def quick_estimates(
+    sizes: ModelSizes, configs: Mapping[str, CompileConfig], *, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Estimate]:
+    """Return `estimates` without the reports of passes, counted on a policy with one block of every kind.
+
+    All blocks of a vision tower are alike, and so are those of the action head and most decoder layers.
+
+    Args:
+        sizes: sizes of the dense policy.
+        configs: configurations by a name of the caller's.
+        dtype: torch.float32 or torch.bfloat16, of vision and language.
+
+    Raises:
+        ValueError: a budget does not fit the sizes, or `dtype` is another.
+    """
+    short, shortened, kept = _shortened(sizes), {}, {}
+    for name, config in configs.items():
+        kept[name] = kept_layer_count(config, sizes.language)
+        shortened[name] = replace(resolve(config, sizes), keep_layers=min(kept[name], short.language.layers))
+    found = {
+        name: _estimate(dtype, _extended(gm, short, sizes, kept[name]))
+        for name, gm, _ in _rewrite(short, shortened, dtype)
+    }
+    return {name: found[name] for name in configs}
+
+
+@own_torch_state()
+def estimate_upstream(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = torch.bfloat16) -> Estimate:
+    """Return what the policy as upstream runs it holds and computes, counted on one block of every kind.
+
+    It holds the whole checkpoint, what it never runs included.
+
+    Args:
+        sizes: sizes of the policy.
+        config: its batch size, text tokens, denoising steps and guidance scale are used; its budgets are not.
+        dtype: torch.float32 or torch.bfloat16, of the weights of vision and language; counted as if computed in it.
+
+    Raises:
+        ValueError: `dtype` is another.
+    """
+    short = _shortened(sizes)
+    with torch.device("meta"):
+        whole, policy = UpstreamCogACT(sizes), UpstreamCogACT(short)
+    for model in (whole, policy):
+        _cast(model, dtype)
+    gm = capture_upstream(policy.eval().requires_grad_(False), config)
+    parts = _extended(gm, short, sizes, sizes.language.layers)
+    for part, counted in parts.items():
+        stored = [tensor for name, tensor in whole.state_dict().items() if part_of(name) == part]
+        parameters, weight_bytes = sum(t.numel() for t in stored), sum(t.nbytes for t in stored)
+        parts[part] = replace(counted, parameters=parameters, weight_bytes=weight_bytes)
+    return _estimate(dtype, parts)
+
+
+def _estimate(dtype: torch.dtype, parts: Mapping[Part, Footprint], passes: tuple[PassReport, ...] = ()) -> Estimate:
+    name = str(dtype).removeprefix("torch.")
+    return Estimate(
+        dtype=name, vision=parts["vision"], language=parts["language"], action=parts["action"], passes=passes
+    )
+
+
+def _cast(model: CogACT | UpstreamCogACT, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16")
+    for name, module in model.named_children():
+        if name != ACTION_MODEL:
+            module.to(dtype)
+
+
+def _rewrite(sizes: ModelSizes, configs: Mapping[str, CompileConfig], dtype: torch.dtype) -> Iterator[Rewritten]:
+    """Yield the finished graph of every configuration, those that begin alike behind each other."""
+    pipelines: dict[tuple[int, int, float], dict[str, tuple[GraphPass, ...]]] = {}
+    for name, config in configs.items():
+        captured = (config.batch_size, config.text_tokens, config.cfg_scale)
+        pipelines.setdefault(captured, {})[name] = build_passes(config, stand_in_plan(sizes, config), sizes)
+    policy = skeleton(sizes, dtype=dtype)
+    for alike in pipelines.values():
+        yield from _branches(capture(policy, configs[next(iter(alike))]), (), alike)
+
+
+def _branches(
+    gm: fx.GraphModule, reports: tuple[PassReport, ...], pipelines: Mapping[str, tuple[GraphPass, ...]]
+) -> Iterator[Rewritten]:
+    """Yield what each pipeline makes of `gm`, running once a pass that several begin with."""
+    following: dict[GraphPass, dict[str, tuple[GraphPass, ...]]] = {}
+    for name, passes in pipelines.items():
+        if passes:
+            following.setdefault(passes[0], {})[name] = passes[1:]
+        else:
+            yield name, gm, reports
+    for rewrite, rest in following.items():
+        rewritten, report = rewrite(gm)
+        yield from _branches(rewritten, (*reports, report), rest)
+
+
+def _shortened(sizes: ModelSizes) -> ModelSizes:
+    """Return the sizes of the policy with one block of every kind."""
+    return replace(
+        sizes,
+        dino=replace(sizes.dino, depth=min(2, sizes.dino.depth)),  # one more than is built, or than upstream uses
+        siglip=replace(sizes.siglip, depth=min(2, sizes.siglip.depth)),
+        language=replace(sizes.language, layers=min(_SHORT_LAYERS, sizes.language.layers)),
+        action=replace(sizes.action, depth=1),
+    )
+
+
+def _extended(gm: fx.GraphModule, short: ModelSizes, sizes: ModelSizes, layers: int) -> dict[Part, Footprint]:
+    """Return the footprint of a graph of the sizes `short` as if its stacks had the depths of `sizes` and `layers`."""
+    missing: list[tuple[Part, int, list[str]]] = [
+        ("vision", sizes.dino.depth - short.dino.depth, ["vision_backbone.dino_featurizer.blocks.0"]),
+        ("vision", sizes.siglip.depth - short.siglip.depth, ["vision_backbone.siglip_featurizer.blocks.0"]),
+        ("language", layers - short.language.layers, [f"{DECODER_LAYERS}.{_TYPICAL_LAYER}"]),
+        (
+            "action",
+            sizes.action.depth - short.action.depth,
+            [f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks.0" for step in indexed_modules(gm.graph, DENOISING)],
+        ),
+    ]
+    parts = footprint_by_part(gm)
+    for part, times, paths in missing:
+        if times > 0:  # fewer layers than the short policy's were pruned from it for real
+            parts[part] += footprint(gm, [node for path in paths for node in nodes_under(gm.graph, path)]) * times
+    return parts

@@ -1,0 +1,68 @@
+"""What a graph holds and computes, by part of the policy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, fx
+
+from evla_compile.graph.contract import held_tensor
+from evla_compile.graph.flops import Part, graph_flops, part_of, shape_of
+from evla_compile.graph.sites import is_call, module_path
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What some nodes of a graph hold and compute for one call."""
+
+    ops: int
+    """Operator nodes."""
+    flops: int
+    """Floating-point operations executed: convention `all` of `flops`."""
+    paper_flops: int
+    """Floating-point operations as EfficientVLA counts them: convention `paper` of `flops`."""
+    parameters: int
+    """Numbers held, folded constants included."""
+    weight_bytes: int
+    """Bytes of these."""
+    read_bytes: int
+    """Bytes that a call must read of them: of an embedding table, its tokens' rows alone."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    def __mul__(self, times: int) -> Self:
+        return type(self)(**{name: getattr(self, name) * times for name in self.__dataclass_fields__})
+
+
+def footprint(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Footprint:
+    """Return what operator nodes of `gm` compute, and the tensors held that nothing but these nodes reads."""
+    inside, tensors, read = set(nodes), dict[int, Tensor](), dict[int, int]()
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and inside.issuperset(source.users):
+                tensor = held_tensor(gm, str(source.target))
+                gathered = all(is_call(user, aten.embedding.default) for user in source.users)
+                numbers = math.prod(shape_of(node)) if gathered else tensor.numel()
+                tensors[id(tensor)], read[id(tensor)] = tensor, numbers * tensor.element_size()
+    return Footprint(
+        ops=len(nodes),
+        flops=graph_flops(nodes, "all"),
+        paper_flops=graph_flops(nodes, "paper"),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        weight_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        read_bytes=sum(read.values()),
+    )
+
+
+def footprint_by_part(gm: fx.GraphModule) -> dict[Part, Footprint]:
+    """Return the footprint of each part of a policy's graph; together they are the graph's."""
+    nodes: dict[Part, list[fx.Node]] = {"vision": [], "language": [], "action": []}
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            nodes[part_of(module_path(node))].append(node)
+    return {part: footprint(gm, inside) for part, inside in nodes.items()}

@@ -1,0 +1,1 @@
+"""Policy families: how each is loaded, modelled and captured."""

@@ -1,0 +1,1 @@
+"""CogACT: its modules, its checkpoints, its capture."""

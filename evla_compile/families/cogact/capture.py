@@ -1,0 +1,130 @@
+"""Policy to FX graph: `torch.export` at ATen level, sequence length symbolic, one denoising step.
+
+The captured graph predicts the noise of one step from `image`, `input_ids`, `text_length`, `noise` and `timestep`;
+`UnrollDiffusion` makes the sampler of it. The text length stays one symbolic size, so a rewrite that shortens the
+sequence changes one node instead of five literals in every layer. `capture_upstream` records what the public code runs
+instead, the baseline of every figure.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
+from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.capture import _flat_graph, aten
+from evla_compile.graph.contract import copy_graph, fake_mode, propagate, replace_tensor
+from evla_compile.graph.sites import (
+    ACTION_MODEL,
+    DENOISING,
+    decoder_layers,
+    input_node,
+    is_call,
+    module_path,
+    nodes_under,
+)
+from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.settings.config import CompileConfig
+
+
+@own_torch_state()
+def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
+    """Return the graph of one noise prediction of `policy`, its weights shared with the policy.
+
+    Inputs: `image` uint8 [B,S,S,3], `input_ids` int64 [B,T] with T symbolic, `text_length` int64 [B], `noise`
+    float32 [B,A,F], `timestep` float32 [1]; output: predicted noise float32 [B,A,F]. Of `config` only batch size, text
+    budget (the symbolic size's value for FLOP counts) and guidance scale are used.
+    """
+    example = example_inputs(policy, config)
+    text = Dim("text", min=4, max=2048)
+    dynamic: tuple[dict[int, Dim] | None, ...] = ({}, {1: text}, {}, {}, {}, None)
+    twin = _without_weights(policy)
+    with torch.no_grad():  # otherwise the rotary tables come out wrapped in a set_grad_enabled operator
+        exported = torch.export.export(
+            NoisePrediction(twin), (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False
+        )
+    gm = _flat_graph(exported)
+    mark_stages(gm)
+    state = policy.state_dict()
+    for name in sorted({str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & state.keys()):
+        replace_tensor(gm, name, state[name])
+    propagate(gm)
+    return copy_graph(gm)
+
+
+@own_torch_state()
+def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphModule:
+    """Return the graph of everything that upstream runs for one action chunk, its weights shared with `policy`.
+
+    Inputs: those of a finished graph, `image` uint8 [B,S,S,3], `input_ids` int64 [B,T] with T symbolic and without
+    padding, `text_length` int64 [B], which upstream does not know and only a selection of visual tokens reads, and
+    `noise` float32 [B,A,F]. Outputs: those of `UpstreamCogACT`. The sampler is unrolled, as `UnrollDiffusion` leaves
+    it, so the rewrites of the decoder and of the denoising steps apply. Operators keep the weights' own dtypes, without
+    autocast. Of `config` only batch size, text budget, denoising steps and guidance scale are used.
+    """
+    image, input_ids, text_length, noise, _ = example_inputs(policy, config)
+    settings = {"ddim_steps": config.ddim_steps, "cfg_scale": config.cfg_scale}
+    dynamic = {"image": {}, "input_ids": {1: Dim("text", min=4, max=2048)}, "noise": {}, **dict.fromkeys(settings)}
+    with torch.no_grad():
+        exported = torch.export.export(
+            policy, (image, input_ids, noise), settings, dynamic_shapes=dynamic, strict=False
+        )
+    gm = _flat_graph(exported)
+    with gm.graph.inserting_after(input_node(gm.graph, "input_ids")), fake_mode(gm):
+        gm.graph.placeholder("text_length").meta["val"] = torch.empty_like(text_length)
+    _name_steps(gm.graph)
+    return copy_graph(gm)
+
+
+def example_inputs(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tuple[torch.Tensor, ...]:
+    """Return zero-filled inputs of the shapes that `capture` records, on the policy's device."""
+    batch, sizes = config.batch_size, policy.sizes
+    device = next(policy.parameters()).device
+    side = sizes.image_side
+    return (
+        torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device),
+        torch.zeros(batch, config.text_tokens, dtype=torch.int64, device=device),
+        torch.full((batch,), config.text_tokens, dtype=torch.int64, device=device),
+        torch.zeros(batch, sizes.action.chunk, sizes.action.action_width, device=device),
+        torch.zeros(1, device=device),
+    )
+
+
+def _without_weights(policy: CogACT) -> CogACT:
+    """Return a copy of `policy` with fake tensors for weights, so that export neither reads nor copies any."""
+    instead: dict[int, object] = {id(policy.processor): policy.processor}
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        for tensor in policy.parameters():
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            instead[id(tensor)] = nn.Parameter(fake, requires_grad=False)
+    return deepcopy(policy, instead)
+
+
+def _name_steps(graph: fx.Graph) -> None:
+    """Move the action model's calls, and the sampler's arithmetic behind each, under the paths of denoising steps."""
+    step = None
+    for node in graph.nodes:
+        path = module_path(node)
+        if path == ACTION_MODEL or path.startswith(f"{ACTION_MODEL}."):
+            call = next(reversed(node.meta["nn_module_stack"]))  # export numbers repeated calls: "…action_model.net@3"
+            step = f"{DENOISING}.{call.partition('@')[2] or 0}"
+            path = f"{step}.{path}"
+        elif node.op == "call_function" and step is not None:
+            path = step
+        else:
+            continue
+        node.meta["nn_module_stack"] = {path: (path, path)}
+
+
+def mark_stages(gm: fx.GraphModule) -> None:
+    """Name the values of a captured policy that verification compares."""
+    nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
+    nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
+    for layer in decoder_layers(gm.graph):
+        layer.exit.meta["stage"] = f"layers.{layer.index}"
+    (readout,) = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
+    readout.meta["stage"] = "cognition"

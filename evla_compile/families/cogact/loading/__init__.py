@@ -1,0 +1,1 @@
+"""CogACT's official checkpoints, unchanged, to a policy."""

@@ -1,0 +1,142 @@
+"""The diffusion transformer (DiT) that predicts the noise of an action chunk, with the checkpoints' key names.
+
+Shape legend: B batch, G guided batch (2B with classifier-free guidance, conditional half first, else B), A action steps
+of a chunk, F action dimensions, Z width of the cognition feature, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from evla_compile.families.cogact.model.vision import Attention, Mlp
+from evla_compile.settings.sizes import ActionSizes
+
+
+class ActionEmbedder(nn.Module):
+    """Actions to tokens: [B,A,F] -> [B,A,D]."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.linear = nn.Linear(sizes.action_width, sizes.width)
+
+    def forward(self, x_BAF: Tensor) -> Tensor:
+        out: Tensor = self.linear(x_BAF)
+        return out
+
+
+class TimestepEmbedder(nn.Module):
+    """Index on the training noise schedule to a vector: [1] -> [1,D]."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.frequencies = sizes.frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(sizes.frequencies, sizes.width), nn.SiLU(), nn.Linear(sizes.width, sizes.width)
+        )
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angle = timestep[:, None].to(torch.float32) * torch.exp(-math.log(10000.0) * exponent / half)[None]
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        out: Tensor = self.mlp(wave.to(next(self.mlp.parameters()).dtype))
+        return out
+
+
+class ConditionEmbedder(nn.Module):
+    """Cognition feature to a vector, [B,1,Z] -> [B,1,D], and the learned stand-in for "no condition"."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.linear = nn.Linear(sizes.condition_width, sizes.width)
+        self.uncondition = nn.Parameter(torch.zeros(1, sizes.condition_width))
+
+    def forward(self, z_B1Z: Tensor) -> Tensor:
+        out: Tensor = self.linear(z_B1Z)
+        return out
+
+
+class DiTBlock(nn.Module):
+    """Pre-norm block, norms without learned scale, tanh GELU: [G,1+A,D] -> [G,1+A,D]."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(sizes.width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(sizes.width, sizes.heads)
+        self.norm2 = nn.LayerNorm(sizes.width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(sizes.width, sizes.mlp_width, approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Tokens to predicted noise: [G,A,D] -> [G,A,F]."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(sizes.width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(sizes.width, sizes.action_width)
+
+    def forward(self, x_GAD: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.norm_final(x_GAD))
+        return out
+
+
+class DiT(nn.Module):
+    """Noise prediction conditioned in context: the timestep and the cognition feature make one extra token.
+
+    Upstream doubles its inputs for guidance; here only the tokens that differ are computed twice. The condition token
+    is dropped before the final layer instead of behind it, which is the same arithmetic on fewer tokens.
+    """
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.x_embedder = ActionEmbedder(sizes)
+        self.t_embedder = TimestepEmbedder(sizes)
+        self.z_embedder = ConditionEmbedder(sizes)
+        self.positional_embedding = nn.Parameter(torch.zeros(sizes.chunk + 1, sizes.width))
+        self.blocks = nn.ModuleList(DiTBlock(sizes) for _ in range(sizes.depth))
+        self.final_layer = FinalLayer(sizes)
+
+    def forward(self, x_BAF: Tensor, timestep: Tensor, z_B1Z: Tensor, cfg_scale: float) -> Tensor:
+        """Return the predicted noise [B,A,F], guided where `cfg_scale` is above 1.
+
+        Args:
+            x_BAF: noisy actions.
+            timestep: index on the training schedule, shape [1].
+            z_B1Z: cognition feature.
+            cfg_scale: eps_uncond + cfg_scale * (eps_cond - eps_uncond); 1.0 runs the conditional half alone.
+        """
+        dtype = self.positional_embedding.dtype
+        batch, guided = x_BAF.shape[0], cfg_scale > 1.0
+        time_11D = self.t_embedder(timestep)[:, None]
+        condition = self.z_embedder(z_B1Z.to(dtype)) + time_11D
+        tokens = self.x_embedder(x_BAF.to(dtype)) + self.positional_embedding[1:]
+        if guided:
+            unconditional = self.z_embedder(self.z_embedder.uncondition[None]) + time_11D
+            condition = torch.cat([condition, unconditional.expand(batch, -1, -1)])
+            tokens = torch.cat([tokens, tokens])
+        hidden = torch.cat([condition + self.positional_embedding[:1], tokens], dim=1)
+        for block in self.blocks:
+            hidden = block(hidden)
+        noise: Tensor = self.final_layer(hidden[:, 1:]).to(x_BAF.dtype)
+        if not guided:
+            return noise
+        conditional_noise, unconditional_noise = noise[:batch], noise[batch:]
+        return unconditional_noise + cfg_scale * (conditional_noise - unconditional_noise)
+
+
+class ActionModel(nn.Module):
+    """The action head's group of a checkpoint."""
+
+    def __init__(self, sizes: ActionSizes) -> None:
+        super().__init__()
+        self.net = DiT(sizes)
+
+    def forward(self, x_BAF: Tensor, timestep: Tensor, z_B1Z: Tensor, cfg_scale: float) -> Tensor:
+        noise: Tensor = self.net(x_BAF, timestep, z_B1Z, cfg_scale)
+        return noise

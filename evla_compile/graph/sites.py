@@ -1,0 +1,207 @@
+"""Finding what a rewrite changes: nodes by operator and module path, named stages, decoder layers."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from evla_compile.errors import PassError
+from evla_compile.graph.contract import Value
+
+aten = torch.ops.aten
+
+INPUT_NAMES = ("image", "input_ids", "text_length", "noise")
+"""Inputs of a finished graph: uint8 [B,S,S,3], int64 [B,T], int64 [B], float32 [B,A,F]."""
+
+DECODER_LAYERS = "llm_backbone.llm.model.layers"
+"""Module path under which the decoder layers stand, by index."""
+
+ACTION_MODEL = "action_model"
+"""Module path of the diffusion transformer, which predicts the noise of one denoising step."""
+
+DENOISING = "denoising"
+"""Module path under which `UnrollDiffusion` puts the copies of the action model, by denoising step."""
+
+VERIFIED_STAGES = ("patches", "projected", "layers", "cognition", DENOISING)
+"""First words of the names of stages that lowerings are compared at."""
+
+
+def argument(node: fx.Node, index: int) -> fx.Node:
+    """Return a positional argument of `node` that must be a node itself.
+
+    Raises:
+        PassError: it is not.
+    """
+    value = node.args[index] if index < len(node.args) else None
+    if not isinstance(value, fx.Node):
+        raise PassError(f"{node.format_node()}: expected a node as argument {index}, found {value!r}")
+    return value
+
+
+def mark_stage(value: Value, name: str) -> Value:
+    """Name the value of a proxy as a stage, which `stage_node` finds; return the proxy."""
+    value.node.meta["stage"] = name
+    return value
+
+
+def stage_node(graph: fx.Graph, name: str) -> fx.Node:
+    """Return the node whose value is the stage `name`.
+
+    Raises:
+        PassError: the graph has no such stage; the message lists those that it has.
+    """
+    stages: dict[str, fx.Node] = {node.meta["stage"]: node for node in graph.nodes if "stage" in node.meta}
+    if name not in stages:
+        known = sorted({re.sub(r"\.\d+$", ".N", stage) for stage in stages})
+        raise PassError(f"the graph has no stage {name!r}; it has {known}")
+    return stages[name]
+
+
+def verified_stages(graph: fx.Graph) -> tuple[str, ...]:
+    """Return the stages that lowerings are compared at, in graph order: floating-point, and not the graph's output."""
+    results = set(graph.output_node().all_input_nodes)
+    found = [node for node in graph.nodes if "stage" in node.meta and node not in results]
+    return tuple(n.meta["stage"] for n in found if n.meta["stage"].split(".")[0] in VERIFIED_STAGES)
+
+
+def is_call(node: object, *targets: object) -> bool:
+    """Tell whether `node` is a node that calls one of `targets`."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the innermost module that `node` came from; "" for the policy itself."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def nodes_under(graph: fx.Graph, path: str) -> list[fx.Node]:
+    """Return the operator nodes that came from the module at `path` or below it, in graph order."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and (module_path(node) == path or module_path(node).startswith(path + "."))
+    ]
+
+
+def indexed_modules(graph: fx.Graph, path: str) -> dict[int, list[fx.Node]]:
+    """Return the operator nodes of every numbered module below `path`, by ascending index."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in nodes_under(graph, path):
+        index = module_path(node).removeprefix(path + ".").split(".")[0]
+        found.setdefault(int(index), []).append(node)
+    return dict(sorted(found.items()))
+
+
+def input_node(graph: fx.Graph, name: str) -> fx.Node:
+    """Return the graph's input `name`.
+
+    Raises:
+        PassError: there is none.
+    """
+    inputs: dict[str, fx.Node] = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    if name not in inputs:
+        raise PassError(f"the graph has no input {name!r}; its inputs are {sorted(inputs)}")
+    return inputs[name]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One decoder layer, found in a graph."""
+
+    index: int
+    """Its index in the checkpoint."""
+    nodes: tuple[fx.Node, ...]
+    """Its operator nodes in graph order."""
+    entry: fx.Node
+    """The hidden states that enter it, [B,S,D]."""
+    exit: fx.Node
+    """The hidden states that leave it, residual included."""
+    attention: fx.Node
+    """Its fused attention."""
+
+    @property
+    def path(self) -> str:
+        """Module path of the layer."""
+        return f"{DECODER_LAYERS}.{self.index}"
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What the layer reads from outside, weights excluded, each once in order of use."""
+        inside = set(self.nodes)
+        read = dict.fromkeys(argument for node in self.nodes for argument in node.all_input_nodes)
+        return tuple(node for node in read if node not in inside and node.op != "get_attr")
+
+    @property
+    def length(self) -> fx.Node:
+        """The symbolic sequence length that the layer's views use.
+
+        Raises:
+            PassError: there is not exactly one; the graph's shapes were made static already.
+        """
+        sizes = [node for node in self.inputs if not isinstance(node.meta["val"], Tensor)]
+        if len(sizes) != 1:
+            raise PassError(f"{self.path}: expected one symbolic sequence length, found {[n.name for n in sizes]}")
+        return sizes[0]
+
+    @property
+    def rotary_tables(self) -> tuple[fx.Node, ...]:
+        """The rotary cosines and sines, each [1 or B,S,head width].
+
+        Raises:
+            PassError: the layer does not read exactly these two tensors beside its hidden states.
+        """
+        tables = [n for n in self.inputs if isinstance(n.meta["val"], Tensor) and n is not self.entry]
+        if len(tables) != 2:
+            raise PassError(f"{self.path}: expected two rotary tables, found {[n.name for n in tables]}")
+        return tuple(tables)
+
+    def named(self, suffix: str) -> fx.Node:
+        """Return the single linear node of the submodule `suffix`, for instance "mlp.down_proj".
+
+        Raises:
+            PassError: the layer has no such submodule, or it is not one linear node.
+        """
+        found = [n for n in self.nodes if module_path(n) == f"{self.path}.{suffix}" and is_call(n, aten.linear.default)]
+        if len(found) != 1:
+            raise PassError(f"decoder layer {self.index}: expected one linear node in {suffix}, found {len(found)}")
+        return found[0]
+
+
+def decoder_layers(graph: fx.Graph) -> tuple[DecoderLayer, ...]:
+    """Return the decoder layers that the graph still has, in order.
+
+    Raises:
+        PassError: there is none, or one is not in the form of a residual layer with one fused attention.
+    """
+    found = indexed_modules(graph, DECODER_LAYERS)
+    if not found:
+        raise PassError(
+            f"no decoder layer under {DECODER_LAYERS!r}: is this graph from evla_compile.families.cogact.capture?"
+        )
+    return tuple(_decoder_layer(index, nodes) for index, nodes in found.items())
+
+
+def _decoder_layer(index: int, nodes: list[fx.Node]) -> DecoderLayer:
+    path = f"{DECODER_LAYERS}.{index}"
+    entry, exit_ = residual_ends(path, nodes)
+    attention = [node for node in nodes if is_call(node, aten.scaled_dot_product_attention.default)]
+    if len(attention) != 1:
+        raise PassError(f"{path}: expected one fused attention, found {len(attention)}")
+    return DecoderLayer(index, tuple(nodes), entry, exit_, attention[0])
+
+
+def residual_ends(path: str, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """Return what enters and what leaves the transformer block at `path`, which adds to its residual stream twice.
+
+    Raises:
+        PassError: the block is not of that form.
+    """
+    adds = [node for node in nodes if module_path(node) == path and is_call(node, aten.add.Tensor)]
+    if len(adds) != 2:
+        raise PassError(f"{path}: expected two residual adds, found {len(adds)}")
+    entries = [argument for argument in adds[0].all_input_nodes if argument not in nodes]
+    if len(entries) != 1:
+        raise PassError(f"{path}: its first residual add has {len(entries)} inputs from outside, expected 1")
+    return entries[0], adds[1]

@@ -1,0 +1,70 @@
+"""Image files as camera frames: whole, upright, 8-bit RGB and of a sensible size, or an error; no torch."""
+
+import os
+import warnings
+
+from PIL import Image
+
+from evla_compile.host.camera_frame import MOST_PIXELS, upright
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of the files that are taken for camera frames where a folder is given."""
+
+_SAME_COLOURS = {
+    "1": "black and white",
+    "L": "greyscale",
+    "LA": "greyscale with transparency",
+    "P": "of a palette",
+    "PA": "of a palette with transparency",
+    "RGBA": "RGB with transparency",
+}
+"""What PIL's modes are whose colours RGB can say exactly."""
+
+
+def read_image(path: str | os.PathLike[str], *, convert: bool = False) -> Image.Image:
+    """Read an image file whole, of PIL mode RGB and the right way up: an orientation in its EXIF data is applied.
+
+    Args:
+        path: the file.
+        convert: take greyscale, palette and opaque RGBA files too, their colours as RGB says them.
+
+    Raises:
+        ValueError: the file is missing, damaged or no image, has more than `MOST_PIXELS`, is not 8-bit RGB, or has
+            transparent pixels.
+    """
+    crowd = f"more than {MOST_PIXELS:,} pixels, which no camera frame needs: scale it down first"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and an error
+            with Image.open(path) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"image {path} has {image.width} x {image.height} pixels, {crowd}")
+                # Pillow opens a 16-bit RGB file as 8-bit RGB, the high bytes alone.
+                deep = any(";16" in str(tile[3]) for tile in image.tile)
+                image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path} has {crowd}") from error
+    except (OSError, SyntaxError) as error:  # Pillow's SyntaxError is a damaged chunk
+        raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
+    if deep:
+        raise ValueError(f"image {path} has 16 bits a channel: expected 8; scale and save it as 8-bit RGB")
+    try:
+        turned = upright(image)
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}") from error
+    return turned if turned.mode == "RGB" else _converted(turned, path, convert=convert)
+
+
+def _converted(image: Image.Image, path: str | os.PathLike[str], *, convert: bool) -> Image.Image:
+    kind = _SAME_COLOURS.get(image.mode)
+    if kind is None:
+        raise ValueError(f"image {path} has PIL mode {image.mode!r}: expected 8-bit RGB; save it as an RGB PNG or JPEG")
+    if not convert:
+        raise ValueError(
+            f"image {path} is {kind} (PIL mode {image.mode!r}): expected 8-bit RGB, as the policy was trained on; take"
+            " its colours as RGB with --convert (convert=True in Python), or save it as an RGB PNG or JPEG"
+        )
+    opaque = image.convert("RGBA")
+    if opaque.getchannel("A").getextrema() != (255, 255):
+        raise ValueError(f"image {path} has transparent pixels, and what lies behind them is unknown: flatten it first")
+    return opaque.convert("RGB")

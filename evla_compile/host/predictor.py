@@ -1,0 +1,132 @@
+"""Between a camera frame and an action chunk: the host work that every backend shares; no torch.
+
+Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evla_compile.host.camera_frame import CameraFrame, Framing
+from evla_compile.host.inputs import action_noise, is_batch, prepare
+from evla_compile.host.processor import Processor
+from evla_compile.settings.config import CompileConfig
+
+Sampler: TypeAlias = Callable[
+    [NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]
+]
+"""A backend: image, input_ids, text_length and noise, as the graph takes them -> raw samples float32 [B,A,F]."""
+
+
+def predict_action(
+    sample: Sampler,
+    processor: Processor,
+    image: CameraFrame | Sequence[CameraFrame],
+    instruction: str | Sequence[str],
+    *,
+    unnorm_key: str | None,
+    noise: NDArray[np.floating] | None,
+    seed: int | None,
+    text_tokens: int,
+    batch_size: int,
+    chunk: int,
+    width: int,
+    framing: Framing = "whole",
+) -> NDArray[np.float64]:
+    """Run a backend from frames and instructions to actions in the units of a dataset.
+
+    Args:
+        sample: the backend.
+        processor: the policy's host side.
+        image: see `prepare`.
+        instruction: see `prepare`.
+        unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+        noise: see `action_noise`.
+        seed: see `action_noise`.
+        text_tokens: T, the text budget.
+        batch_size: B, the batch of the graph.
+        chunk: A.
+        width: F.
+        framing: see `prepare`.
+
+    Returns:
+        Actions [A,F] for a single frame, [B,A,F] for a sequence of frames.
+
+    Raises:
+        ValueError: an argument is refused, or the backend's samples are not finite.
+    """
+    processor.statistics_for(unnorm_key)  # a wrong name should not cost a run of the policy
+    inputs = prepare(processor, image, instruction, text_tokens=text_tokens, batch_size=batch_size, framing=framing)
+    start = action_noise(noise, seed, batch_size=batch_size, chunk=chunk, width=width)
+    actions = processor.actions(sample(inputs.image, inputs.input_ids, inputs.text_length, start), unnorm_key)
+    return actions if is_batch(image) else actions[0]
+
+
+class Predictor(ABC):
+    """A policy with a static batch, whatever runs its graph: frames and instructions in, action chunks out."""
+
+    processor: Processor
+    """Host-side tokenizer, image preparation and action statistics."""
+    config: CompileConfig
+    """Settings of the compilation."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the noise that the graph takes, (B, A, F)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        image: NDArray[np.uint8],
+        input_ids: NDArray[np.int64],
+        text_length: NDArray[np.int64],
+        noise: NDArray[np.float32],
+    ) -> NDArray[np.float32]:
+        """Return raw samples float32 [B,A,F]."""
+
+    def predict_action(
+        self,
+        image: CameraFrame | Sequence[CameraFrame],
+        instruction: str | Sequence[str],
+        unnorm_key: str | None = None,
+        noise: NDArray[np.floating] | None = None,
+        seed: int | None = None,
+        *,
+        framing: Framing = "whole",
+    ) -> NDArray[np.float64]:
+        """Return the action chunk for a camera frame and an instruction.
+
+        Args:
+            image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them or uint8 [B,H,W,3].
+            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
+            noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
+            seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
+            framing: "whole" squashes the whole frame to the policy's square; "deploy" cuts it first as CogACT's server
+                for real robots does; see `evla_compile.host.camera_frame.Framing` for when.
+
+        Returns:
+            Actions float64 [A,F] for a single frame, [B,A,F] for a batch.
+
+        Raises:
+            ValueError: an argument is refused, or the samples are not finite.
+        """
+        _, chunk, width = self.noise_shape
+        return predict_action(
+            self.sample,
+            self.processor,
+            image,
+            instruction,
+            unnorm_key=unnorm_key,
+            noise=noise,
+            seed=seed,
+            text_tokens=self.config.text_tokens,
+            batch_size=self.config.batch_size,
+            chunk=chunk,
+            width=width,
+            framing=framing,
+        )

@@ -1,0 +1,67 @@
+"""bfloat16 graphs in float32 arithmetic, for CPUs, where ONNX Runtime has no bfloat16; needs onnx when it is called."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.runtime.linked_weights import follow_links
+
+if TYPE_CHECKING:
+    import onnx
+
+FACTOR = 2
+"""Memory that bfloat16 weights take in float32, over their bytes in the file."""
+
+REMEDY = "pip install onnx"
+"""What installs the package that rewrites such graphs; nothing else that the runtime does needs it."""
+
+
+def read_widened(model: Path) -> tuple[bytes, Path]:
+    """Return an ONNX file's graph, widened, in ONNX's own encoding, and the folder in which its external data lies.
+
+    Raises:
+        EvlaError: onnx is not installed.
+        ArtifactError: the file is no ONNX graph, or its external data lies in several folders.
+    """
+    onnx = _import_onnx(model)
+    try:
+        graph = onnx.load(str(model), load_external_data=False)
+    except import_module("google.protobuf.message").DecodeError as error:
+        raise ArtifactError(f"{model} cannot be read: {error}; compile the policy again") from error
+    folder = follow_links(graph, model.parent)
+    widen(graph)
+    return graph.SerializeToString(), folder
+
+
+def widen(model: "onnx.ModelProto") -> None:
+    """Make every bfloat16 value of `model` a float32 one; bfloat16 weights stay stored as they are, and are cast.
+
+    float32 holds them exactly. What this leaves out is the rounding of activations.
+    """
+    onnx = import_module("onnx")
+    narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
+    graph = model.graph
+    del graph.value_info[:]
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == narrow]
+    casts = []
+    for tensor in stored:
+        name, tensor.name = tensor.name, f"{tensor.name}/bfloat16"
+        casts.append(onnx.helper.make_node("Cast", [tensor.name], [name], to=wide))
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == narrow:
+                attribute.i = wide
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _import_onnx(model: Path) -> Any:
+    try:
+        return import_module("onnx")
+    except ImportError as error:
+        raise EvlaError(
+            f"{model} is a bfloat16 graph, which ONNX Runtime runs on a CPU in float32 alone, and the package that"
+            f" rewrites it cannot be imported ({error}): {REMEDY}, or export it with precision='float32'"
+        ) from error

@@ -1,0 +1,1 @@
+"""What to compile and build, and the values that every room shares; no torch."""

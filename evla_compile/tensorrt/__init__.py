@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX as one library, and the CUDA calls around them; no torch."""

@@ -1,0 +1,1 @@
+"""`torch.compile(policy, backend="evla")`."""

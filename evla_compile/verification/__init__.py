@@ -1,0 +1,1 @@
+"""Proofs that an exported policy computes what it was made from."""

@@ -1,0 +1,179 @@
+"""`CacheFeatures` against the paper's caching, block by block."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from evla_compile.errors import PassError
+from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.contract import copy_graph, inserting, propagate
+from evla_compile.graph.flops import product_flops
+from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, is_call, module_path, nodes_under
+from evla_compile.passes import CacheFeatures, UnrollDiffusion
+from evla_compile.settings.schedule import ddim_schedule
+from evla_compile.settings.tolerances import TOLERANCES, relative_error
+
+aten = torch.ops.aten
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def sample_by_hand(policy: CogACT, inputs: Inputs, *, steps: int, interval: int, cfg_scale: float) -> Tensor:
+    """Cache the attention and MLP outputs of every block by themselves, condition token included, as the paper does."""
+    *observation, x = inputs
+    net = policy.action_model.net
+    z = policy.cognition(*observation)
+    batch, guided = len(x), cfg_scale > 1
+    if guided:
+        z = torch.cat([z, net.z_embedder.uncondition[None].expand(batch, -1, -1)])
+    cache: dict[int, tuple[Tensor, Tensor]] = {}
+    for number, step in enumerate(ddim_schedule(steps)):
+        condition = net.z_embedder(z) + net.t_embedder(torch.tensor([float(step.timestep)]))[:, None]
+        tokens = net.x_embedder(torch.cat([x, x]) if guided else x)
+        hidden = torch.cat([condition, tokens], dim=1) + net.positional_embedding
+        for depth, block in enumerate(net.blocks):
+            if number % interval == 0:
+                attention = block.attn(block.norm1(hidden))  # type: ignore[operator]  # a submodule
+                mlp = block.mlp(block.norm2(hidden + attention))  # type: ignore[operator]  # a submodule
+                cache[depth] = attention, mlp
+            hidden = hidden + cache[depth][0] + cache[depth][1]
+        noise = net.final_layer(hidden)[:, 1:]
+        if guided:
+            noise = noise[batch:] + cfg_scale * (noise[:batch] - noise[batch:])
+        x = step.sample * x + step.noise * noise
+    return x
+
+
+@pytest.mark.parametrize("interval", [2, 3, 4, 5, 100])  # 2, 3 and 4 do not divide the five steps
+def test_it_equals_caching_by_hand(
+    small_policy: CogACT, small_sampler: fx.GraphModule, small_inputs: Inputs, interval: int
+) -> None:
+    cached, report = CacheFeatures(interval=interval)(small_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=interval, cfg_scale=1.5)
+    assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
+    computed = len(range(0, 5, interval))
+    assert (report.changes, report.exact) == (5 - computed, False)
+
+
+def test_it_equals_caching_by_hand_without_guidance(
+    small_policy: CogACT, small_unguided_graph: fx.GraphModule, small_inputs: Inputs
+) -> None:
+    cached, _ = CacheFeatures(interval=3)(UnrollDiffusion(ddim_steps=5)(small_unguided_graph)[0])
+    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.0)
+    assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
+
+
+def test_a_reused_step_embeds_the_actions_adds_the_cache_and_reads_the_noise_out(small_sampler: fx.GraphModule) -> None:
+    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    net = f"{DENOISING}.1.{ACTION_MODEL}.net"
+    operators = Counter(
+        (module_path(n).removeprefix(net), n.target) for n in nodes_under(cached.graph, f"{DENOISING}.1")
+    )
+    assert operators == {
+        (".x_embedder.linear", aten.linear.default): 1,
+        ("", aten.add.Tensor): 2,  # positional embedding; guidance
+        ("", aten.cat.default): 1,  # both guidance halves
+        (f"{DENOISING}.1", aten.add.Tensor): 2,  # the cached features; the sampler
+        (".final_layer.norm_final", aten.layer_norm.default): 1,
+        (".final_layer.linear", aten.linear.default): 1,
+        ("", aten.slice.Tensor): 2,  # the guidance halves
+        ("", aten.sub.Tensor): 1,
+        ("", aten.mul.Tensor): 1,
+        (f"{DENOISING}.1", aten.mul.Tensor): 2,
+    }
+
+
+def test_a_computed_step_keeps_its_operators_and_adds_one_difference(small_sampler: fx.GraphModule) -> None:
+    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    for step, added in (("0", {aten.sub.Tensor: 1}), ("2", {aten.sub.Tensor: 1}), ("4", {})):
+        before, after = (
+            Counter(n.target for n in nodes_under(gm.graph, f"{DENOISING}.{step}")) for gm in (small_sampler, cached)
+        )
+        assert after - before == added  # nothing reuses the last step
+        assert not before - after
+
+
+def test_attention_and_weights_of_reused_steps_are_gone(small_sampler: fx.GraphModule) -> None:
+    cached, report = CacheFeatures(interval=2)(small_sampler)
+    attention = [
+        n for n in nodes_under(cached.graph, DENOISING) if is_call(n, aten.scaled_dot_product_attention.default)
+    ]
+    assert len(attention) == 3 * 2  # computed steps, blocks
+    timesteps = {str(n.target) for n in cached.graph.find_nodes(op="get_attr") if "timestep" in str(n.target)}
+    assert len(timesteps) == 3
+    assert report.before.weight_bytes - report.after.weight_bytes == 2 * 4  # the timesteps of the reused steps
+    rows, tokens, width, mlp = 4, 6, 20, 44
+    block = 2 * rows * tokens * (4 * width**2 + 2 * width * mlp) + 4 * rows * tokens**2 * width
+    time = 2 * (18 * width + width * width)
+    before, after = (sum(map(product_flops, gm.graph.nodes)) for gm in (small_sampler, cached))
+    assert before - after == 2 * (2 * block + time)
+    linears, norms, gelus = block - 4 * rows * tokens**2 * width, 2 * 4 * rows * tokens * width, rows * tokens * mlp
+    assert report.before.paper_flops - report.after.paper_flops == 2 * (2 * (linears + norms + gelus) + time)
+
+
+def test_the_input_graph_is_untouched(
+    small_sampler: fx.GraphModule, untouched: Callable[[fx.GraphModule], AbstractContextManager[None]]
+) -> None:
+    with untouched(small_sampler):
+        CacheFeatures(interval=3)(small_sampler)
+
+
+def test_an_interval_of_one_changes_nothing(small_sampler: fx.GraphModule) -> None:
+    same, report = CacheFeatures(interval=1)(small_sampler)
+    assert report.changes == 0
+    assert str(same.graph) == str(small_sampler.graph)
+
+
+def test_a_sampler_that_is_not_unrolled_is_refused(small_graph: fx.GraphModule) -> None:
+    with pytest.raises(PassError, match="no unrolled denoising step in the graph: run UnrollDiffusion first"):
+        CacheFeatures(interval=2)(small_graph)
+
+
+def test_a_cached_sampler_is_refused(small_sampler: fx.GraphModule) -> None:
+    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    with pytest.raises(PassError, match=r"no DiT block under 'denoising\.1\..*': its features are cached already"):
+        CacheFeatures(interval=3)(cached)
+
+
+def test_where_the_final_layer_reads_the_condition_token_all_tokens_are_cached(
+    small_policy: CogACT, late_sampler: fx.GraphModule, small_inputs: Inputs
+) -> None:
+    cached, report = CacheFeatures(interval=3)(late_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.5)
+    assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
+    assert report.changes == 3
+    net = f"{DENOISING}.1.{ACTION_MODEL}.net"
+    (norm,) = nodes_under(cached.graph, f"{net}.final_layer.norm_final")
+    assert norm.meta["val"].shape == (4, 6, 20)
+    assert nodes_under(cached.graph, f"{net}.t_embedder")  # the condition token is alive
+    assert not nodes_under(cached.graph, f"{net}.blocks")
+
+
+@pytest.fixture
+def late_sampler(small_sampler: fx.GraphModule) -> fx.GraphModule:
+    """The small sampler with its condition token dropped behind the final layer, as upstream does."""
+    late = copy_graph(small_sampler)
+    for step in range(5):
+        net = f"{DENOISING}.{step}.{ACTION_MODEL}.net"
+        (norm,) = nodes_under(late.graph, f"{net}.final_layer.norm_final")
+        (linear,) = nodes_under(late.graph, f"{net}.final_layer.linear")
+        dropping = argument(norm, 0)
+        with inserting(late.graph, linear.next, net) as proxy:
+            dropped = aten.slice.Tensor(proxy(linear), 1, 1).node
+        for user in set(linear.users) - {dropped}:
+            user.replace_input_with(linear, dropped)
+        dropping.replace_all_uses_with(argument(dropping, 0))
+        late.graph.erase_node(dropping)
+        for node in (norm, linear):
+            del node.meta["val"]
+    propagate(late)
+    return late
+
+
+@pytest.mark.parametrize("interval", [0, -1])
+def test_an_interval_below_one_is_refused(interval: int) -> None:
+    with pytest.raises(ValueError, match=rf"interval={interval}: expected a whole number from 1 up"):
+        CacheFeatures(interval=interval)

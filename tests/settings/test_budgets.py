@@ -1,0 +1,138 @@
+"""Budgets as counts and shares: the paper's numbers on CogACT's sizes, the same shares on others, refusals."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from evla_compile.demo.shipped_policy import DEMO_POLICY
+from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
+from evla_compile.settings.budgets import kept_neurons, resolve
+from evla_compile.settings.config import PRESETS, CompileConfig
+from evla_compile.settings.sizes import ModelSizes, published_sizes
+
+
+def sized(layers: int, patches: int) -> ModelSizes:
+    """CogACT-Base with another depth and another number of patches."""
+    sizes = published_sizes("base")
+    return replace(
+        sizes,
+        dino=replace(sizes.dino, patches=patches),
+        siglip=replace(sizes.siglip, patches=patches),
+        language=replace(sizes.language, layers=layers),
+    )
+
+
+def counts(config: CompileConfig, sizes: ModelSizes) -> tuple[Any, ...]:
+    found = resolve(config, sizes)
+    return found.keep_layers, found.visual_tokens, found.key_tokens
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("l28-t112", (28, 112, 4)),
+        ("l28-t56", (28, 56, 4)),
+        ("l22-t112", (22, 112, 4)),
+        ("l22-t56", (22, 56, 4)),
+    ],
+)
+def test_presets_are_the_paper_s_numbers_on_cogact(preset: str, expected: tuple[int, ...]) -> None:
+    for name in ("small", "base", "large"):
+        assert counts(PRESETS[preset], published_sizes(name)) == expected
+    assert kept_neurons(PRESETS[preset], 11008) == 8256
+
+
+@pytest.mark.parametrize(
+    ("layers", "patches", "expected"),
+    [(12, 64, (8, 14, 1)), (16, 256, (11, 56, 4)), (6, 256, (4, 56, 4)), (4, 16, (3, 4, 1)), (40, 576, (28, 126, 9))],
+)
+def test_defaults_keep_the_same_shares_of_other_sizes(layers: int, patches: int, expected: tuple[int, ...]) -> None:
+    assert counts(CompileConfig(), sized(layers, patches)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"keep_layers": 0.69, "visual_tokens": 0.22}, (22, 56, 4)),
+        ({"keep_layers": 20, "visual_tokens": 40, "key_tokens": 3}, (20, 40, 3)),
+        ({"keep_layers": 20, "visual_tokens": 0.5, "key_tokens": 0.02}, (20, 128, 5)),
+        ({"keep_layers": (0, 5, 31)}, ((0, 5, 31), 56, 4)),
+        ({"keep_layers": None, "visual_tokens": None}, (None, None, 4)),
+        ({"keep_layers": 0.999, "visual_tokens": 0.999}, (32, 256, 4)),
+        ({"keep_layers": 0.001, "visual_tokens": None, "key_tokens": 0.001}, (1, None, 1)),
+    ],
+)
+def test_a_budget_is_a_count_or_a_share(settings: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    found = resolve(CompileConfig(**settings), published_sizes("base"))
+    assert (found.keep_layers, found.visual_tokens, found.key_tokens) == expected
+    assert resolve(found, published_sizes("base")) == found
+    assert CompileConfig.from_json(found.to_json()) == found
+
+
+def test_one_is_a_count_and_a_whole_share_is_everything() -> None:
+    everything = CompileConfig(keep_layers=1.0, visual_tokens=1.0)
+    assert (everything.keep_layers, everything.visual_tokens) == (None, None)
+    assert CompileConfig(keep_layers=1, visual_tokens=None).keep_layers == 1
+    assert CompileConfig(keep_layers=1, visual_tokens=None) != replace(everything, visual_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_layers": 22.0}, "keep_layers=22.0: expected a count from 1 up, or a share above 0.0 and below 1.0; as a"
+         " count, write 22"),
+        ({"keep_layers": 0.0}, "keep_layers=0.0: expected a count from 1 up, or a share above 0.0"),
+        ({"visual_tokens": -0.2}, "visual_tokens=-0.2: expected a count from 1 up, or a share above 0.0"),
+        ({"visual_tokens": float("nan")}, "visual_tokens=nan: expected a count from 1 up, or a share"),
+        ({"keep_layers": float("inf")}, "keep_layers=inf: expected a count from 1 up, or a share"),
+        ({"key_tokens": 1.0}, "key_tokens=1.0: expected a count from 1 up, or a share"),
+        ({"key_tokens": 0}, "key_tokens=0: expected a count from 1 up, or a share"),
+        ({"visual_tokens": True}, "visual_tokens=True: expected a count from 1 up, or a share"),
+        ({"visual_tokens": 3, "key_tokens": 4}, "visual_tokens=3 is below key_tokens=4: the key tokens count towards"
+         " the budget; use visual_tokens=4 or more, or key_tokens=3 or less"),
+        ({"visual_tokens": 0.01}, "visual_tokens=0.01 is below key_tokens=0.015625"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_a_count_nor_a_share_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CompileConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_layers": 22}, "keep_layers=22: the decoder has 12 layers; use keep_layers=1 to 12, or a share of them"
+         " such as keep_layers=0.69, which keeps 8"),
+        ({"keep_layers": (0, 1, 12)}, "the decoder has the layers 0 to 11; name some of these"),
+        ({"visual_tokens": 56, "keep_layers": 8, "key_tokens": 60}, "visual_tokens=56 is below key_tokens=60"),
+        ({"visual_tokens": 65}, "visual_tokens=65: the policy sees 64 patches; use visual_tokens=1 to 64, or a share of"
+         " them such as visual_tokens=0.22, which keeps 14"),
+        ({"visual_tokens": 1, "key_tokens": 0.05}, "visual_tokens=1 is below key_tokens=3"),
+        ({"keep_layers": 2}, "visual_tokens=14 with 2 decoder layers: selecting visual tokens needs two layers below it"
+         " and one above; use keep_layers=3 or more, or visual_tokens=None (--visual-tokens all)"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_does_not_fit_is_refused_with_one_that_does(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(CompileConfig(**settings), sized(12, 64))
+
+
+def test_a_decoder_of_two_layers_is_not_told_to_keep_three() -> None:
+    with pytest.raises(ValueError, match=re.escape("above; use visual_tokens=None")):
+        resolve(CompileConfig(), sized(2, 64))
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "kept"),
+    [(0.75, 11008, 8256), (1.0, 172, 172), (0.75, 172, 128), (0.01, 172, 64), (0.5, 40, 40), (0.99, 128, 128)],
+)
+def test_mlp_width_is_rounded_to_a_multiple_of_64(share: float, width: int, kept: int) -> None:
+    assert kept_neurons(CompileConfig(mlp_keep=share), width) == kept
+
+
+def test_defaults_fit_the_policy_of_the_demo() -> None:
+    sizes = read_checkpoint(DEMO_POLICY).sizes
+    assert counts(CompileConfig(), sizes) == (8, 14, 1)
+    assert kept_neurons(CompileConfig(), sizes.language.mlp_width) == 512  # of 688: 516, to the nearest 64
