@@ -32,7 +32,7 @@ def paper(results: Path) -> list[str]:
             "-" if figures["%"]["strict"] is None else f"{figures['%']['strict']:.2f} %",
             f"{figures['B']['published']} B",
             f"{figures['B']['ours']:.3f} B",
-            f"26 text tokens, `paper` convention, {data['made']}",
+            f"26 text tokens, `paper` convention, {data['conditions']}",
         ]
         for name, figures in rows.items()
     ]
@@ -53,7 +53,7 @@ def steps(results: Path) -> list[str]:
                 f"{100 * step['paper'] / first['paper']:.2f} %",
                 f"{0.0 - round(points, 2):.2f}" if step is not first else "",
                 f"{100 * step['all'] / first['all']:.2f} %",
-                f"Base, L=22, MLP 0.75, T=56, N=5, 26 text tokens, {data['made']}",
+                f"Base, L=22, MLP 0.75, T=56, N=5, 26 text tokens, {data['conditions']}",
             ]
         )
     return _table(("after", "GFLOP, `paper`", "of upstream", "points", "`all`", "conditions"), cells, left=1)
@@ -65,7 +65,7 @@ def latency(stem: str) -> Callable[[Path], list[str]]:
     def make(results: Path) -> list[str]:
         data = _read(results / f"{stem}.json")
         conditions, entries = data["conditions"], data["entries"]
-        said = (
+        summary = (
             f"{conditions['threads of torch']} thread(s), {conditions['processor']}, {conditions['versions']},"
             f" batch 1, {conditions['calls'].split(' of each')[0]} runs, {conditions['date'].split()[0]}"
         )
@@ -82,7 +82,7 @@ def latency(stem: str) -> Callable[[Path], list[str]]:
                 f"{entry['speed_up']:.2f}x",
                 f"{entry['flops'] / 1e9:.1f}",
                 f"{entry['weight_bytes'] / 1e6:,.0f}",
-                said,
+                summary,
             ]
             for entry in entries
         ]

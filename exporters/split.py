@@ -7,7 +7,7 @@ from torch import fx
 
 from evla_compile.arguments import whole_number
 from evla_compile.errors import ExportError
-from evla_compile.graph.contract import copy_graph, held_tensor
+from evla_compile.graph.contract import copy_graph, get_tensor
 from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
 
 ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
@@ -89,7 +89,7 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
     sizes: dict[str, int] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
-            tensor = held_tensor(gm, str(node.target))
+            tensor = get_tensor(gm, str(node.target))
             for user in node.users:
                 path = _layer(module_path(user))
                 sizes[path] = sizes.get(path, 0) + tensor.numel() * tensor.element_size()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from evla_compile.graph.contract import GraphPass, held_tensor, hold_tensor
+from evla_compile.graph.contract import GraphPass, add_tensor, get_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class FoldConstants(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Evaluate the constant nodes, and hold those values that something else reads, equal ones once."""
         graph = gm.graph
-        values: dict[fx.Node, Any] = {n: held_tensor(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
+        values: dict[fx.Node, Any] = {n: get_tensor(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
         twins: dict[str, fx.Node] = {}
         twin = {node: twins.setdefault(str(node.target), node) for node in values}
         folded: list[fx.Node] = []
@@ -39,14 +39,14 @@ class FoldConstants(GraphPass):
         for node in folded:
             if isinstance(values[node], torch.Tensor) and not inner.issuperset(node.users):
                 if twin[node] not in constants:
-                    constants[twin[node]] = _hold(gm, twin[node], values[node])
+                    constants[twin[node]] = _add_constant(gm, twin[node], values[node])
                 node.replace_all_uses_with(constants[twin[node]], delete_user_cb=lambda user: user not in inner)
         return len(folded)
 
 
-def _hold(gm: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> fx.Node:
+def _add_constant(gm: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> fx.Node:
     # a copy, so that a slice does not keep the whole tensor that it was cut from
-    name = hold_tensor(gm, node.name, value.clone(memory_format=torch.contiguous_format))
+    name = add_tensor(gm, node.name, value.clone(memory_format=torch.contiguous_format))
     with gm.graph.inserting_before(node):
         constant = gm.graph.get_attr(name)
     constant.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})

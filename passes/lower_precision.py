@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph.contract import GraphPass, held_tensor, replace_tensor
+from evla_compile.graph.contract import GraphPass, get_tensor, replace_tensor
 from evla_compile.graph.deferred import DeferredWeight
 from evla_compile.graph.sites import argument, is_call, module_path
 
@@ -135,7 +135,7 @@ class _Lowering:
         inside = set(sites)
         for name in sorted({str(o.target) for node in sites for o in float_operands(node) if o.op == "get_attr"}):
             holders = list(self._gm.graph.find_nodes(op="get_attr", target=name))
-            tensor = held_tensor(self._gm, name)
+            tensor = get_tensor(self._gm, name)
             if tensor.dtype != torch.float32:
                 raise PassError(f"{name} is {tensor.dtype}: load the policy with dtype=torch.float32 to lower it")
             if all(inside.issuperset(holder.users) for holder in holders):

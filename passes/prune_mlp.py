@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph.contract import GraphPass, held_tensor, replace_tensor
+from evla_compile.graph.contract import GraphPass, get_tensor, replace_tensor
 from evla_compile.graph.deferred import cut
 from evla_compile.graph.sites import DecoderLayer, decoder_layers
 
@@ -43,7 +43,7 @@ class PruneMLP(GraphPass):
 
 def _slice(gm: fx.GraphModule, layer: DecoderLayer, kept: tuple[int, ...]) -> int:
     names = [_weight_name(layer, f"mlp.{part}_proj") for part in ("gate", "up", "down")]
-    gate, up, down = (held_tensor(gm, name) for name in names)
+    gate, up, down = (get_tensor(gm, name) for name in names)
     width = gate.shape[0]
     ascending = all(a < b for a, b in pairwise(kept))
     if not kept or not ascending or kept[0] < 0 or kept[-1] >= width:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from evla_compile.errors import PassError
-from evla_compile.graph.contract import GraphPass, hold_tensor, inserting
+from evla_compile.graph.contract import GraphPass, add_tensor, inserting
 from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
 from evla_compile.settings.schedule import ddim_schedule
 
@@ -41,7 +41,7 @@ class UnrollDiffusion(GraphPass):
         for number, step in enumerate(ddim_schedule(self.ddim_steps)):
             value = torch.tensor([float(step.timestep)], device=timestep.meta["val"].device)
             with graph.inserting_before(output):
-                constant = graph.get_attr(hold_tensor(gm, f"timestep_{step.timestep}", value))
+                constant = graph.get_attr(add_tensor(gm, f"timestep_{step.timestep}", value))
             mapping = {noise: x, timestep: constant}
             _copy_step(graph, step_nodes, mapping, output, number)
             with inserting(graph, output, f"{DENOISING}.{number}") as proxy:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.contract import held_tensor, weights
+from evla_compile.graph.contract import get_tensor, weights
 from evla_compile.graph.sites import module_path
 from evla_compile.host.processor import Processor
 from evla_compile.passes import UnrollDiffusion
@@ -201,7 +201,7 @@ def untouched() -> Callable[[fx.GraphModule], AbstractContextManager[None]]:
         yield
         assert nodes(gm) == described
         for name, (tensor, contents) in tensors.items():
-            assert held_tensor(gm, name) is tensor, name
+            assert get_tensor(gm, name) is tensor, name
             assert torch.equal(tensor, contents), name
 
     return watch

@@ -54,10 +54,10 @@ def test_a_name_cannot_pass_for_a_line() -> None:
 
 
 def test_inspect_shows_a_hostile_manifest_harmlessly(tmp_path: Path) -> None:
-    made = example_manifest(dataset=f"toy{ESCAPE}\nverified: all", versions=f"2\u202e{ESCAPE}").to_json()
+    manifest = example_manifest(dataset=f"toy{ESCAPE}\nverified: all", versions=f"2\u202e{ESCAPE}").to_json()
     # Written by hand: a lone surrogate is an escape in JSON, and text in no encoding.
     file = tmp_path / "manifest.json"
-    file.write_text(json.dumps(made | {"created_by": "0.0.0\udcff"}), encoding="ascii")
+    file.write_text(json.dumps(manifest | {"created_by": "0.0.0\udcff"}), encoding="ascii")
     outcome = evla("inspect", file, columns=120)
     assert not outcome.status, outcome.err
     assert not [char for char in outcome.out if not (char.isprintable() or char == "\n")]
@@ -84,8 +84,8 @@ def test_errors_and_usage_show_control_characters_as_escapes(tmp_path: Path) -> 
 
 
 def test_a_surrogate_in_a_manifest_prints_where_the_encoding_is_narrow(tmp_path: Path) -> None:
-    made = example_manifest().to_json() | {"created_by": "\ud800 \u00e9"}
-    (tmp_path / "manifest.json").write_text(json.dumps(made), encoding="ascii")
+    manifest = example_manifest().to_json() | {"created_by": "\ud800 \u00e9"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="ascii")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     shown = run(tmp_path / "manifest.json", stdout=subprocess.PIPE, env=environment)
     assert shown.returncode == 0, shown.stderr

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.latency.policies import MadeRow
+from benchmarks.latency.policies import PreparedRow
 from benchmarks.latency.rows import DtypeName
 from benchmarks.latency.timing import Stopwatch
 from evla_compile import runtime
@@ -87,13 +87,13 @@ def check_backends(backends: Sequence[Backend], device: torch.device, dtype: Dty
 
 
 def make_sampler(
-    backend: Backend, made: MadeRow, *, device: torch.device, compile_mode: str, threads: int, folder: Path
+    backend: Backend, prepared: PreparedRow, *, device: torch.device, compile_mode: str, threads: int, folder: Path
 ) -> Sampler:
     """Return a row as a backend runs it.
 
     Args:
         backend: the backend; "eager" for the policy as upstream runs it.
-        made: the row.
+        prepared: the row.
         device: where its weights are.
         compile_mode: Inductor's mode.
         threads: threads of ONNX Runtime on a CPU.
@@ -103,17 +103,19 @@ def make_sampler(
         EvlaError: the row cannot be exported or loaded.
         ValueError: upstream's policy is asked for on another backend.
     """
-    if isinstance(made.policy, UpstreamCogACT):
+    if isinstance(prepared.policy, UpstreamCogACT):
         if backend != "eager":
-            raise ValueError(f"row {made.row.label} on {backend}: the policy as upstream runs it is eager")
-        return _Upstream(made.policy, device)
+            raise ValueError(f"row {prepared.row.label} on {backend}: the policy as upstream runs it is eager")
+        return _Upstream(prepared.policy, device)
     if backend.startswith("onnx"):
-        return _onnx(made.policy, "cuda" if backend == "onnx-cuda" else "cpu", threads, folder)
-    modules: Sequence[Module] = made.parts
+        return _onnx(prepared.policy, "cuda" if backend == "onnx-cuda" else "cpu", threads, folder)
+    modules: Sequence[Module] = prepared.components
     if backend.startswith("compile"):
-        modules = [torch.compile(part, fullgraph=True, dynamic=False, mode=compile_mode) for part in made.parts]
+        modules = [
+            torch.compile(graph, fullgraph=True, dynamic=False, mode=compile_mode) for graph in prepared.components
+        ]
     if backend.endswith("cudagraphs"):
-        return _CudaGraphs(modules, made.policy.sizes, device)
+        return _CudaGraphs(modules, prepared.policy.sizes, device)
     return _Chain(modules, device)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.conditions import command_line
 from benchmarks.latency.backends import BACKENDS, Backend, check_backends, draw_inputs
-from benchmarks.latency.parts import bound_seconds
+from benchmarks.latency.components import bound_seconds
 from benchmarks.latency.policies import PolicyMaker
 from benchmarks.latency.report import Entry, to_json, to_markdown
 from benchmarks.latency.roofline_plot import draw_roofline
@@ -51,7 +51,7 @@ MODULES = (
     "medians within the same calls, between CUDA events on a GPU and by the clock on a CPU: vision is both towers and"
     " the projector, language the decoder with the selection of visual tokens, action the denoising loop; copies and"
     " host work stand in none of them. For this every graph is cut in three where one hands over to the next, and each"
-    " part is compiled or recorded by itself; ONNX Runtime runs the whole graph, and does not tell them apart"
+    " component is compiled or recorded by itself; ONNX Runtime runs the whole graph, and does not tell them apart"
 )
 PLAN = (
     "stand-in plans: the first layers and the first neurons are kept, whatever they do; times do not depend on it, and"
@@ -206,14 +206,14 @@ def write(
 
 
 def _entry(variant: Variant, latency: Latency, roof: Device) -> Entry:
-    made = variant.made
+    prepared = variant.prepared
     return Entry(
-        row=made.row.label,
+        row=prepared.row.label,
         backend=variant.backend,
         latency=latency,
-        costs=made.costs,
-        weight_bytes=made.weight_bytes,
-        bound_seconds=bound_seconds(made.costs, roof, made.row.computes_in),
+        costs=prepared.costs,
+        weight_bytes=prepared.weight_bytes,
+        bound_seconds=bound_seconds(prepared.costs, roof, prepared.row.computes_in),
         peak_bytes=variant.peak_bytes,
         error=variant.error,
     )

@@ -1,4 +1,4 @@
-"""Policies to time: weights, random or from a checkpoint, and each row's graph, cut into modules and ready to run."""
+"""Policies to time: weights, random or from a checkpoint, and each row's graph, cut into its components."""
 
 import lzma
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from benchmarks.latency.parts import Cost, Parts, costs_of, cut, upstream_costs
+from benchmarks.latency.components import ComponentGraphs, Cost, costs_of, cut, upstream_costs
 from benchmarks.latency.rows import DtypeName, Row
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.compiler.pipeline import build_passes
@@ -19,7 +19,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import materialize, measure
-from evla_compile.graph.flops import Part
+from evla_compile.graph.flops import Component
 from evla_compile.host.processor import PAD_ID, ActionStatistics, Processor
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.plan import stand_in_plan
@@ -27,16 +27,16 @@ from evla_compile.settings.sizes import ACTION_WIDTH, ModelSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MadeRow:
+class PreparedRow:
     """A row with plain weights on the device."""
 
     row: Row
     """The row."""
     policy: UpstreamCogACT | CompiledPolicy
     """The policy."""
-    parts: Parts
-    """A compiled policy's graph, cut into modules; empty for upstream's, which is no graph."""
-    costs: Mapping[Part, Cost]
+    components: ComponentGraphs
+    """A compiled policy's graph, cut into components; empty for upstream's, which is no graph."""
+    costs: Mapping[Component, Cost]
     """What each module costs."""
     weight_bytes: int
     """Bytes of all that it holds."""
@@ -74,7 +74,7 @@ class PolicyMaker:
         self._processor = _processor(sizes)
         self._captured: fx.GraphModule | None = None
 
-    def make(self, row: Row) -> MadeRow:
+    def make(self, row: Row) -> PreparedRow:
         """Return a row; its weights are shared with all others of its dtype, but for MLPs that are cut.
 
         A compiled row follows a stand-in plan: which layers and neurons stay changes no time.
@@ -84,20 +84,20 @@ class PolicyMaker:
         """
         return self._upstream(row) if row.config is None else self._compiled(row, row.config)
 
-    def _upstream(self, row: Row) -> MadeRow:
+    def _upstream(self, row: Row) -> PreparedRow:
         with torch.device("meta"):
             policy = UpstreamCogACT(self.sizes)
         state = self._state(row.dtype)
         policy.load_state_dict(state, assign=True)
-        return MadeRow(
+        return PreparedRow(
             row=row,
             policy=policy.eval().requires_grad_(False),
-            parts=(),
+            components=(),
             costs=upstream_costs(self.sizes, row.dtype),
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in state.values()),
         )
 
-    def _compiled(self, row: Row, config: CompileConfig) -> MadeRow:
+    def _compiled(self, row: Row, config: CompileConfig) -> PreparedRow:
         plan = stand_in_plan(self.sizes, config)
         graph, reports = self._capture(row), []
         for rewrite in build_passes(config, plan, self.sizes):
@@ -112,9 +112,13 @@ class PolicyMaker:
             processor=self._processor,
             report=CompileReport(config=config, passes=tuple(reports), deviations=()),
         )
-        parts = cut(graph)
-        return MadeRow(
-            row=row, policy=policy, parts=parts, costs=costs_of(parts), weight_bytes=measure(graph).weight_bytes
+        components = cut(graph)
+        return PreparedRow(
+            row=row,
+            policy=policy,
+            components=components,
+            costs=costs_of(components),
+            weight_bytes=measure(graph).weight_bytes,
         )
 
     def _capture(self, row: Row) -> fx.GraphModule:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.latency.parts import PARTS, Cost
+from benchmarks.latency.components import COMPONENTS, Cost
 from benchmarks.latency.timing import Latency
 from evla_compile.estimate.devices import Device
-from evla_compile.graph.flops import Part
+from evla_compile.graph.flops import Component
 
 COLUMNS = (
     "policy",
@@ -16,7 +16,7 @@ COLUMNS = (
     "median ms",
     "p95",
     "p99",
-    *(f"{part} ms" for part in PARTS),
+    *(f"{component} ms" for component in COMPONENTS),
     "GFLOP",
     "weights GB",
     "TFLOP/s",
@@ -39,7 +39,7 @@ class Entry:
     """The backend."""
     latency: Latency
     """Its times."""
-    costs: Mapping[Part, Cost]
+    costs: Mapping[Component, Cost]
     """What each module costs."""
     weight_bytes: int
     """Bytes of all weights that it holds."""
@@ -106,7 +106,7 @@ def _cells(entry: Entry, first: Entry) -> list[str]:
         entry.row,
         entry.backend,
         *(f"{value:.2f}" for value in (latency.median, latency.p95, latency.p99)),
-        *([f"{value:.2f}" for value in latency.modules] or ["-"] * len(PARTS)),
+        *([f"{value:.2f}" for value in latency.modules] or ["-"] * len(COMPONENTS)),
         f"{entry.flops / 1e9:,.1f}",
         f"{entry.weight_bytes / 1e9:.3f}",
         f"{entry.flops_per_second / 1e12:.3g}",

@@ -1,4 +1,4 @@
-"""Rows on backends, ready to be timed: each made, and held against the eager run of its row."""
+"""Rows on backends, ready to be timed: each prepared, and held against the eager run of its row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.latency.backends import Backend, Inputs, Sampler, make_sampler
-from benchmarks.latency.policies import MadeRow, PolicyMaker
+from benchmarks.latency.policies import PolicyMaker, PreparedRow
 from benchmarks.latency.rows import DtypeName, Row
 from benchmarks.latency.timing import Stopwatch
 from evla_compile.settings.tolerances import TOLERANCES, check
@@ -25,7 +25,7 @@ relevance is so close that another visual token is kept. A wrong input, weight o
 class Variant:
     """One row on one backend."""
 
-    made: MadeRow
+    prepared: PreparedRow
     """The row."""
     backend: Backend
     """The backend."""
@@ -63,12 +63,14 @@ def prepare_row(
         VerificationError: a backend returns something else than the eager run.
         EvlaError: a backend cannot run the row.
     """
-    made, device = maker.make(row), maker.device
-    make = partial(make_sampler, made=made, device=device, compile_mode=compile_mode, threads=threads, folder=folder)
+    prepared, device = maker.make(row), maker.device
+    make = partial(
+        make_sampler, prepared=prepared, device=device, compile_mode=compile_mode, threads=threads, folder=folder
+    )
     reference = make("eager")
     expected = [reference(given, Stopwatch(device)) for given in inputs]
     for backend in backends if row.config is not None else ("eager",):
-        held = _allocated(device)
+        allocated_before = _allocated(device)
         sampler = reference if backend == "eager" else make(backend)
         sampler(inputs[0], Stopwatch(device))  # the first call may compile
         if not backend.endswith("cudagraphs"):  # these keep the memory of their recording
@@ -83,11 +85,11 @@ def prepare_row(
             for given, right in zip(inputs, expected, strict=True)
         ]
         yield Variant(
-            made=made,
+            prepared=prepared,
             backend=backend,
             sampler=sampler,
             error=None if backend == "eager" else max(errors),
-            peak_bytes=made.weight_bytes + torch.cuda.max_memory_allocated(device) - held
+            peak_bytes=prepared.weight_bytes + torch.cuda.max_memory_allocated(device) - allocated_before
             if device.type == "cuda"
             else None,
         )

@@ -13,7 +13,7 @@ from evla_compile.estimate.estimates import skeleton
 from evla_compile.families.cogact.capture import capture, capture_upstream
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import GraphPass, weights
-from evla_compile.graph.flops import Part, flops_by_part, graph_flops, part_of
+from evla_compile.graph.flops import Component, component_of, flops_by_component, graph_flops
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.sizes import ModelSizes, PublishedName
@@ -24,11 +24,11 @@ Progress: TypeAlias = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What a policy holds and computes, by part."""
+    """What a policy holds and computes, by component."""
 
-    parameters: Mapping[Part, int]
+    parameters: Mapping[Component, int]
     """Parameters of the checkpoint, less those that the rewrites removed."""
-    flops: Mapping[Part, int]
+    flops: Mapping[Component, int]
     """Operations of one call, `paper` convention."""
 
 
@@ -51,12 +51,12 @@ class Counter:
         passes = build_passes(config, stand_in_plan(sizes, config), sizes)
         graph = self.graph(size, config.ddim_steps, tuple(rewrite for rewrite in passes if not rewrite.exact))
         state = self._policies[size].state_dict()
-        parameters: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
-        for held, sign in ((state.items(), 1), (weights(dense), -1), (weights(graph), 1)):
-            for name, tensor in held:
+        parameters: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
+        for tensors, sign in ((state.items(), 1), (weights(dense), -1), (weights(graph), 1)):
+            for name, tensor in tensors:
                 if name in state:
-                    parameters[part_of(name)] += sign * tensor.numel()
-        return Counts(parameters=parameters, flops=flops_by_part(graph, "paper"))
+                    parameters[component_of(name)] += sign * tensor.numel()
+        return Counts(parameters=parameters, flops=flops_by_component(graph, "paper"))
 
     def graph(self, size: PublishedName, ddim_steps: int, passes: tuple[GraphPass, ...] = ()) -> fx.GraphModule:
         """Return the graph of upstream's policy of one size, rewritten by `passes`."""

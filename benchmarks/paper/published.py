@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-from evla_compile.graph.flops import Part
+from evla_compile.graph.flops import Component
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.sizes import PublishedName
 
@@ -14,7 +14,7 @@ EXTRA_TOKENS = 4
 Unit: TypeAlias = Literal["M", "B", "GFLOP", "TFLOP", "%"]
 """Parameters in millions or billions; operations, or operations in percent of the base policy's."""
 
-Quantity: TypeAlias = tuple[Part | Literal["total"], Unit]
+Quantity: TypeAlias = tuple[Component | Literal["total"], Unit]
 """What was counted, and the unit that it was printed in."""
 
 Figures: TypeAlias = tuple[tuple[Quantity, str | None], ...]
@@ -56,9 +56,9 @@ def efficient(layers: int, tokens: int) -> CompileConfig:
 
 
 def _modules(name: str, config: CompileConfig, *columns: str) -> Iterator[Row]:
-    for part, column in zip((*get_args(Part), "total"), columns, strict=True):
+    for component, column in zip((*get_args(Component), "total"), columns, strict=True):
         millions, flops = column.split()
-        yield Row(1, name, config, (((part, "M"), millions), ((part, "GFLOP"), flops)))
+        yield Row(1, name, config, (((component, "M"), millions), ((component, "GFLOP"), flops)))
 
 
 def _cost(share: str, billions: str) -> Figures:

@@ -111,9 +111,9 @@ def compare(rows: Iterable[Row], counter: Counter) -> tuple[Comparison, ...]:
 
 
 def _value(counts: Counts, quantity: Quantity, base: Counts) -> float:
-    part, unit = quantity
+    component, unit = quantity
     numbers = counts.parameters if unit in ("M", "B") else counts.flops
-    count = sum(numbers.values()) if part == "total" else numbers[part]
+    count = sum(numbers.values()) if component == "total" else numbers[component]
     return 100 * count / sum(base.flops.values()) if unit == "%" else count / SCALES[unit]
 
 
@@ -130,10 +130,10 @@ def comparison_sheets(comparisons: Sequence[Comparison]) -> list[Sheet]:
     header = ("row", "quantity", "published", "ours (T + 4)", "(strict T)", "")
     sheets = {c.table: Sheet(f"Table {c.table} of arXiv 2506.10100", header, []) for c in comparisons}
     for c in comparisons:
-        part, unit = c.quantity
+        component, unit = c.quantity
         ours, strict = ("-" if v is None else f"{v:.{SHOWN_DIGITS[unit]}f}" for v in (c.ours, c.strict))
         mark = "OFF" if not c.agrees else ""
-        sheets[c.table].rows.append((c.row, f"{part}, {unit}", c.published or "-", ours, strict, mark))
+        sheets[c.table].rows.append((c.row, f"{component}, {unit}", c.published or "-", ours, strict, mark))
     return list(sheets.values())
 
 
@@ -197,12 +197,16 @@ def main() -> int:
     Console().print(NOTES)
     for sheet in sheets:
         Console().print(to_rich(sheet))
-    made = f"evla_compile {__version__}, torch {torch.__version__}, {datetime.now(UTC).date().isoformat()}"
+    conditions = f"evla_compile {__version__}, torch {torch.__version__}, {datetime.now(UTC).date().isoformat()}"
     if arguments.markdown is not None:
-        sections = [NOTES, f"Counted by python -m benchmarks.paper; {made}.\n", *map(to_markdown, sheets)]
+        sections = [NOTES, f"Counted by python -m benchmarks.paper; {conditions}.\n", *map(to_markdown, sheets)]
         arguments.markdown.write_text("\n".join(sections), encoding="utf-8")
     if arguments.json is not None:
-        numbers = {"made": made, "tables": [asdict(c) for c in comparisons], "steps": [asdict(step) for step in steps]}
+        numbers = {
+            "conditions": conditions,
+            "tables": [asdict(c) for c in comparisons],
+            "steps": [asdict(step) for step in steps],
+        }
         arguments.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     off = faults(comparisons, steps)
     for line in off:

@@ -62,7 +62,9 @@ def build(
 
 def describe_engine(engine: EngineRecord) -> str:
     """Return in a line what an artifact's engines run on."""
-    made_on = engine.gpu or engine.platform
+    built_on = engine.gpu or engine.platform
     targets = ", ".join(engine.compute_capabilities) or "8.0, 8.6, 8.9 and 12.x"
     layers = " + ".join(f"{count:,}" for count in engine.layers)
-    return f"{FLAVOUR_NAMES[engine.flavour]} {engine.version}, compute capability {targets}, {layers} layers, {made_on}"
+    return (
+        f"{FLAVOUR_NAMES[engine.flavour]} {engine.version}, compute capability {targets}, {layers} layers, {built_on}"
+    )

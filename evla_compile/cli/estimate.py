@@ -59,7 +59,7 @@ def estimate(
 
 
 def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig) -> RenderableType:
-    """Return what policies hold and compute, as a whole and by part, and how fast devices could run them at best.
+    """Return what policies hold and compute, as a whole and by component, and how fast devices could run them at best.
 
     Args:
         estimates: estimates by name, in one dtype; the one that the others are compared with is named `upstream`.
@@ -68,7 +68,7 @@ def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig)
     dtype = estimates["upstream"].dtype
     return Group(
         estimate_table(estimates),
-        part_table(estimates),
+        component_table(estimates),
         roofline_table(estimates),
         f"One call at batch {config.batch_size}, {config.text_tokens} text tokens, {config.ddim_steps} denoising steps;"
         f" vision and language in {dtype}, the action head in float32.\n"
@@ -100,16 +100,16 @@ def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
     return table
 
 
-def part_table(estimates: "Mapping[str, Estimate]") -> Table:
-    """Return what each part of each policy holds and computes."""
-    every = [part for estimate in estimates.values() for part in estimate.parts.values()]
-    work, size = flop_scale(part.flops for part in every), byte_scale(part.weight_bytes for part in every)
-    columns = (f"{part}\n{unit}" for unit in (work.unit, size.unit) for part in ("vision", "language", "action"))
+def component_table(estimates: "Mapping[str, Estimate]") -> Table:
+    """Return what each component of each policy holds and computes."""
+    footprints = [footprint for estimate in estimates.values() for footprint in estimate.components.values()]
+    work, size = flop_scale(each.flops for each in footprints), byte_scale(each.weight_bytes for each in footprints)
+    columns = (f"{name}\n{unit}" for unit in (work.unit, size.unit) for name in ("vision", "language", "action"))
     table = new_table("By module", "policy", right=tuple(columns))
     for name, estimate in estimates.items():
-        parts = estimate.parts.values()
-        flops, weights = (work.show(part.flops) for part in parts), (size.show(part.weight_bytes) for part in parts)
-        table.add_row(name, *flops, *weights)
+        components = estimate.components.values()
+        flops, weights = [each.flops for each in components], [each.weight_bytes for each in components]
+        table.add_row(name, *map(work.show, flops), *map(size.show, weights))
     return table
 
 

@@ -15,12 +15,12 @@ from torch import fx
 
 from evla_compile.compiler.pipeline import build_passes
 from evla_compile.estimate.devices import DEVICES, Device
-from evla_compile.estimate.footprint import Footprint, footprint, footprint_by_part
+from evla_compile.estimate.footprint import Footprint, footprint, footprint_by_component
 from evla_compile.families.cogact.capture import capture, capture_upstream
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import GraphPass, PassReport
-from evla_compile.graph.flops import Part, part_of
+from evla_compile.graph.flops import Component, component_of
 from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.processor import Processor
@@ -39,7 +39,7 @@ are taken from layer 1, tokens selected in front of 2, and 4 is the last."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What a policy holds and computes for one call, by part."""
+    """What a policy holds and computes for one call, by component."""
 
     dtype: str
     """Dtype of vision and language, "bfloat16" or "float32"; the action head is always float32."""
@@ -53,13 +53,13 @@ class Estimate:
     """What each pass did, in order; empty where the policy was not rewritten as a whole."""
 
     @property
-    def parts(self) -> dict[Part, Footprint]:
-        """The parts by name, in data-flow order."""
+    def components(self) -> dict[Component, Footprint]:
+        """The components by name, in data-flow order."""
         return {"vision": self.vision, "language": self.language, "action": self.action}
 
     @property
     def total(self) -> Footprint:
-        """The sum of the parts."""
+        """The sum of the components."""
         return self.vision + self.language + self.action
 
     def fits(self, device: Device) -> bool:
@@ -69,13 +69,13 @@ class Estimate:
     def roofline_seconds(self, device: Device) -> float:
         """Return a lower bound of the time of one call on `device`: weights read once, activations free.
 
-        It is the sum of the parts' bounds, for each part waits for the one before it and no cache holds its weights.
+        It is the sum of the components' bounds: each waits for the one before it, and no cache holds its weights.
         """
         return sum(
             device.roofline_seconds(
-                flops=held.flops, weight_bytes=held.read_bytes, dtype="float32" if part == "action" else self.dtype
+                flops=each.flops, weight_bytes=each.read_bytes, dtype="float32" if component == "action" else self.dtype
             )
-            for part, held in self.parts.items()
+            for component, each in self.components.items()
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def estimates(
         ValueError: a budget does not fit the sizes, or `dtype` is another.
     """
     found = {
-        name: _estimate(dtype, footprint_by_part(gm), reports) for name, gm, reports in _rewrite(sizes, configs, dtype)
+        name: _estimate(dtype, footprint_by_component(gm), reports)
+        for name, gm, reports in _rewrite(sizes, configs, dtype)
     }
     return {name: found[name] for name in configs}
 
@@ -177,18 +178,24 @@ def estimate_upstream(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.
     for model in (whole, policy):
         _cast(model, dtype)
     gm = capture_upstream(policy.eval().requires_grad_(False), config)
-    parts = _extended(gm, short, sizes, sizes.language.layers)
-    for part, counted in parts.items():
-        stored = [tensor for name, tensor in whole.state_dict().items() if part_of(name) == part]
+    components = _extended(gm, short, sizes, sizes.language.layers)
+    for component, counted in components.items():
+        stored = [tensor for name, tensor in whole.state_dict().items() if component_of(name) == component]
         parameters, weight_bytes = sum(t.numel() for t in stored), sum(t.nbytes for t in stored)
-        parts[part] = replace(counted, parameters=parameters, weight_bytes=weight_bytes)
-    return _estimate(dtype, parts)
+        components[component] = replace(counted, parameters=parameters, weight_bytes=weight_bytes)
+    return _estimate(dtype, components)
 
 
-def _estimate(dtype: torch.dtype, parts: Mapping[Part, Footprint], passes: tuple[PassReport, ...] = ()) -> Estimate:
+def _estimate(
+    dtype: torch.dtype, components: Mapping[Component, Footprint], passes: tuple[PassReport, ...] = ()
+) -> Estimate:
     name = str(dtype).removeprefix("torch.")
     return Estimate(
-        dtype=name, vision=parts["vision"], language=parts["language"], action=parts["action"], passes=passes
+        dtype=name,
+        vision=components["vision"],
+        language=components["language"],
+        action=components["action"],
+        passes=passes,
     )
 
 
@@ -237,9 +244,9 @@ def _shortened(sizes: ModelSizes) -> ModelSizes:
     )
 
 
-def _extended(gm: fx.GraphModule, short: ModelSizes, sizes: ModelSizes, layers: int) -> dict[Part, Footprint]:
+def _extended(gm: fx.GraphModule, short: ModelSizes, sizes: ModelSizes, layers: int) -> dict[Component, Footprint]:
     """Return the footprint of a graph of the sizes `short` as if its stacks had the depths of `sizes` and `layers`."""
-    missing: list[tuple[Part, int, list[str]]] = [
+    missing: list[tuple[Component, int, list[str]]] = [
         ("vision", sizes.dino.depth - short.dino.depth, ["vision_backbone.dino_featurizer.blocks.0"]),
         ("vision", sizes.siglip.depth - short.siglip.depth, ["vision_backbone.siglip_featurizer.blocks.0"]),
         ("language", layers - short.language.layers, [f"{DECODER_LAYERS}.{_TYPICAL_LAYER}"]),
@@ -249,8 +256,9 @@ def _extended(gm: fx.GraphModule, short: ModelSizes, sizes: ModelSizes, layers: 
             [f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks.0" for step in indexed_modules(gm.graph, DENOISING)],
         ),
     ]
-    parts = footprint_by_part(gm)
-    for part, times, paths in missing:
+    components = footprint_by_component(gm)
+    for component, times, paths in missing:
         if times > 0:  # fewer layers than the short policy's were pruned from it for real
-            parts[part] += footprint(gm, [node for path in paths for node in nodes_under(gm.graph, path)]) * times
-    return parts
+            block = [node for path in paths for node in nodes_under(gm.graph, path)]
+            components[component] += footprint(gm, block) * times
+    return components

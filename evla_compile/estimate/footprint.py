@@ -1,4 +1,4 @@
-"""What a graph holds and computes, by part of the policy."""
+"""What a graph holds and computes, by component of the policy."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, fx
 
-from evla_compile.graph.contract import held_tensor
-from evla_compile.graph.flops import Part, graph_flops, part_of, shape_of
+from evla_compile.graph.contract import get_tensor
+from evla_compile.graph.flops import Component, component_of, graph_flops, shape_of
 from evla_compile.graph.sites import is_call, module_path
 
 aten = torch.ops.aten
@@ -45,7 +45,7 @@ def footprint(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Footprint:
     for node in nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and inside.issuperset(source.users):
-                tensor = held_tensor(gm, str(source.target))
+                tensor = get_tensor(gm, str(source.target))
                 gathered = all(is_call(user, aten.embedding.default) for user in source.users)
                 numbers = math.prod(shape_of(node)) if gathered else tensor.numel()
                 tensors[id(tensor)], read[id(tensor)] = tensor, numbers * tensor.element_size()
@@ -59,10 +59,10 @@ def footprint(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Footprint:
     )
 
 
-def footprint_by_part(gm: fx.GraphModule) -> dict[Part, Footprint]:
-    """Return the footprint of each part of a policy's graph; together they are the graph's."""
-    nodes: dict[Part, list[fx.Node]] = {"vision": [], "language": [], "action": []}
+def footprint_by_component(gm: fx.GraphModule) -> dict[Component, Footprint]:
+    """Return the footprint of each component of a policy's graph; together they are the graph's."""
+    nodes: dict[Component, list[fx.Node]] = {"vision": [], "language": [], "action": []}
     for node in gm.graph.nodes:
         if node.op == "call_function":
-            nodes[part_of(module_path(node))].append(node)
-    return {part: footprint(gm, inside) for part, inside in nodes.items()}
+            nodes[component_of(module_path(node))].append(node)
+    return {component: footprint(gm, inside) for component, inside in nodes.items()}

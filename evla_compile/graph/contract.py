@@ -143,10 +143,10 @@ def weights(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target not in seen:
             seen.add(node.target)
-            yield str(node.target), held_tensor(gm, str(node.target))
+            yield str(node.target), get_tensor(gm, str(node.target))
 
 
-def held_tensor(gm: fx.GraphModule, name: str) -> Tensor:
+def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
     """Return the tensor that `gm` holds under a dotted name."""
     tensor: Tensor = operator.attrgetter(name)(gm)
     return tensor
@@ -171,7 +171,7 @@ def materialize(gm: fx.GraphModule) -> None:
             gm.get_submodule(holder).register_buffer(leaf, tensor.compute())
 
 
-def hold_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
+def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
     """Register `tensor` as a buffer of `gm` under a free name made from `name`, and return that name."""
     flat = "held_" + name.replace(".", "_")
     free = next(name for name in chain([flat], (f"{flat}_{i}" for i in count(1))) if not hasattr(gm, name))
@@ -226,10 +226,10 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
 
 def _fake_value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
-        held = held_tensor(gm, str(node.target))
-        if isinstance(held, DeferredWeight):  # its form alone: nothing needs the value
-            return torch.empty(held.shape, dtype=held.dtype, device=held.device)
-        return mode.from_tensor(held, static_shapes=True)
+        tensor = get_tensor(gm, str(node.target))
+        if isinstance(tensor, DeferredWeight):  # its form alone: nothing needs the value
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return mode.from_tensor(tensor, static_shapes=True)
     if node.op != "call_function" or not callable(node.target):
         raise PassError(f"node {node.name}: {node.op} has no value and none can be computed")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda argument: argument.meta["val"])

@@ -33,10 +33,10 @@ aten = torch.ops.aten
 Convention: TypeAlias = Literal["paper", "all"]
 """What counts; see the table above."""
 
-Part: TypeAlias = Literal["vision", "language", "action"]
+Component: TypeAlias = Literal["vision", "language", "action"]
 """Towers and projector; decoder, language head and the selection of tokens; the denoising loop with its sampler."""
 
-_PARTS: Mapping[str, Part] = MappingProxyType(
+_COMPONENTS: Mapping[str, Component] = MappingProxyType(
     {
         "vision_backbone": "vision",
         "projector": "vision",
@@ -49,30 +49,30 @@ _PARTS: Mapping[str, Part] = MappingProxyType(
 )
 
 
-def flops_by_part(gm: fx.GraphModule, convention: Convention = "all") -> dict[Part, int]:
-    """Return the floating-point operations of a policy's graph by part; together they are those of the graph.
+def flops_by_component(gm: fx.GraphModule, convention: Convention = "all") -> dict[Component, int]:
+    """Return the floating-point operations of a policy's graph by component; together they are those of the graph.
 
     Raises:
-        ValueError: an operator that counts stands in no part, or the convention is unknown.
+        ValueError: an operator that counts stands in no component, or the convention is unknown.
     """
-    counts: dict[Part, int] = dict.fromkeys(get_args(Part), 0)
+    counts: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
     for node in gm.graph.nodes:
         if flops := node_flops(node, convention):
             stack = node.meta.get("nn_module_stack")
-            counts[part_of(next(reversed(stack.values()))[0] if stack else "")] += flops
+            counts[component_of(next(reversed(stack.values()))[0] if stack else "")] += flops
     return counts
 
 
-def part_of(path: str) -> Part:
-    """Return the part of a policy that the module or the weight at a dotted path belongs to.
+def component_of(path: str) -> Component:
+    """Return the component of a policy that the module or the weight at a dotted path belongs to.
 
     Raises:
-        ValueError: it stands in no part.
+        ValueError: it stands in no component.
     """
     root = path.partition(".")[0]
-    if root not in _PARTS:
-        raise ValueError(f"path {path!r}: expected one under {', '.join(_PARTS)}; is this the graph of a policy?")
-    return _PARTS[root]
+    if root not in _COMPONENTS:
+        raise ValueError(f"path {path!r}: expected one under {', '.join(_COMPONENTS)}; is this the graph of a policy?")
+    return _COMPONENTS[root]
 
 
 def graph_flops(nodes: Iterable[fx.Node], convention: Convention = "all") -> int:

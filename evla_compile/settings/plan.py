@@ -40,8 +40,8 @@ class Plan:
     mlp_neurons: tuple[tuple[int, ...], ...]
     """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
     ranges: tuple[tuple[str, float], ...] = ()
-    """Largest absolute input or output observed in each linear layer and attention, by module path; empty
-    if not measured. What float16 can hold is decided by it."""
+    """Activation ranges: the largest absolute input or output observed of each linear layer and attention, by module
+    path; empty if not measured. They decide whether a layer fits float16."""
     frames: int
     """Observations measured; 0 where the configuration left nothing to measure."""
     frames_digest: str | None = None
@@ -53,8 +53,8 @@ class Plan:
     none were, so that the plan fits every policy of its sizes."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values; the neurons of a layer as ranges, "0-3,5,7-20"."""
-        neurons = [_to_ranges(neurons) for neurons in self.mlp_neurons]
+        """Return the plan as JSON-ready values; the neurons of a layer as runs of indices, "0-3,5,7-20"."""
+        neurons = [_to_runs(neurons) for neurons in self.mlp_neurons]
         named = {"mlp_neurons": neurons, "ranges": dict(self.ranges), "checkpoint": dict(self.checkpoint)}
         return {"format": PLAN_FORMAT} | asdict(self) | named
 
@@ -74,7 +74,7 @@ class Plan:
             return cls(
                 layer_importance=tuple(_score(value) for value in values["layer_importance"]),
                 keep_layers=keep_layers,
-                mlp_neurons=tuple(_from_ranges(neurons) for neurons in values["mlp_neurons"]),
+                mlp_neurons=tuple(_from_runs(neurons) for neurons in values["mlp_neurons"]),
                 ranges=_named_scores(values["ranges"]),
                 frames=_index(values["frames"]),
                 frames_digest=None if values["frames_digest"] is None else _digest(values["frames_digest"]),
@@ -152,7 +152,7 @@ def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[len(importance) - count :]))
 
 
-def _to_ranges(ascending: Sequence[int]) -> str:
+def _to_runs(ascending: Sequence[int]) -> str:
     runs: list[list[int]] = []
     for index in ascending:
         if runs and index == runs[-1][1] + 1:
@@ -162,9 +162,9 @@ def _to_ranges(ascending: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _from_ranges(text: object) -> tuple[int, ...]:
+def _from_runs(text: object) -> tuple[int, ...]:
     if not isinstance(text, str) or not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text, re.ASCII):
-        raise ValueError(f'{text!r:.60}: expected ranges of neurons such as "0-3,5,7-20"')
+        raise ValueError(f'{text!r:.60}: expected runs of neurons such as "0-3,5,7-20"')
     found: list[int] = []
     for run in text.split(","):
         first, _, last = run.partition("-")

@@ -202,12 +202,12 @@ def _captured(traced: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.Graph
         if name in INPUT_NAMES:
             values[node] = graph.placeholder(name)
         else:
-            _hold(root, name, tensors[name].detach())
+            _register(root, name, tensors[name].detach())
             values[node] = graph.get_attr(name)
         values[node].meta = {"val": node.meta["val"]}
     for node in traced.graph.nodes:
         if node.op == "get_attr":
-            _hold(root, str(node.target), getattr(traced, str(node.target)))
+            _register(root, str(node.target), getattr(traced, str(node.target)))
         if node.op not in ("placeholder", "output"):
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta["nn_module_stack"] = _stack(node)
@@ -220,7 +220,7 @@ def _captured(traced: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.Graph
     return copy_graph(captured)
 
 
-def _hold(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
+def _register(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
     *path, leaf = name.split(".")
     module = root
     for part in path:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from benchmarks.latency import backends, compare, timing
 from benchmarks.latency import variants as latency_variants
 from benchmarks.latency.backends import Backend, Sampler, check_backends, draw_inputs, make_sampler
-from benchmarks.latency.parts import Cost, bound_seconds, costs_of, upstream_costs
-from benchmarks.latency.policies import MadeRow, PolicyMaker, random_weight
+from benchmarks.latency.components import Cost, bound_seconds, costs_of, upstream_costs
+from benchmarks.latency.policies import PolicyMaker, PreparedRow, random_weight
 from benchmarks.latency.report import COLUMNS, Entry, to_markdown
 from benchmarks.latency.rows import MID_SIZES, SIZES, Row, make_rows, select_rows
 from benchmarks.latency.timing import Latency, Stopwatch, measure, summarize
@@ -24,7 +24,7 @@ from evla_compile.errors import EvlaError, VerificationError
 from evla_compile.estimate.devices import DEVICES, Device
 from evla_compile.estimate.estimates import quick_estimates
 from evla_compile.graph.contract import weights
-from evla_compile.graph.flops import Part, graph_flops
+from evla_compile.graph.flops import Component, graph_flops
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
@@ -51,7 +51,7 @@ def maker(sizes: ModelSizes) -> PolicyMaker:
 
 
 @pytest.fixture(scope="module")
-def dense(maker: PolicyMaker, rows: dict[str, Row]) -> MadeRow:
+def dense(maker: PolicyMaker, rows: dict[str, Row]) -> PreparedRow:
     return maker.make(rows["dense"])
 
 
@@ -59,8 +59,8 @@ def dense(maker: PolicyMaker, rows: dict[str, Row]) -> MadeRow:
 def sampler_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sampler]:
     folder = tmp_path_factory.mktemp("samplers")
 
-    def make(made: MadeRow, backend: Backend = "eager", device: torch.device = CPU) -> Sampler:
-        return make_sampler(backend, made, device=device, compile_mode="default", threads=1, folder=folder)
+    def make(prepared: PreparedRow, backend: Backend = "eager", device: torch.device = CPU) -> Sampler:
+        return make_sampler(backend, prepared, device=device, compile_mode="default", threads=1, folder=folder)
 
     return make
 
@@ -228,33 +228,33 @@ def test_mid_size_has_the_shares_of_cogact_base() -> None:
     shares = {}
     for name in ("base", "mid"):
         found = quick_estimates(SIZES[name], {"dense": config}, dtype=torch.float32)["dense"]
-        flops = {part: found.parts[part].flops for part in found.parts}
-        shares[name] = {part: count / sum(flops.values()) for part, count in flops.items()}
+        flops = {component: found.components[component].flops for component in found.components}
+        shares[name] = {component: count / sum(flops.values()) for component, count in flops.items()}
     assert shares["mid"] == pytest.approx(shares["base"], abs=0.005)
 
 
 def test_modules_one_after_the_other_are_the_graph(
     maker: PolicyMaker, rows: dict[str, Row], sampler_of: Callable[..., Sampler]
 ) -> None:
-    made = maker.make(rows["ex7"])
-    assert not isinstance(made.policy, torch.nn.Module)
+    prepared = maker.make(rows["ex7"])
+    assert not isinstance(prepared.policy, torch.nn.Module)
     inputs, stopwatch = draw_inputs(maker.sizes, 1), Stopwatch(CPU)
-    assert np.array_equal(sampler_of(made)(inputs, stopwatch), made.policy.sample(*inputs.arrays))
+    assert np.array_equal(sampler_of(prepared)(inputs, stopwatch), prepared.policy.sample(*inputs.arrays))
     assert len(stopwatch.intervals()) == 3
-    assert sum(cost.flops for cost in made.costs.values()) == graph_flops(made.policy.graph.graph.nodes)
+    assert sum(cost.flops for cost in prepared.costs.values()) == graph_flops(prepared.policy.graph.graph.nodes)
 
 
-def test_a_module_reads_its_own_weights_and_no_embedding_table(dense: MadeRow) -> None:
+def test_a_module_reads_its_own_weights_and_no_embedding_table(dense: PreparedRow) -> None:
     costs, sizes = dense.costs, MID_SIZES.language.vocabulary * 32 * 4
     assert sum(cost.read_bytes for cost in costs.values()) == dense.weight_bytes - sizes
-    assert costs_of(dense.parts) == costs
+    assert costs_of(dense.components) == costs
     assert all(cost.read_bytes > 0 for cost in costs.values())
 
 
-def test_upstream_runs_more_than_the_dense_policy_and_reads_more(dense: MadeRow, sizes: ModelSizes) -> None:
+def test_upstream_runs_more_than_the_dense_policy_and_reads_more(dense: PreparedRow, sizes: ModelSizes) -> None:
     upstream = upstream_costs(sizes, "float32")
-    for part, cost in dense.costs.items():
-        assert upstream[part].flops > cost.flops, part
+    for component, cost in dense.costs.items():
+        assert upstream[component].flops > cost.flops, component
     head = 2 * (PAPER_TEXT_TOKENS + sizes.patches) * sizes.language.width * sizes.language.vocabulary
     assert upstream["language"].flops - dense.costs["language"].flops >= head
 
@@ -267,7 +267,7 @@ def test_bfloat16_halves_upstreams_weights_but_the_action_heads(sizes: ModelSize
 
 
 def test_bound_adds_up_the_modules_with_the_action_head_in_float32() -> None:
-    costs: dict[Part, Cost] = {
+    costs: dict[Component, Cost] = {
         "vision": Cost(flops=10**10, read_bytes=10**8),  # 1 s of bfloat16 arithmetic
         "language": Cost(flops=10**9, read_bytes=2 * 10**9),  # 2 s of reading
         "action": Cost(flops=3 * 10**9, read_bytes=10**9),  # 3 s of float32 arithmetic
@@ -288,7 +288,7 @@ def test_random_weights_depend_on_name_and_seed_and_keep_activations_sane() -> N
     assert draw("group.fc.bias", shape=(512,)).std() == pytest.approx(0.02, abs=0.005)
 
 
-def test_rows_share_their_weights(maker: PolicyMaker, dense: MadeRow, rows: dict[str, Row]) -> None:
+def test_rows_share_their_weights(maker: PolicyMaker, dense: PreparedRow, rows: dict[str, Row]) -> None:
     assert not isinstance(dense.policy, torch.nn.Module)
     upstream = maker.make(rows["upstream-float32"]).policy
     assert isinstance(upstream, torch.nn.Module)
@@ -309,7 +309,7 @@ def test_weights_of_a_checkpoint_are_used(maker: PolicyMaker, sizes: ModelSizes,
 
 
 def test_upstream_and_the_dense_row_compute_the_same_policy(
-    maker: PolicyMaker, dense: MadeRow, rows: dict[str, Row], sampler_of: Callable[..., Sampler]
+    maker: PolicyMaker, dense: PreparedRow, rows: dict[str, Row], sampler_of: Callable[..., Sampler]
 ) -> None:
     inputs, stopwatch = draw_inputs(maker.sizes, 5), Stopwatch(CPU)
     upstream = sampler_of(maker.make(rows["upstream-float32"]))
@@ -337,8 +337,8 @@ def test_a_backend_that_returns_something_else_is_refused(
 ) -> None:
     remembered: list[NDArray[np.float32]] = []
 
-    def wrong(backend: Backend, made: MadeRow, **settings: Any) -> Sampler:
-        right = make_sampler("eager", made, **settings)
+    def wrong(backend: Backend, prepared: PreparedRow, **settings: Any) -> Sampler:
+        right = make_sampler("eager", prepared, **settings)
 
         def sample(inputs: backends.Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
             found = right(inputs, stopwatch)
@@ -494,4 +494,4 @@ def test_gpu_backends_return_what_the_eager_graph_does(sizes: ModelSizes, backen
     (variant,) = prepare_row(row, maker, [backend], inputs, compile_mode="default", threads=1, folder=tmp_path)
     assert variant.error is not None
     assert variant.peak_bytes is not None
-    assert variant.peak_bytes > variant.made.weight_bytes
+    assert variant.peak_bytes > variant.prepared.weight_bytes

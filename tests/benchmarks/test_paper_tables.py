@@ -47,7 +47,7 @@ def test_the_dense_policy_has_every_parameter(counter: Any, sizes: ModelSizes, d
 def test_what_the_rewrites_remove_is_taken_off(counter: Any, dense: CompileConfig) -> None:
     cut = counter.count("base", replace(dense, keep_layers=3, mlp_keep=0.75, visual_tokens=7, cache_interval=2))
     whole = counter.count("base", dense)
-    removed = {part: whole.parameters[part] - cut.parameters[part] for part in whole.parameters}
+    removed = {component: whole.parameters[component] - cut.parameters[component] for component in whole.parameters}
     assert removed == {
         "vision": 0,
         "language": (4 * 32**2 + 3 * 32 * 256 + 2 * 32) + 3 * (3 * 32 * 64),
@@ -207,10 +207,10 @@ def test_every_published_row_can_be_counted_in_both_readings() -> None:
 def test_cogact_base_counts_as_published() -> None:
     # Full size on meta tensors: half a minute, nearly all of it in torch.export.
     base = counts.Counter({"base": published_sizes("base")}, lambda line: None).count("base", published.setting())
-    assert {part: flops / 1e9 for part, flops in base.flops.items()} == pytest.approx(
+    assert {component: flops / 1e9 for component, flops in base.flops.items()} == pytest.approx(
         {"vision": 405.50, "language": 3726.55, "action": 57.96}, rel=1e-3
     )
-    assert {part: round(count / 1e6, 1) for part, count in base.parameters.items()} == {
+    assert {component: round(count / 1e6, 1) for component, count in base.parameters.items()} == {
         "vision": 802.3,
         "language": 6738.9,
         "action": 89.0,

@@ -15,7 +15,7 @@ from evla_compile.calibration import calibrate as calibration
 from evla_compile.calibration.calibrate import calibrate
 from evla_compile.calibration.fingerprint import fingerprint_weights
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.contract import copy_graph, held_tensor, replace_tensor
+from evla_compile.graph.contract import copy_graph, get_tensor, replace_tensor
 from evla_compile.host.frames import Frame, read_frames
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, most_important, plan_without_calibration
@@ -191,7 +191,7 @@ def test_values_that_overflow_are_refused_by_the_name_of_their_layer(
     graph = copy_graph(small_perception)
     for name in ("gate_proj", "up_proj"):
         weight = f"llm_backbone.llm.model.layers.2.mlp.{name}.weight"
-        replace_tensor(graph, weight, held_tensor(graph, weight) * 1e30)
+        replace_tensor(graph, weight, get_tensor(graph, weight) * 1e30)
     monkeypatch.setattr(calibration, "_perception", lambda policy: graph)
     with pytest.raises(evla.CalibrationError, match=r"layers\.2\.mlp\S* yields (inf|nan) on a calibration frame"):
         calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], CompileConfig.dense(), progress=False)

@@ -21,7 +21,7 @@ from evla_compile.compiler.pipeline import build_passes, check_plan
 from evla_compile.exporters.precision import lower
 from evla_compile.exporters.split import Piece
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.contract import held_tensor
+from evla_compile.graph.contract import get_tensor
 from evla_compile.graph.sites import module_path
 from evla_compile.host.frames import Frame
 from evla_compile.host.processor import draw_noise
@@ -135,7 +135,7 @@ def test_compiling_leaves_the_policy_alone(tiny_policy: CogACT, frame: Image.Ima
 
 def test_kept_weights_are_shared_with_the_policy(tiny_policy: CogACT, compiled: CompiledPolicy) -> None:
     name = "llm_backbone.llm.model.layers.3.self_attn.q_proj.weight"
-    assert held_tensor(compiled.graph, name).data_ptr() == tiny_policy.get_parameter(name).data_ptr()
+    assert get_tensor(compiled.graph, name).data_ptr() == tiny_policy.get_parameter(name).data_ptr()
 
 
 def test_a_plan_gives_the_same_policy_as_its_calibration(

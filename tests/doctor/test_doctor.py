@@ -556,9 +556,9 @@ def test_an_import_that_fails_or_crashes_is_told(program: str, error: str, monke
 
 
 def test_a_library_that_the_loader_misses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "with error: libcublas.so.13: cannot open shared object file: No such file or directory"
+    message = "with error: libcublas.so.13: cannot open shared object file: No such file or directory"
     monkeypatch.setitem(
-        try_import.__globals__["PROGRAMS"], "toy", f"import sys; print({said!r}, file=sys.stderr); found = {{}}"
+        try_import.__globals__["PROGRAMS"], "toy", f"import sys; print({message!r}, file=sys.stderr); found = {{}}"
     )
     assert try_import("toy").missing == ("libcublas.so.13",)
 

@@ -11,7 +11,7 @@ import torch
 from evla_compile.compiled_policy import compile
 from evla_compile.estimate.devices import DEVICES, Device
 from evla_compile.estimate.estimates import Estimate, estimate, estimate_upstream, estimates, quick_estimates, skeleton
-from evla_compile.estimate.footprint import Footprint, footprint_by_part
+from evla_compile.estimate.footprint import Footprint, footprint_by_component
 from evla_compile.families.cogact.capture import capture, capture_upstream
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
@@ -82,11 +82,11 @@ def test_what_is_kept_decides_what_is_estimated(whole: dict[str, Estimate]) -> N
 def test_upstream_is_counted_as_its_whole_graph_and_holds_the_whole_checkpoint(deep_sizes: ModelSizes) -> None:
     with torch.device("meta"):
         policy = UpstreamCogACT(deep_sizes)
-    expected = footprint_by_part(capture_upstream(policy.eval().requires_grad_(False), DENSE))
+    expected = footprint_by_component(capture_upstream(policy.eval().requires_grad_(False), DENSE))
     found = estimate_upstream(deep_sizes, DENSE, dtype=torch.float32)
-    for part, counted in found.parts.items():
+    for component, counted in found.components.items():
         of_checkpoint = {"parameters": counted.parameters, "weight_bytes": counted.weight_bytes}
-        assert counted == replace(expected[part], **of_checkpoint), part
+        assert counted == replace(expected[component], **of_checkpoint), component
     assert found.total.parameters == sum(tensor.numel() for tensor in policy.state_dict().values())
     assert found.total.weight_bytes == 4 * found.total.parameters
     assert found.total.read_bytes < found.total.weight_bytes
@@ -123,7 +123,7 @@ def test_a_skeleton_has_the_dtypes_of_a_loaded_policy_and_no_weights(small_sizes
     assert all(parameter.is_meta for parameter in policy.parameters())
     assert {p.dtype for p in policy.action_model.parameters()} == {torch.float32}
     others = (policy.vision_backbone, policy.projector, policy.llm_backbone)
-    assert {p.dtype for part in others for p in part.parameters()} == {torch.bfloat16}
+    assert {p.dtype for module in others for p in module.parameters()} == {torch.bfloat16}
 
 
 def test_bytes_follow_the_dtype_and_the_action_head_stays_float32(whole: dict[str, Estimate]) -> None:
@@ -135,7 +135,7 @@ def test_bytes_follow_the_dtype_and_the_action_head_stays_float32(whole: dict[st
     assert dense.language.weight_bytes - dense.language.read_bytes == 2 * 32 * (64 - 18)
 
 
-def test_the_roofline_is_the_sum_over_parts_with_the_action_head_in_float32() -> None:
+def test_the_roofline_is_the_sum_over_components_with_the_action_head_in_float32() -> None:
     device = Device(
         name="toy", memory_bytes=100, bandwidth=1.0, float32_flops=1.0, bfloat16_flops=10.0, source="made up"
     )
@@ -187,6 +187,6 @@ def test_the_published_policy_has_the_published_figures() -> None:
     assert upstream.total.parameters == 7_630_224_071
     assert round(upstream.total.weight_bytes / 1e9, 1) == 15.4
     published = {"vision": 405.50, "language": 3726.55, "action": 57.96}
-    counted = {part: found.paper_flops / 1e9 for part, found in upstream.parts.items()}
+    counted = {component: found.paper_flops / 1e9 for component, found in upstream.components.items()}
     assert counted == pytest.approx(published, rel=1e-3)
     assert ours.total.paper_flops / upstream.total.paper_flops < 0.269

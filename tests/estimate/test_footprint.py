@@ -1,12 +1,12 @@
-"""What nodes hold and compute: on a graph by hand, and a policy's parts against its whole."""
+"""What nodes hold and compute: on a graph by hand, and a policy's components against its whole."""
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from evla_compile.estimate.footprint import Footprint, footprint, footprint_by_part
+from evla_compile.estimate.footprint import Footprint, footprint, footprint_by_component
 from evla_compile.graph.contract import measure
-from evla_compile.graph.flops import flops_by_part
+from evla_compile.graph.flops import flops_by_component
 
 
 class Toy(nn.Module):
@@ -54,14 +54,18 @@ def test_footprints_add_and_multiply_field_by_field() -> None:
     assert one + one * 2 == Footprint(ops=3, flops=6, paper_flops=9, parameters=12, weight_bytes=15, read_bytes=18)
 
 
-def test_the_parts_of_a_policy_add_up_to_its_graph(small_sampler: fx.GraphModule) -> None:
-    parts, whole = footprint_by_part(small_sampler), measure(small_sampler)
-    total = parts["vision"] + parts["language"] + parts["action"]
+def test_the_components_of_a_policy_add_up_to_its_graph(small_sampler: fx.GraphModule) -> None:
+    components, whole = footprint_by_component(small_sampler), measure(small_sampler)
+    total = components["vision"] + components["language"] + components["action"]
     assert (total.ops, total.flops, total.paper_flops, total.weight_bytes) == (
         whole.ops,
         whole.flops,
         whole.paper_flops,
         whole.weight_bytes,
     )
-    assert {part: found.flops for part, found in parts.items()} == flops_by_part(small_sampler, "all")
-    assert {part: found.paper_flops for part, found in parts.items()} == flops_by_part(small_sampler, "paper")
+    assert {component: found.flops for component, found in components.items()} == flops_by_component(
+        small_sampler, "all"
+    )
+    assert {component: found.paper_flops for component, found in components.items()} == flops_by_component(
+        small_sampler, "paper"
+    )

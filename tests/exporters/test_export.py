@@ -53,15 +53,15 @@ Export: TypeAlias = Callable[..., Exported]
 @pytest.fixture(scope="module")
 def export(tiny_policy: CogACT, tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Compile, export and load once for each choice of settings."""
-    made: dict[object, Exported] = {}
+    exported: dict[object, Exported] = {}
 
     def make(config: CompileConfig, *stages: str) -> Exported:
-        if (config, stages) not in made:
+        if (config, stages) not in exported:
             compiled = evla.compile(tiny_policy, config)
             folder = tmp_path_factory.mktemp("exported") / "artifact"
             compiled.export(folder, stages=stages)
-            made[config, stages] = Exported(compiled, evla.runtime.load(folder, threads=1), folder)
-        return made[config, stages]
+            exported[config, stages] = Exported(compiled, evla.runtime.load(folder, threads=1), folder)
+        return exported[config, stages]
 
     return make
 
@@ -176,11 +176,11 @@ def test_deleted_layers_are_gone_from_the_file(tiny_policy: CogACT, export: Expo
     parameters = tiny_policy.get_submodule("llm_backbone.llm.model.layers.0").parameters()
     layer = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     assert dense.stat().st_size - pruned.stat().st_size >= removed * layer
-    held = {
+    sizes = {
         file: sum(numpy_helper.to_array(w).nbytes for w in onnx.load(file).graph.initializer)
         for file in (dense, pruned)
     }
-    assert held[dense] - held[pruned] == pytest.approx(removed * layer, abs=200)  # shapes are initializers too
+    assert sizes[dense] - sizes[pruned] == pytest.approx(removed * layer, abs=200)  # shapes are initializers too
 
 
 def test_every_export_verifies(export: Export, golden: dict[str, Any], tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def test_tensors_are_shared_and_the_graph_is_untouched(
 ) -> None:
     with untouched(graph):
         pieces = split(graph, OUTPUTS, 3)
-    held = {id(tensor) for _, tensor in weights(graph)}
-    assert {id(tensor) for piece in pieces for _, tensor in weights(piece.graph)} == held
+    tensors = {id(tensor) for _, tensor in weights(graph)}
+    assert {id(tensor) for piece in pieces for _, tensor in weights(piece.graph)} == tensors
 
 
 def test_too_many_parts_are_refused(graph: fx.GraphModule) -> None:

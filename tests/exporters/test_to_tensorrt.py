@@ -164,7 +164,7 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "message"),
+    ("logged", "kind", "message"),
     [
         ("Error Code 2: OutOfMemory (Requested size was 8 bytes.)", EvlaError, "ran out of memory .*Requested size"),
         ("Unexpected exception std::bad_alloc In compileGraph", EvlaError, "ran out of memory"),
@@ -173,9 +173,9 @@ except Exception as error:
     ],
 )
 def test_what_the_library_says_of_a_failed_build_is_passed_on(
-    said: str, kind: type[Exception], message: str, toy: Path
+    logged: str, kind: type[Exception], message: str, toy: Path
 ) -> None:
-    error = build_error(toy, [said], "tensorrt_rtx")
+    error = build_error(toy, [logged], "tensorrt_rtx")
     assert type(error) is kind
     with pytest.raises(kind, match=message):
         raise error

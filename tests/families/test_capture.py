@@ -95,10 +95,10 @@ def test_nothing_but_arithmetic_is_left(small_graph: fx.GraphModule) -> None:
 
 
 def test_the_graph_shares_every_weight_with_the_policy(small_policy: CogACT, small_graph: fx.GraphModule) -> None:
-    held = dict(weights(small_graph))
+    tensors = dict(weights(small_graph))
     parameters = dict(small_policy.named_parameters())
-    assert {name: held[name].data_ptr() for name in parameters} == {n: p.data_ptr() for n, p in parameters.items()}
-    constants = [tensor for name, tensor in held.items() if name not in parameters]
+    assert {name: tensors[name].data_ptr() for name in parameters} == {n: p.data_ptr() for n, p in parameters.items()}
+    constants = [tensor for name, tensor in tensors.items() if name not in parameters]
     assert sum(tensor.numel() for tensor in constants) == 4 * 3  # mean and deviation of both towers' pixels
 
 

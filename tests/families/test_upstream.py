@@ -17,7 +17,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.families.cogact.model.vision import VisionTower, normalize_pixels
 from evla_compile.graph.contract import GraphPass
-from evla_compile.graph.flops import flops_by_part
+from evla_compile.graph.flops import flops_by_component
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DENOISING,
@@ -254,12 +254,12 @@ def test_denoising_steps_are_found_where_unrolling_puts_them(
 def test_the_graph_shares_the_policys_weights(
     small_upstream: UpstreamCogACT, small_upstream_graph: fx.GraphModule
 ) -> None:
-    held = {name: tensor.data_ptr() for name, tensor in small_upstream_graph.state_dict().items()}
+    pointers = {name: tensor.data_ptr() for name, tensor in small_upstream_graph.state_dict().items()}
     state = {name: tensor.data_ptr() for name, tensor in small_upstream.state_dict().items()}
-    unread = {name for name in state if name not in held}
+    unread = {name for name in state if name not in pointers}
     assert all(".attn_pool." in name or "_featurizer.norm." in name or ".history_embedder." in name for name in unread)
-    assert {name: held[name] for name in state if name in held} == {
-        name: pointer for name, pointer in state.items() if name in held
+    assert {name: pointers[name] for name in state if name in pointers} == {
+        name: pointer for name, pointer in state.items() if name in pointers
     }
 
 
@@ -294,5 +294,5 @@ def test_a_policy_without_memory_is_captured(
 ) -> None:
     graph = capture_upstream(on_meta(small_sizes), replace(small_config, ddim_steps=1))
     assert {tensor.device.type for tensor in graph.state_dict().values()} == {"meta"}
-    step, steps = flops_by_part(graph), flops_by_part(small_upstream_graph)
+    step, steps = flops_by_component(graph), flops_by_component(small_upstream_graph)
     assert step == steps | {"action": steps["action"] // 3}

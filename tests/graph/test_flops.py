@@ -14,10 +14,10 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.flops import (
     Convention,
-    flops_by_part,
+    component_of,
+    flops_by_component,
     graph_flops,
     node_flops,
-    part_of,
     product_flops,
     shape_of,
 )
@@ -102,27 +102,27 @@ def test_an_unknown_convention_is_refused(toy: fx.GraphModule) -> None:
 
 
 @pytest.mark.parametrize("convention", ["paper", "all"])
-def test_the_parts_of_a_policy_are_the_whole(small_sampler: fx.GraphModule, convention: Convention) -> None:
+def test_the_components_of_a_policy_are_the_whole(small_sampler: fx.GraphModule, convention: Convention) -> None:
     selected, _ = SelectTokens(visual_tokens=7, key_tokens=2, task_share=0.5)(small_sampler)
-    graph, parts = selected.graph, flops_by_part(selected, convention)
-    assert list(parts) == ["vision", "language", "action"]
-    for part, paths in (
+    graph, components = selected.graph, flops_by_component(selected, convention)
+    assert list(components) == ["vision", "language", "action"]
+    for component, paths in (
         ("vision", ("vision_backbone", "projector")),
         ("language", ("llm_backbone", "select_tokens")),
         ("action", (ACTION_MODEL, DENOISING)),  # embedding the cognition feature stays in front of the loop
     ):
         expected = sum(graph_flops(nodes_under(graph, path), convention) for path in paths)
-        assert parts[part] == expected > 0  # type: ignore[index]  # a literal
-    assert sum(parts.values()) == graph_flops(graph.nodes, convention)
+        assert components[component] == expected > 0  # type: ignore[index]  # a literal
+    assert sum(components.values()) == graph_flops(graph.nodes, convention)
 
 
 def test_operators_outside_a_policy_are_refused(toy: fx.GraphModule) -> None:
     with pytest.raises(ValueError, match=r"path 'plain': expected one under vision_backbone, projector, llm_backbone"):
-        flops_by_part(toy)
+        flops_by_component(toy)
 
 
 @pytest.mark.parametrize(
-    ("path", "part"),
+    ("path", "component"),
     [
         ("vision_backbone.dino_featurizer.blocks.0", "vision"),
         ("projector.projector.2", "vision"),
@@ -133,13 +133,13 @@ def test_operators_outside_a_policy_are_refused(toy: fx.GraphModule) -> None:
         ("denoising.3", "action"),
     ],
 )
-def test_every_path_belongs_to_a_part(path: str, part: str) -> None:
-    assert part_of(path) == part
+def test_every_path_belongs_to_a_component(path: str, component: str) -> None:
+    assert component_of(path) == component
 
 
-def test_a_path_in_no_part_is_refused() -> None:
+def test_a_path_in_no_component_is_refused() -> None:
     with pytest.raises(ValueError, match="path 'actions'"):
-        part_of("actions")
+        component_of("actions")
 
 
 def products(nodes: Iterable[fx.Node]) -> int:

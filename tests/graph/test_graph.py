@@ -15,9 +15,9 @@ from evla_compile.errors import PassError
 from evla_compile.graph.contract import (
     GraphPass,
     GraphStats,
+    add_tensor,
     copy_graph,
-    held_tensor,
-    hold_tensor,
+    get_tensor,
     inserting,
     measure,
     propagate,
@@ -65,11 +65,11 @@ class Vandalize(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         first, second = linears(gm)
         replace_tensor(gm, "first.weight", torch.ones(5, 3))
-        replace_tensor(gm, "second.weight", held_tensor(gm, "second.weight")[:1])
+        replace_tensor(gm, "second.weight", get_tensor(gm, "second.weight")[:1])
         second.meta.pop("val")
         with inserting(gm.graph, second, "new") as proxy:
-            held = gm.graph.get_attr(hold_tensor(gm, "scale", torch.tensor([self.scale])))
-            scaled = mark_stage(aten.mul.Tensor(proxy(argument(second, 0)), proxy(held)), "scaled")
+            buffer = gm.graph.get_attr(add_tensor(gm, "scale", torch.tensor([self.scale])))
+            scaled = mark_stage(aten.mul.Tensor(proxy(argument(second, 0)), proxy(buffer)), "scaled")
         second.args = (scaled.node, second.args[1])
         first.meta["nn_module_stack"] = {}
         gm.graph.erase_node(input_node(gm.graph, "unused"))
@@ -93,7 +93,7 @@ def test_a_pass_leaves_its_input_untouched_whatever_it_does(
     with untouched(toy):
         rewritten, _ = Vandalize(scale=2.0)(toy)
     (result,) = rewritten(torch.ones(4, 3))
-    assert torch.equal(result, 2.0 * torch.full((4, 5), 3.0) @ held_tensor(toy, "second.weight")[:1].T)
+    assert torch.equal(result, 2.0 * torch.full((4, 5), 3.0) @ get_tensor(toy, "second.weight")[:1].T)
 
 
 def test_a_pass_brings_the_values_of_its_nodes_up_to_date(toy: fx.GraphModule) -> None:
@@ -150,23 +150,23 @@ def test_a_copy_shares_its_tensors_and_holds_no_others(toy: fx.GraphModule) -> N
 
 
 def test_a_replaced_tensor_leaves_copies_alone(toy: fx.GraphModule) -> None:
-    copied, before = copy_graph(toy), held_tensor(toy, "first.weight")
+    copied, before = copy_graph(toy), get_tensor(toy, "first.weight")
     replace_tensor(copied, "first.weight", torch.zeros(5, 3))
-    assert held_tensor(toy, "first.weight") is before
+    assert get_tensor(toy, "first.weight") is before
     assert before.any()
-    assert not held_tensor(copied, "first.weight").any()
+    assert not get_tensor(copied, "first.weight").any()
 
 
 def test_held_tensors_get_free_names(toy: fx.GraphModule) -> None:
-    names = [hold_tensor(toy, "a.b", torch.tensor([float(i)])) for i in range(3)]
+    names = [add_tensor(toy, "a.b", torch.tensor([float(i)])) for i in range(3)]
     assert len(set(names)) == 3
-    assert [float(held_tensor(toy, name)) for name in names] == [0.0, 1.0, 2.0]
+    assert [float(get_tensor(toy, name)) for name in names] == [0.0, 1.0, 2.0]
 
 
 def test_a_tensor_under_two_names_is_weighed_once(toy: fx.GraphModule) -> None:
     output = toy.graph.output_node()
     with toy.graph.inserting_before(output):
-        alias = toy.graph.get_attr(hold_tensor(toy, "alias", held_tensor(toy, "first.weight")))
+        alias = toy.graph.get_attr(add_tensor(toy, "alias", get_tensor(toy, "first.weight")))
     output.args = ((linears(toy)[1], alias),)
     assert len(list(weights(toy))) == 3
     assert measure(toy).weight_bytes == 4 * (3 * 5 + 5 * 2)

@@ -51,7 +51,7 @@ def test_ensembler_without_weighting_averages_the_rows_for_now_over_a_growing_wi
     past = chunks(5)
     ensembler = AdaptiveEnsembler(horizon=3, alpha=0.0)
     for now in range(5):
-        rows = [past[made][now - made] for made in range(max(0, now - 2), now + 1)]
+        rows = [past[predicted][now - predicted] for predicted in range(max(0, now - 2), now + 1)]
         np.testing.assert_allclose(ensembler.add(past[now]), np.mean(rows, axis=0), rtol=1e-12)
 
 

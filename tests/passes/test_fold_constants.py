@@ -51,7 +51,7 @@ def test_timestep_embeddings_the_unconditional_branch_and_rotary_tables_are_cons
     static: fx.GraphModule, small_policy: CogACT
 ) -> None:
     folded, _ = FoldConstants()(static)
-    held = [tensor for _, tensor in weights(folded)]
+    tensors = [tensor for _, tensor in weights(folded)]
     net = small_policy.action_model.net
     unconditional = net.z_embedder(net.z_embedder.uncondition[None])
     expected = [table[:, None] for table in rotary_tables(torch.zeros(1, 16 + 9, 32), 8)]
@@ -59,7 +59,7 @@ def test_timestep_embeddings_the_unconditional_branch_and_rotary_tables_are_cons
         time = net.t_embedder(torch.tensor([float(timestep)]))[:, None]
         expected += [time, (unconditional + time).expand(2, -1, -1)]
     for table in expected:
-        assert any(torch.equal(table, tensor) for tensor in held)
+        assert any(torch.equal(table, tensor) for tensor in tensors)
     assert not [n for n in folded.graph.nodes if is_call(n, aten.cos.default, aten.sin.default)]
     for step in range(5):
         assert not nodes_under(folded.graph, f"{DENOISING}.{step}.{NET}.t_embedder")

@@ -50,8 +50,10 @@ def test_the_weights_of_deleted_layers_are_gone(small_policy: CogACT, small_grap
     layers = small_policy.llm_backbone.llm.model.layers
     deleted = sum(4 * parameter.numel() for i in (1, 2) for parameter in layers[i].parameters())
     assert report.before.weight_bytes - report.after.weight_bytes == deleted
-    held = {name.split(".")[4] for name, _ in weights(pruned) if name.startswith(DECODER_LAYERS)}
-    assert held == {name.split(".")[4] for name in pruned.state_dict() if name.startswith(DECODER_LAYERS)} == {"0", "3"}
+    indices = {name.split(".")[4] for name, _ in weights(pruned) if name.startswith(DECODER_LAYERS)}
+    assert (
+        indices == {name.split(".")[4] for name in pruned.state_dict() if name.startswith(DECODER_LAYERS)} == {"0", "3"}
+    )
 
 
 def test_the_attention_of_deleted_layers_is_gone(small_graph: fx.GraphModule) -> None:

@@ -87,9 +87,9 @@ def test_each_step_has_its_timestep_and_its_module_path(small_graph: fx.GraphMod
     unrolled, _ = UnrollDiffusion(ddim_steps=4)(small_graph)
     steps = indexed_modules(unrolled.graph, DENOISING)
     assert list(steps) == [0, 1, 2, 3]
-    held = dict(weights(unrolled))
+    tensors = dict(weights(unrolled))
     read = [
-        {float(held[str(a.target)]) for n in nodes for a in n.all_input_nodes if "timestep" in str(a.target)}
+        {float(tensors[str(a.target)]) for n in nodes for a in n.all_input_nodes if "timestep" in str(a.target)}
         for nodes in steps.values()
     ]
     assert read == [{float(timestep)} for timestep in ddim_timesteps(4)]

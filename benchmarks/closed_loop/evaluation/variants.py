@@ -73,22 +73,22 @@ class Recipe:
     """Which set of initial noises the episodes use; all variants but those that measure its effect share set 0."""
 
     def __str__(self) -> str:
-        said = []
+        parts = []
         if self.layers < 1:
             rule = f"{self.layer_rule}, draw {self.layer_seed}" if self.layer_rule == "random" else self.layer_rule
-            said.append(f"{self.layers:.0%} of the decoder layers ({rule})")
+            parts.append(f"{self.layers:.0%} of the decoder layers ({rule})")
         if self.mlp_keep < 1:
-            said.append(f"{self.mlp_keep:.0%} of the MLP neurons")
+            parts.append(f"{self.mlp_keep:.0%} of the MLP neurons")
         if self.tokens < 1:
             drawn = " (random in every call)" if self.random_tokens else ""
-            said.append(f"{self.tokens:.0%} of the visual tokens{drawn}")
+            parts.append(f"{self.tokens:.0%} of the visual tokens{drawn}")
         if self.cache_interval > 1:
-            said.append(f"cache N={self.cache_interval}")
+            parts.append(f"cache N={self.cache_interval}")
         if self.ddim_steps != CompileConfig.dense().ddim_steps:
-            said.append(f"{self.ddim_steps} denoising steps")
+            parts.append(f"{self.ddim_steps} denoising steps")
         if self.noise:
-            said.append(f"initial noises of set {self.noise}")
-        return ", ".join(said) or "everything kept"
+            parts.append(f"initial noises of set {self.noise}")
+        return ", ".join(parts) or "everything kept"
 
     def config(self, sizes: ModelSizes) -> CompileConfig:
         """Return the compile settings for a policy of these sizes.

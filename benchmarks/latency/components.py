@@ -1,4 +1,4 @@
-"""A policy's graph cut into its three modules, and what each of them costs: FLOPs and the weights that it reads."""
+"""A policy's graph cut into its three components, and what each of them costs: FLOPs and the weights that it reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from benchmarks.latency.rows import DtypeName
 from evla_compile.estimate.devices import Device
 from evla_compile.families.cogact.capture import capture_upstream
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
-from evla_compile.graph.contract import copy_graph, held_tensor, remove_dead_nodes
-from evla_compile.graph.flops import Part, flops_by_part, graph_flops
+from evla_compile.graph.contract import copy_graph, get_tensor, remove_dead_nodes
+from evla_compile.graph.flops import Component, flops_by_component, graph_flops
 from evla_compile.graph.sites import is_call, stage_node
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes
 
 aten = torch.ops.aten
 
-PARTS: tuple[Part, ...] = ("vision", "language", "action")
-"""The modules, in the order in which they run: towers and projector, decoder, denoising loop."""
+COMPONENTS: tuple[Component, ...] = ("vision", "language", "action")
+"""The components, in the order in which they run: towers and projector, decoder, denoising loop."""
 CUTS = ("projected", "cognition")
-"""The stages at which one module hands over to the next."""
+"""The stages at which one component hands over to the next."""
 
-_GROUPS: Mapping[str, Part] = MappingProxyType(
+_GROUPS: Mapping[str, Component] = MappingProxyType(
     {"vision_backbone": "vision", "projector": "vision", "llm_backbone": "language", "action_model": "action"}
 )
 
-Parts: TypeAlias = tuple[fx.GraphModule, ...]
-"""A graph's modules; each takes the inputs of the whole graph, and then what the module before it returned."""
+ComponentGraphs: TypeAlias = tuple[fx.GraphModule, ...]
+"""A graph's components; each takes the inputs of the whole graph, and then what the component before it returned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +44,8 @@ class Cost:
     """Bytes of the weights that are read whole: an embedding table, of which a few rows are, is left out."""
 
 
-def cut(gm: fx.GraphModule) -> Parts:
-    """Return the modules of a graph, which share its weights; run one after the other they are the graph.
+def cut(gm: fx.GraphModule) -> ComponentGraphs:
+    """Return the components of a graph, which share its weights; run one after the other they are the graph.
 
     Raises:
         PassError: the graph lacks a stage at which it is cut.
@@ -53,37 +53,37 @@ def cut(gm: fx.GraphModule) -> Parts:
     return tuple(_between(gm, entry, exit_) for entry, exit_ in zip((None, *CUTS), (*CUTS, None), strict=True))
 
 
-def costs_of(parts: Parts) -> dict[Part, Cost]:
-    """Return what each module costs, by name."""
+def costs_of(components: ComponentGraphs) -> dict[Component, Cost]:
+    """Return what each component costs, by name."""
     return {
-        name: Cost(flops=graph_flops(part.graph.nodes), read_bytes=sum(_read_weights(part).values()))
-        for name, part in zip(PARTS, parts, strict=True)
+        name: Cost(flops=graph_flops(component.graph.nodes), read_bytes=sum(_read_weights(component).values()))
+        for name, component in zip(COMPONENTS, components, strict=True)
     }
 
 
-def upstream_costs(sizes: ModelSizes, dtype: DtypeName) -> dict[Part, Cost]:
-    """Return what each module of the policy as upstream runs it costs, by name, counted without a real weight.
+def upstream_costs(sizes: ModelSizes, dtype: DtypeName) -> dict[Component, Cost]:
+    """Return what each component of the policy as upstream runs it costs, by name, counted without a real weight.
 
     Args:
         sizes: sizes of the policy.
         dtype: dtype of the weights, the action head's excepted.
     """
     gm = _upstream_graph(sizes)
-    read = dict.fromkeys(PARTS, 0)
+    read = dict.fromkeys(COMPONENTS, 0)
     for name, stored in _read_weights(gm).items():
-        part = _GROUPS[name.partition(".")[0]]
-        read[part] += stored if part == "action" else stored * getattr(torch, dtype).itemsize // 4
-    flops = flops_by_part(gm)
-    return {name: Cost(flops=flops[name], read_bytes=read[name]) for name in PARTS}
+        component = _GROUPS[name.partition(".")[0]]
+        read[component] += stored if component == "action" else stored * getattr(torch, dtype).itemsize // 4
+    flops = flops_by_component(gm)
+    return {name: Cost(flops=flops[name], read_bytes=read[name]) for name in COMPONENTS}
 
 
-def bound_seconds(costs: Mapping[Part, Cost], device: Device, dtype: DtypeName) -> float:
-    """Return the least time that a call can take on a device: its modules run one after the other, so bounds add up.
+def bound_seconds(costs: Mapping[Component, Cost], device: Device, dtype: DtypeName) -> float:
+    """Return the least time that a call can take on a device: its components run in turn, so bounds add up.
 
     Args:
-        costs: by module.
+        costs: by component.
         device: what computes.
-        dtype: what the modules compute in, but for the action head, which is float32.
+        dtype: what the components compute in, but for the action head, which is float32.
     """
     return sum(
         device.roofline_seconds(
@@ -100,17 +100,17 @@ def _upstream_graph(sizes: ModelSizes) -> fx.GraphModule:
 
 
 def _between(gm: fx.GraphModule, entry: str | None, exit_: str | None) -> fx.GraphModule:
-    part = copy_graph(gm)
+    component = copy_graph(gm)
     if exit_ is not None:
-        part.graph.output_node().args = (stage_node(part.graph, exit_),)
+        component.graph.output_node().args = (stage_node(component.graph, exit_),)
     if entry is not None:
-        handed = stage_node(part.graph, entry)
-        with part.graph.inserting_after(part.graph.find_nodes(op="placeholder")[-1]):
-            placeholder = part.graph.placeholder(entry)
+        handed = stage_node(component.graph, entry)
+        with component.graph.inserting_after(component.graph.find_nodes(op="placeholder")[-1]):
+            placeholder = component.graph.placeholder(entry)
         placeholder.meta["val"] = handed.meta["val"]
         handed.replace_all_uses_with(placeholder)
-    remove_dead_nodes(part.graph)
-    return copy_graph(part)  # holds only the weights that this part reads
+    remove_dead_nodes(component.graph)
+    return copy_graph(component)  # holds only the weights that this component reads
 
 
 def _read_weights(gm: fx.GraphModule) -> dict[str, int]:
@@ -120,5 +120,5 @@ def _read_weights(gm: fx.GraphModule) -> dict[str, int]:
         for node in gm.graph.find_nodes(op="get_attr")
         if not all(is_call(user, aten.embedding.default) for user in node.users)
     }
-    tensors = {name: held_tensor(gm, name) for name in sorted(names)}
+    tensors = {name: get_tensor(gm, name) for name in sorted(names)}
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
