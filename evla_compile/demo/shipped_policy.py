@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evla_compile.host.frames import Frame, read_frames
 
-DEMO_POLICY = Path(__file__).parent / "data" / "demo_policy"
+DEMO_POLICY = Path(__file__).parents[1] / "data" / "demo_policy"
 """Its run directory, for `load`."""
 
 
