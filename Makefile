@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Other versions than those that the project's figures were made with: make CONSTRAINTS= TORCH='torch==2.11.*'
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 # PyPI's Linux wheel of torch brings gigabytes of CUDA libraries. Without an NVIDIA driver the CPU build of PyTorch's own
 # index is taken where that answers: pip ranks 2.13.0+cpu above 2.13.0, and the pin matches both. To decide yourself:
@@ -15,12 +18,14 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || $(PYTHON) -c \
 # Software OpenGL, with which MuJoCo renders without a screen or a GPU.
 SIM_PACKAGES := libegl1 libegl-mesa0 libgles2 libgl1 libgl1-mesa-dri libosmesa6
 SIM := $(VENV)/.sim
+DOCS := $(VENV)/.docs
+ROBOT := build/robot
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install sim demo test test-sim check bench clean
+.PHONY: help install sim demo test test-sim check docs dist robot bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv and install the package with what its tests need
 
@@ -41,6 +46,21 @@ check: $(INSTALLED) ## lint, check the formatting, check the types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS) ## build the documentation into build/site; any warning is an error
+	$(BIN)/python -m typer evla_compile.cli utils docs --name evla --output docs/reference/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(INSTALLED) ## build the wheel into dist
+	rm -rf dist && $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+robot: dist demo ## run the demo's artifact from the wheel in an environment without torch
+	rm -rf $(ROBOT) && $(PYTHON) -m venv $(ROBOT)
+	$(ROBOT)/bin/python -m pip install --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
+		numpy pillow tokenizers onnxruntime rich typer
+	$(ROBOT)/bin/python -m pip install --disable-pip-version-check --no-deps dist/*.whl
+	! $(ROBOT)/bin/python -c 'import torch' 2>/dev/null
+	$(ROBOT)/bin/evla run build/demo --image evla_compile/data/demo_policy/demo/door-open.png --instruction 'open the door'
+
 bench: $(INSTALLED) ## time compilation, export and inference of the demo policy
 	$(BIN)/python -m benchmarks.compile_and_export
 
@@ -51,8 +71,12 @@ clean: ## remove .venv, caches and build output
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX)) torch
-	$(PIP) -e '.[cpu,dev]'
+	$(PIP) $(addprefix --extra-index-url ,$(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) -e '.[cpu,dev]' '$(TORCH)'
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(PIP) -e '.[cpu,dev,docs]'
 	touch $@
 
 $(SIM): $(INSTALLED)

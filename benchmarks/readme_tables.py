@@ -1,7 +1,7 @@
-"""Writes the README's tables from the files in benchmarks/results, with the conditions of every row's figures.
+"""Writes the tables of README and docs from the files in benchmarks/results, with the conditions of every figure.
 
 A table stands between the marks `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
-exit status is 1 where the README says something else than the results.
+exit status is 1 where a page says something else than the results.
 """
 
 import argparse
@@ -181,14 +181,26 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
 )
 """What makes the lines of each table."""
 
+PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "README.md": ("closed-loop-confirmation",),
+        "docs/results/closed-loop.md": ("closed-loop-confirmation", "closed-loop"),
+        "docs/results/full-size.md": ("full-size",),
+        "docs/results/latency.md": ("latency-mid", "latency-demo", "compile-and-export"),
+        "docs/results/layer-redundancy.md": ("layer-redundancy",),
+        "docs/results/paper.md": ("paper", "steps"),
+    }
+)
+"""Which tables each page has, by its path in the checkout."""
 
-def fill(text: str, results: Path) -> str:
+
+def fill(text: str, results: Path, expected: Sequence[str]) -> str:
     """Return `text` with every marked table made anew.
 
     Raises:
-        ValueError: a mark names no table, is not closed, or a table has no mark.
+        ValueError: a mark names no table, is not closed, or the marks are not those of the tables `expected`, in order.
     """
-    done = set()
+    found = []
     pieces = text.split("<!-- table: ")
     filled = [pieces[0]]
     for piece in pieces[1:]:
@@ -197,24 +209,28 @@ def fill(text: str, results: Path) -> str:
         if name not in TABLES or not opened or not closed:
             raise ValueError(f"mark of table {name!r:.40}: expected one of {', '.join(TABLES)}, closed by <!-- end -->")
         filled.append("\n".join([f"{name} -->", "", *TABLES[name](results), "", f"<!-- end -->{behind}"]))
-        done.add(name)
-    if missing := sorted(set(TABLES) - done):
-        raise ValueError(f"no marks for the tables {', '.join(missing)}")
+        found.append(name)
+    if found != list(expected):
+        raise ValueError(f"marks of the tables {', '.join(found) or 'none'}: expected {', '.join(expected)}")
     return "<!-- table: ".join(filled)
 
 
 def main() -> int:
-    """Fill the README's tables, or check that they are."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where the README differs")
+    """Fill the tables of all pages, or check that they are."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page differs")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before, RESULTS)
-    if arguments.check:
-        return int(before != after)
-    readme.write_text(after, encoding="utf-8")
-    return 0
+    stale = []
+    for page, tables in PAGES.items():
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = fill(before, RESULTS, tables)
+        if before != after:
+            stale.append(page)
+            if not arguments.check:
+                (ROOT / page).write_text(after, encoding="utf-8")
+    for page in stale:
+        print(f"{page}: {'differs from the results' if arguments.check else 'tables written'}")
+    return int(arguments.check and bool(stale))
 
 
 def _read(file: Path) -> Any:

@@ -64,7 +64,7 @@ def demo_summary(result: "DemoResult") -> RenderableType:
         pass_table(result.variants[-1].report),
         deviation_table(deviations),
         "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
-        " how often the policy then still solves its tasks is measured in simulation: docs/quality.md.\n",
+        " how often the policy then still solves its tasks is measured in simulation: docs/results/quality.md.\n",
         latency_table(result.latencies, sizes),
         f"{result.conditions}\n",
         action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),

@@ -38,7 +38,7 @@ from evla_compile.verification.verify import Verification, verify
 DEMO_CONFIG = CompileConfig(
     keep_layers=10, layer_rule="greedy", mlp_keep=0.75, visual_tokens=28, key_tokens=2, cache_interval=5
 )
-"""Budgets with which the demo's policy still solves its tasks in simulation; see docs/quality.md."""
+"""Budgets with which the demo's policy still solves its tasks in simulation; see docs/results/quality.md."""
 PICTURE = "kept-tokens.png"
 """File of the demo's folder that shows which visual tokens are kept."""
 WARM_UP_CALLS = 3

@@ -215,7 +215,9 @@ def _mend_tensorrt(flavour: Flavour, facts: Facts) -> str:
     On PyPI the libraries of TensorRT are a stub that fetches them from NVIDIA, and may leave the rest without them.
     """
     if facts.jetson is not None and flavour == "tensorrt":
-        return "sudo apt install python3-libnvinfer, and python3 -m venv --system-site-packages: see docs/jetson.md"
+        return (
+            "sudo apt install python3-libnvinfer, and python3 -m venv --system-site-packages: see docs/how-to/jetson.md"
+        )
     installed = [name for name in DISTRIBUTIONS[flavour] if name in facts.packages]
     if not installed:
         return REMEDIES[flavour]

@@ -1,6 +1,6 @@
 """A Meta-World task as CogACT sees it: camera frame in, action [7] out, everything decided by a seed.
 
-Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and the Debian packages named in docs/closed_loop.md.
+Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and Debian packages: docs/how-to/closed-loop.md.
 """
 
 import importlib
@@ -169,7 +169,7 @@ def _simulator_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise EvlaError(f"cannot import the simulator ({error}): run `make sim`, see docs/closed_loop.md") from error
+        raise EvlaError(f"cannot import the simulator ({error}): run `make sim`") from error
 
 
 def _renderer(model: Any) -> Any:
