@@ -18,10 +18,16 @@ class CacheFeatures(GraphPass):
     """Recompute attention and MLP of every DiT block at step % interval == 0 only, lossy; reuse them otherwise.
 
     EfficientVLA (arXiv 2506.10100) section 3.4, equations 6 to 11: a reused step adds the cached outputs of all blocks
-    to its own input. Their sum C = stack output - stack input is one tensor, so a reused step is one residual add,
-    tokens + C. Where only action tokens leave the blocks, C is that of the action tokens, and the condition token of a
-    reused step, which nothing reads any more, is dead. Both guidance halves are cached. Refuses a graph whose sampler
-    is not unrolled, and one that is cached already.
+    to its own input. Their sum C = stack output - stack input is one tensor, so there are two kinds of steps:
+
+    1. recomputed (step % interval == 0): the blocks run, and C is cached;
+    2. reused: the blocks are removed, and their result is tokens + C with the C of the last recomputed step.
+
+    C covers the tokens that are read behind the blocks: the action tokens alone where the condition token is dropped
+    there (it is dead in a reused step), else all of them. Both halves of classifier-free guidance are cached. Refuses a
+    graph whose sampler is not unrolled, and one that is cached already.
+
+    Shape legend: G guided batch (2B with guidance, else B), A action steps of a chunk, D width of the action head.
     """
 
     exact: ClassVar[bool] = False
@@ -42,10 +48,10 @@ class CacheFeatures(GraphPass):
         cached, reused = None, 0
         for step in steps:
             tokens, hidden = _stack_ends(graph, step)
-            if step % self.interval == 0:
+            if step % self.interval == 0:  # 1: recomputed
                 with inserting(graph, hidden.next, f"{DENOISING}.{step}") as proxy:
-                    cached = aten.sub.Tensor(proxy(hidden), proxy(tokens)).node
-            elif cached is not None:
+                    cached = aten.sub.Tensor(proxy(hidden), proxy(tokens)).node  # [G,A,D], or [G,1+A,D]
+            elif cached is not None:  # 2: reused
                 with inserting(graph, hidden, f"{DENOISING}.{step}") as proxy:
                     hidden.replace_all_uses_with(aten.add.Tensor(proxy(tokens), proxy(cached)).node)
                 reused += 1
@@ -63,8 +69,8 @@ def _stack_ends(graph: fx.Graph, step: int) -> tuple[fx.Node, fx.Node]:
     _, exit_ = residual_ends(f"{path}.{last}", blocks[last])
     joined, readers = entry.all_input_nodes, list(exit_.users)
     if is_call(entry, aten.cat.default) and len(joined) == 2 and len(readers) == 1 and _drops_first_token(readers[0]):
-        return joined[1], readers[0]  # in front of them stands the condition token
-    return entry, exit_
+        return joined[1], readers[0]  # [G,A,D] each: the action tokens, without the condition token in front of them
+    return entry, exit_  # [G,1+A,D] each
 
 
 def _drops_first_token(node: fx.Node) -> bool:

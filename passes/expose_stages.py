@@ -1,4 +1,4 @@
-"""Make values inside the graph its outputs."""
+"""Return named values of the graph as its outputs."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,13 +15,19 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True, kw_only=True)
 class ExposeStages(GraphPass):
-    """Return the named stages as a tuple, exact; what none of them needs is removed.
+    """Return the named stages as a tuple, exact; nodes that none of them needs are removed.
 
-    Stages are values that `capture` and the passes have named: `patches`, `projected`, `layers.0` and so on (what
-    leaves each decoder layer, by its index in the checkpoint), `cognition`, after unrolling `denoising.0` and so on
-    (the actions after each step), after selection also `relevance`, `key_patches`, `task_patches`, `diverse_patches`
-    and `kept_patches`; `samples` is the graph's output. For comparing lowerings stage by stage. Refuses a name that the
-    graph does not have, and repeated names.
+    Stages are values that `capture` and the passes have named, so that lowerings can be compared stage by stage:
+
+    - `patches` [B,P,D_vision] and `projected` [B,P,D];
+    - `layers.0` and so on: the hidden states behind each decoder layer, by its index in the checkpoint, [B,S,D];
+    - `cognition` [B,1,D];
+    - `denoising.0` and so on, once unrolled: the actions after each step, [B,A,F];
+    - once visual tokens are selected, `relevance` [B,P], and the indices `key_patches`, `task_patches`,
+      `diverse_patches` and `kept_patches`, int64 [B,K];
+    - `samples` [B,A,F], the output of the graph itself.
+
+    Refuses a name that the graph does not have, and repeated names.
     """
 
     exact: ClassVar[bool] = True

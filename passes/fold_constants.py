@@ -14,14 +14,14 @@ class FoldConstants(GraphPass):
     """Replace every node that depends on weights and constants alone by its value, exact.
 
     After unrolling and specialisation these are the timestep embeddings, the embedded "no condition" of classifier-free
-    guidance, the rotary tables, prefix tokens and slices of positional embeddings (DESIGN: exact rewrites that the
-    paper leaves on the table). Refuses nothing: symbolic sizes simply are not constants.
+    guidance, the rotary tables, prefix tokens and slices of positional embeddings. Nodes that compute the same from the
+    same constants share one value. Refuses nothing: what depends on a symbolic size is not constant, and stays.
     """
 
     exact: ClassVar[bool] = True
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        """Evaluate the constant nodes, and hold those values that something else reads, equal ones once."""
+        """Evaluate the constant nodes; values that other nodes read become buffers, equal ones one buffer."""
         graph = gm.graph
         values: dict[fx.Node, Any] = {n: get_tensor(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
         twins: dict[str, fx.Node] = {}
@@ -45,7 +45,8 @@ class FoldConstants(GraphPass):
 
 
 def _add_constant(gm: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> fx.Node:
-    # a copy, so that a slice does not keep the whole tensor that it was cut from
+    """Return a new node in front of `node` that reads `value`."""
+    # cloned, so that a slice does not keep the memory of the tensor that it was cut from
     name = add_tensor(gm, node.name, value.clone(memory_format=torch.contiguous_format))
     with gm.graph.inserting_before(node):
         constant = gm.graph.get_attr(name)

@@ -1,4 +1,4 @@
-"""Multiply in half precision what may be, in explicit casts."""
+"""Compute the large matrix products in half precision, between explicit casts."""
 
 import math
 import operator
@@ -29,7 +29,7 @@ _OPERANDS: Mapping[object, tuple[int, ...]] = {
 }
 """Operators that are lowered, with the positions of their tensors that take the lower dtype."""
 
-_MOVES = (
+_VIEWS = (
     aten.expand.default,
     aten.flatten.using_ints,
     aten.permute.default,
@@ -40,19 +40,27 @@ _MOVES = (
     aten.unsqueeze.default,
     aten.view.default,
 )
+"""Operators that rearrange values and compute none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowerPrecision(GraphPass):
     """Compute linear layers and attention of vision, projector and decoder in `dtype`, lossy.
 
-    Their weights and the token embedding are stored in it (DESIGN: precision). Everything else stays float32, with
-    casts in front of and behind each of them: the patch embeddings (ONNX has bfloat16 convolutions from opset 22 on
-    only), the residual stream, norms, activations, rotary tables, the scores and distances that select visual tokens,
-    the cognition feature, the action head and the sampler. A strongly typed
-    TensorRT network obeys these casts, and no builder may move them. float16 overflows at 65504: it is refused for
-    every layer of which `ranges` does not show that it stays below half of that. Refuses a graph without such a layer,
-    and one that is not float32.
+    Their weights and the token embedding are stored in it. Everything else stays float32: the patch embeddings (ONNX
+    has bfloat16 convolutions from opset 22 on only), the residual stream, norms, activations, rotary tables, the scores
+    and distances that select visual tokens, the cognition feature, the action head and the sampler. A strongly typed
+    TensorRT network keeps these casts where they are.
+
+    An operand of a lowered operator takes the lower dtype in one of four ways:
+
+    1. a weight that only lowered operators read is stored in the lower dtype;
+    2. a value that is the result of a lowered operator is read before its cast back to float32;
+    3. a view, slice or transposition of such a result is repeated in the lower dtype;
+    4. anything else is cast in front of the operator.
+
+    float16 overflows at 65504: it is refused unless `ranges` shows that every lowered layer stays below half of that.
+    Refuses a graph without such a layer, and one that is not float32.
     """
 
     exact: ClassVar[bool] = False
@@ -115,11 +123,14 @@ def check_ranges(sites: Iterable[fx.Node], ranges: dict[str, float]) -> None:
 
 
 class _Lowering:
-    """Lowers one graph; knows which float32 values are casts of lower ones, so that none is cast back and forth."""
+    """Lowers one graph; knows which float32 values are casts of lower ones, so that none is cast back and forth.
+
+    The numbers in its comments are the cases in the docstring of `LowerPrecision`.
+    """
 
     def __init__(self, gm: fx.GraphModule, dtype: torch.dtype) -> None:
         self._gm, self._dtype = gm, dtype
-        self._lower_of: dict[fx.Node, fx.Node] = {}
+        self._lower_of: dict[fx.Node, fx.Node] = {}  # by a node whose value is float32, the same in the lower dtype
 
     def lower(self, sites: list[fx.Node]) -> int:
         """Lower `sites`, which must be in graph order."""
@@ -131,7 +142,7 @@ class _Lowering:
         return len(sites)
 
     def _lower_weights(self, sites: list[fx.Node]) -> None:
-        """Let the graph hold in the lower dtype what only lowered operators read."""
+        """Store in the lower dtype each weight that only lowered operators read (1)."""
         inside = set(sites)
         for name in sorted({str(o.target) for node in sites for o in float_operands(node) if o.op == "get_attr"}):
             holders = list(self._gm.graph.find_nodes(op="get_attr", target=name))
@@ -144,27 +155,27 @@ class _Lowering:
 
     def _lowered(self, node: fx.Node) -> fx.Node:
         """Return the value of `node` in the lower dtype."""
-        if node not in self._lower_of:
+        if node not in self._lower_of:  # 1 and 2 are known
             with self._gm.graph.inserting_after(node):
-                if self._moves_lower_value(node):
+                if self._moves_lower_value(node):  # 3
                     source = argument(node, 0)
                     lowered = self._gm.graph.node_copy(node, {source: self._lowered(source)}.__getitem__)
-                else:
+                else:  # 4
                     lowered = self._gm.graph.call_function(aten.to.dtype, (node, self._dtype))
             lowered.meta = _as_written_here(node)
             self._lower_of[node] = lowered
         return self._lower_of[node]
 
     def _moves_lower_value(self, node: fx.Node) -> bool:
-        """Tell whether `node` only moves a value about that exists in the lower dtype."""
-        while is_call(node, operator.getitem, *_MOVES):
+        """Tell whether `node` is a chain of views and copies of a value that exists in the lower dtype."""
+        while is_call(node, operator.getitem, *_VIEWS):
             node = argument(node, 0)
             if node in self._lower_of:
                 return True
         return False
 
     def _restore(self, node: fx.Node) -> None:
-        """Cast the result of a lowered operator back to float32 for whatever else reads it."""
+        """Cast the result of a lowered operator back to float32 for its readers, and remember the lower one (2)."""
         graph = self._gm.graph
         with graph.inserting_after(node):
             restored = graph.call_function(aten.to.dtype, (node, torch.float32))
@@ -177,5 +188,6 @@ class _Lowering:
 
 
 def _as_written_here(node: fx.Node) -> dict[str, object]:
+    """Return the metadata of a new node that belongs to the module of `node`."""
     path = module_path(node)
     return {"nn_module_stack": {path: (path, path)}}

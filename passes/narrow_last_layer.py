@@ -17,10 +17,17 @@ aten = torch.ops.aten
 class NarrowLastLayer(GraphPass):
     """Give the last kept decoder layer one query, the cognition token, exact.
 
-    Only that token's final state reaches the action head, so its queries, output projection and MLP need one row; keys
-    and values need all rows (DESIGN: exact rewrites that the paper leaves on the table). The single query stands at the
-    text's last real token, and since causality no longer hides what follows, the padding's keys are masked. Refuses a
-    graph that does not read its cognition feature off the final norm.
+    Only that token's final state reaches the action head, so queries, output projection and MLP need its row alone;
+    keys and values need all rows. Three things change:
+
+    1. the query path and the residual read one row, that of the text's last real token, gathered from what they read;
+    2. their views, and those behind the attention, get a sequence length of 1;
+    3. the keys of the padding are masked: a single query is not causal, so nothing else hides what follows it.
+
+    A graph that is narrowed already stays as it is. Refuses a graph whose cognition feature is not gathered from the
+    text of the final norm.
+
+    Shape legend: B batch, S sequence, T text budget, D decoder width, E head width, W width of any rows.
     """
 
     exact: ClassVar[bool] = True
@@ -36,8 +43,8 @@ class NarrowLastLayer(GraphPass):
             raise PassError(f"the cognition token is gathered from {text}, expected a slice of the final norm's text")
         layer = decoder_layers(graph)[-1]
         length, queries = layer.length, _query_path(layer)
-        _rewire(layer, queries, length, _picks(layer, queries))
-        _mask_padding(layer, length)
+        _rewire(layer, queries, length, _picks(layer, queries))  # 1 and 2
+        _mask_padding(layer, length)  # 3
         normed = argument(text, 0)
         normed.meta["stage"] = readout.meta.pop("stage")
         readout.replace_all_uses_with(normed)
@@ -51,6 +58,7 @@ def _query_path(layer: DecoderLayer) -> list[fx.Node]:
 
 
 def _ancestors(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes within `inside` that `node` is computed from, itself included."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -81,15 +89,16 @@ def _cognition_row(graph: fx.Graph, text_length: Value) -> Value:
 
 
 def _pick(value: Value, node: fx.Node, row: Value, input_ids: Value, batch: int) -> Value:
-    """Return one row of [B,S,W], or of a table [1 or B,1,S,W] spread over the heads."""
+    """Return one row, [B,1,W] of [B,S,W], or [B,1,1,E] of a rotary table [1 or B,1,S,E], which all heads share."""
     shape = node.meta["val"].shape
-    if len(shape) == 4:
+    if len(shape) == 4:  # [B,1,S,E] and [B,1,1,1]
         value, row = aten.expand.default(value, [batch, -1, -1, -1]), aten.unsqueeze.default(row, 1)
-    text = aten.slice.Tensor(value, len(shape) - 2, 1 - aten.sym_size.int(input_ids, 1))
+    text = aten.slice.Tensor(value, len(shape) - 2, 1 - aten.sym_size.int(input_ids, 1))  # [B,T-1,W], [B,1,T-1,E]
     return aten.gather.default(text, len(shape) - 2, aten.expand.default(row, [-1] * (len(shape) - 1) + [shape[-1]]))
 
 
 def _rewire(layer: DecoderLayer, queries: list[fx.Node], length: fx.Node, picks: dict[fx.Node, fx.Node]) -> None:
+    """Let queries, residual and what follows the attention compute one row: picked inputs, and views of length 1."""
     residual = next(user for user in layer.entry.users if user in layer.nodes and is_call(user, aten.add.Tensor))
     behind = layer.nodes[layer.nodes.index(layer.attention) + 1 :]
     for node in [*queries, *behind, residual]:
@@ -101,11 +110,11 @@ def _mask_padding(layer: DecoderLayer, length: fx.Node) -> None:
     graph, attention = layer.exit.graph, layer.attention
     states = layer.entry.meta["val"]
     with inserting(graph, attention, layer.path) as proxy:
-        position = aten.arange.default(proxy(length), dtype=torch.int64, device=states.device)
-        behind_text = proxy(length) - aten.sym_size.int(proxy(input_node(graph, "input_ids")), 1)
-        real = aten.add.Tensor(proxy(input_node(graph, "text_length")), behind_text)
-        hidden = aten.ge.Tensor(position, aten.unsqueeze.default(real, 1))
+        position = aten.arange.default(proxy(length), dtype=torch.int64, device=states.device)  # [S]
+        patches = proxy(length) - aten.sym_size.int(proxy(input_node(graph, "input_ids")), 1)
+        real = aten.add.Tensor(proxy(input_node(graph, "text_length")), patches)  # [B]: rows that are no padding
+        hidden = aten.ge.Tensor(position, aten.unsqueeze.default(real, 1))  # [B,S]
         mask = aten.masked_fill.Scalar(aten.zeros_like.default(hidden, dtype=states.dtype), hidden, -torch.inf)
-        mask = aten.unsqueeze.default(aten.unsqueeze.default(mask, 1), 1)
+        mask = aten.unsqueeze.default(aten.unsqueeze.default(mask, 1), 1)  # [B,1,1,S]
     query, key, value, *_ = attention.args
     attention.args = (query, key, value, mask.node, 0.0, False)

@@ -12,7 +12,7 @@ from evla_compile.graph.sites import decoder_layers
 
 @dataclass(frozen=True, kw_only=True)
 class PruneLayers(GraphPass):
-    """Delete every decoder layer that is not in `keep`, lossy: x^(l+1) = x^(l) for a deleted layer l.
+    """Delete every decoder layer that is not in `keep`, lossy: x^(l+1) = x^(l) for a deleted layer l, x [B,S,D].
 
     EfficientVLA (arXiv 2506.10100) section 3.2.2, equation 1; which layers go is measured by
     `evla_compile.calibration`. Layers need not be contiguous, and those that stay keep their indices in module paths.
@@ -25,7 +25,7 @@ class PruneLayers(GraphPass):
     """Indices of the layers that stay."""
 
     def rewrite(self, gm: fx.GraphModule) -> int:
-        """Splice the residual stream past every other layer."""
+        """Let the layer that follows a deleted one read what entered it."""
         layers = decoder_layers(gm.graph)
         present = [layer.index for layer in layers]
         if not self.keep or not set(self.keep) <= set(present):

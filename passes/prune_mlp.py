@@ -17,10 +17,10 @@ from evla_compile.graph.sites import DecoderLayer, decoder_layers
 class PruneMLP(GraphPass):
     """Keep some intermediate neurons of each decoder MLP, lossy: gate and up rows, down columns, one index set.
 
-    EfficientVLA's fourth component (implementation details of section 4.1, the "MLP" column of Table 5) takes its
-    neurons from PruneNet's learned policy; here the plan names them, measured without training by
-    `evla_compile.calibration`. The cut weights are deferred: nothing is copied before something reads them. Refuses
-    layers that the graph does not have, and indices that do not ascend or fit.
+    EfficientVLA (implementation details of section 4.1, the "MLP" column of Table 5) chooses the neurons by PruneNet's
+    learned policy; here the plan names them, measured without training by `evla_compile.calibration`. Of M neurons K
+    stay: gate and up projection [M,D] -> [K,D], down projection [D,M] -> [D,K]. The cut weights are lazy: computed when
+    read, then freed. Refuses layers that the graph does not have, and indices that do not ascend or fit.
     """
 
     exact: ClassVar[bool] = False
@@ -42,6 +42,7 @@ class PruneMLP(GraphPass):
 
 
 def _slice(gm: fx.GraphModule, layer: DecoderLayer, kept: tuple[int, ...]) -> int:
+    """Cut one layer's three weights to the neurons `kept`; return 1, or 0 where all stay."""
     names = [_weight_name(layer, f"mlp.{part}_proj") for part in ("gate", "up", "down")]
     gate, up, down = (get_tensor(gm, name) for name in names)
     width = gate.shape[0]
@@ -57,6 +58,7 @@ def _slice(gm: fx.GraphModule, layer: DecoderLayer, kept: tuple[int, ...]) -> in
 
 
 def _weight_name(layer: DecoderLayer, suffix: str) -> str:
+    """Return the name of the weight of a layer's linear submodule, which nothing else may read."""
     weight = layer.named(suffix).args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) != 1:
         raise PassError(f"decoder layer {layer.index}: the weight of {suffix} is not a tensor of its own")

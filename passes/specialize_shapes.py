@@ -20,8 +20,9 @@ aten = torch.ops.aten
 class SpecializeShapes(GraphPass):
     """Fix the text budget and fold every size that follows from it to an integer, exact.
 
-    The last rewrite of shapes: engines and the static-shape proof of `evla_compile.verification` need literal sizes.
-    Refuses a graph that has another static text budget already, and a size that depends on data, by its node's name.
+    It runs after every pass that changes shapes: engines need literal sizes, and `evla_compile.verification` checks
+    that all are. Refuses a graph that has another static text budget already, and a size that depends on data, by the
+    name of its node.
     """
 
     exact: ClassVar[bool] = True
@@ -39,7 +40,7 @@ class SpecializeShapes(GraphPass):
         before = [
             n for n in graph.nodes if "val" in n.meta and not isinstance(n.meta["val"], torch.Tensor | tuple | list)
         ]
-        mode = FakeTensorMode(shape_env=ShapeEnv())  # so that a size which depends on data shows itself as a symbol
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # a size that depends on data becomes a symbol in it
         for node in graph.nodes:
             old = node.meta.pop("val", None)
             node.meta.pop("tensor_meta", None)  # symbolic shapes from torch.export, which nothing keeps up to date

@@ -1,4 +1,4 @@
-"""One captured denoising step to the whole sampler."""
+"""Unroll the captured denoising step into the whole sampler."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,10 +18,11 @@ aten = torch.ops.aten
 class UnrollDiffusion(GraphPass):
     """Copy the captured denoising step `ddim_steps` times with constant timesteps, exact: the DDIM sampler, eta 0.
 
-    CogACT samples x <- A x + B eps(x, t), both coefficients folded to constants (see `model.diffusion`); this is the
-    loop that EfficientVLA section 3.4 caches across. What does not depend on the noisy actions or on the timestep is
-    not copied: embedding the cognition feature leaves the loop. Step k becomes the module path `denoising.k.…`.
-    Refuses a graph without the `timestep` input, which is unrolled already.
+    CogACT samples x <- A x + B eps(x, t), x float32 [B,A,F], both coefficients folded to constants (see
+    `evla_compile.settings.schedule`); EfficientVLA section 3.4 caches features across these steps. What does not depend
+    on the noisy actions or on the timestep is not copied: the cognition feature is embedded once, in front of them.
+    Step k becomes the module path `denoising.k.…`. Refuses a graph without the `timestep` input, which is unrolled
+    already.
     """
 
     exact: ClassVar[bool] = True
@@ -56,6 +57,7 @@ class UnrollDiffusion(GraphPass):
 
 
 def _loop_body(graph: fx.Graph, varying: set[fx.Node]) -> list[fx.Node]:
+    """Return the action model's nodes that depend on `varying`, in graph order; adds them to `varying`."""
     body = []
     for node in nodes_under(graph, ACTION_MODEL):
         if varying.intersection(node.all_input_nodes):
@@ -67,6 +69,7 @@ def _loop_body(graph: fx.Graph, varying: set[fx.Node]) -> list[fx.Node]:
 def _copy_step(
     graph: fx.Graph, body: list[fx.Node], mapping: dict[fx.Node, fx.Node], before: fx.Node, number: int
 ) -> None:
+    """Copy `body` in front of `before`, reading what `mapping` says; adds the copies to `mapping`."""
     with graph.inserting_before(before):
         for node in body:
             copied = graph.node_copy(node, lambda read: mapping.get(read, read))
