@@ -1,4 +1,4 @@
-"""Exported programs to flat graphs of ATen operators, whatever the policy."""
+"""Turn what torch.export returns into a flat graph of ATen operators; nothing here knows a policy."""
 
 import torch
 from torch import fx, nn
@@ -25,9 +25,9 @@ TIMESTEP = "timestep"
 
 @own_torch_state()
 def capture_decoder(model: nn.Module, example_ids: torch.Tensor) -> fx.GraphModule:
-    """Return the graph of any model of token ids whose Llama layers stand at `DECODER_LAYERS`.
+    """Return the graph of any language model whose Llama layers have the module path `DECODER_LAYERS`.
 
-    It is for trying the rewrites of the decoder on other language models; `CogACT` is captured by `capture`.
+    Use it to try the rewrites of the decoder on other language models; `CogACT` is captured by `capture`.
 
     Args:
         model: takes ids int64 [B,T] as `input_ids` and returns one tensor.
@@ -51,7 +51,7 @@ def _flat_graph(exported: ExportedProgram) -> fx.GraphModule:
 
 
 def clean(gm: fx.GraphModule) -> None:
-    """Drop what export adds around the arithmetic: metadata assertions, no-op casts, copies of constants."""
+    """Remove what export adds around the arithmetic: metadata assertions, no-op casts, copies of constants."""
     for node in list(gm.graph.nodes):
         if is_call(node, aten._assert_tensor_metadata.default):
             gm.graph.erase_node(node)
@@ -59,13 +59,13 @@ def clean(gm: fx.GraphModule) -> None:
             node.replace_all_uses_with(argument(node, 0))
             gm.graph.erase_node(node)
         elif node.op == "placeholder" and not isinstance(node.meta["val"], torch.Tensor):
-            gm.graph.erase_node(node)  # the guidance scale, already a literal where it is used
+            gm.graph.erase_node(node)  # the guidance scale, which is a literal wherever it is used
     output = gm.graph.output_node()
     results = output.all_input_nodes
     output.args = (results[0] if len(results) == 1 else tuple(results),)
     gm.graph.set_codegen(fx.graph.CodeGen())  # plain positional arguments and result instead of pytrees
     remove_dead_nodes(gm.graph)
-    for node in gm.graph.nodes:  # what passes use stays; the rest holds stack traces with local paths
+    for node in gm.graph.nodes:  # keep what passes read; the rest contains stack traces with local paths
         node.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
         if module_path(node) == _NO_MODULE:
             del node.meta["nn_module_stack"]

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 Value: TypeAlias = Any
-"""An `fx.Proxy`: ATen operators called on proxies write nodes and return proxies, which torch's types do not tell."""
+"""An `fx.Proxy`: an ATen operator called on proxies writes a node and returns a proxy; torch's types do not say so."""
 
 WRITTEN_BY = "evla_compile.passes."
-"""What the type of a module begins with in the module stack of a node that a pass wrote."""
+"""Prefix of the module type that the module stack names for a node which a pass wrote; the pass's name follows."""
 
 Wrap: TypeAlias = Callable[[fx.Node], Value]
 """Turns a node into a proxy."""
@@ -47,7 +47,7 @@ class GraphStats:
     paper_flops: int
     """The same, counted as EfficientVLA did."""
     weight_bytes: int
-    """Bytes of all distinct tensors that the graph holds."""
+    """Bytes of all distinct tensors that the graph reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class GraphPass(ABC):
         remove_dead_nodes(rewritten.graph)
         propagate(rewritten)
         rewritten.graph.lint()
-        # A new module carries over only what the graph still refers to: this is where deleted weights go.
+        # A new module takes over only the tensors that the graph refers to: here deleted weights are dropped.
         result = copy_graph(rewritten)
         report = PassReport(
             name=repr(self), exact=self.exact, changes=changes, before=measure(gm), after=measure(result)
@@ -106,17 +106,17 @@ class GraphPass(ABC):
 
 
 def _sign(nodes: list[fx.Node], name: str) -> None:
-    """Say in the module stack of nodes that a pass wrote, in the place of the module's type, which pass that was."""
+    """Record in the module stack of nodes that a pass wrote, in place of the module's type, the name of the pass."""
     for node in nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
             key, (path, kind) = next(reversed(stack.items()))
-            if kind == path:  # as `inserting` leaves it; a copied node keeps the type that it came from
+            if kind == path:  # as `inserting` writes it; a copied node keeps the type of its original
                 node.meta["nn_module_stack"] = {**stack, key: (path, f"{WRITTEN_BY}{name}")}
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of `gm` that shares its tensors and holds no others than its graph names."""
+    """Return a copy of `gm` that shares its tensors, those alone that its graph reads."""
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, val_map={})
     graph.output(output)
@@ -138,7 +138,7 @@ def measure(gm: fx.GraphModule) -> GraphStats:
 
 
 def weights(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and tensor of everything that the graph of `gm` holds, each name once, in graph order."""
+    """Yield the name and value of every tensor that the graph of `gm` reads, each name once, in graph order."""
     seen = set()
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target not in seen:
@@ -147,13 +147,13 @@ def weights(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
 
 
 def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
-    """Return the tensor that `gm` holds under a dotted name."""
+    """Return the tensor of `gm` with a dotted name."""
     tensor: Tensor = operator.attrgetter(name)(gm)
     return tensor
 
 
 def replace_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
-    """Let `gm` hold `tensor` under a dotted name that it already has; copies of `gm` keep the old one."""
+    """Replace the tensor of `gm` with a dotted name; copies of `gm` keep the old one."""
     holder, _, leaf = name.rpartition(".")
     module = gm.get_submodule(holder)
     delattr(module, leaf)
@@ -164,7 +164,7 @@ def replace_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
 
 @own_torch_state()
 def materialize(gm: fx.GraphModule) -> None:
-    """Let `gm` hold the values of its deferred weights instead of their recipes; copies of `gm` keep the recipes."""
+    """Replace the lazy weights of `gm` by their values; copies of `gm` keep the lazy ones."""
     for name, tensor in list(weights(gm)):
         if isinstance(tensor, DeferredWeight):
             holder, _, leaf = name.rpartition(".")
@@ -198,7 +198,7 @@ def inserting(graph: fx.Graph, before: fx.Node, path: str) -> Iterator[Wrap]:
 def remove_dead_nodes(graph: fx.Graph) -> None:
     """Erase every node whose value no output needs; inputs stay.
 
-    `Graph.eliminate_dead_code` alone would keep a deleted layer: it holds fused attention for impure.
+    `Graph.eliminate_dead_code` alone would keep a deleted layer, since it counts fused attention as impure.
     """
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
 
@@ -227,7 +227,7 @@ def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
 def _fake_value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
         tensor = get_tensor(gm, str(node.target))
-        if isinstance(tensor, DeferredWeight):  # its form alone: nothing needs the value
+        if isinstance(tensor, DeferredWeight):  # shape, dtype and device suffice: do not compute the value
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return mode.from_tensor(tensor, static_shapes=True)
     if node.op != "call_function" or not callable(node.target):

@@ -1,4 +1,4 @@
-"""Weights larger than memory: lazy weights, computed when an operator reads them, then freed."""
+"""Lazy weights, computed when an operator reads them, then freed: for policies that are larger than memory."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -13,8 +13,8 @@ aten = torch.ops.aten
 
 
 @dataclass(slots=True)
-class _Recipe:
-    """How the value of a weight is computed; all aliases of a weight share it, so what is written reaches all."""
+class _Computation:
+    """How the value of a lazy weight is computed; its aliases share one, so that a written value reaches them all."""
 
     source: Tensor
     dtype: torch.dtype
@@ -29,18 +29,19 @@ class _Recipe:
 
 
 class DeferredWeight(Tensor):
-    """A weight that is computed when it is read: from a source, mostly mapped from a file, a dtype, and the part kept.
+    """A lazy weight: computed when it is read, then freed.
 
-    It has the shape, dtype and device of its value, and every operator that reads it computes the value, uses it and
-    frees it. So a policy of which no cast or cut copy fits into memory can be rewritten, run and exported; one that is
-    run over and over should be made of plain tensors, see `materialized`.
+    Its value is a source tensor, mostly mapped from a file, cast to a dtype, with only some indices along one axis kept
+    if so wanted. It has the shape, dtype and device of its value, and every operator that reads it computes the value,
+    uses it and frees it. So a policy can be rewritten, run and exported although no cast or sliced copy of it fits into
+    memory. Where a policy runs many times, plain tensors are faster, see `materialized`.
 
-    An operator that writes into the whole weight (`copy_`, `add_`, `load_state_dict`) lets it hold the written value
-    from then on, in memory; the source stays as it is. Writing into a view of it is a TypeError.
+    An operator that writes into the whole weight (`copy_`, `add_`, `load_state_dict`) replaces the source by the value
+    written, in memory; the source tensor itself does not change. Writing into a view of the weight is a TypeError.
     """
 
     def __new__(cls, source: Tensor, *, dtype: torch.dtype, dim: int = 0, kept: Tensor | None = None) -> Self:
-        """Give the value's form to torch; see `__init__`."""
+        """Tell torch the shape, dtype and device of the value; see `__init__`."""
         shape = list(source.shape)
         if kept is not None:
             shape[dim] = kept.numel()
@@ -57,46 +58,46 @@ class DeferredWeight(Tensor):
             kept: indices that stay, int64 [K]; None keeps all.
         """
         super().__init__()
-        self._recipe = _Recipe(source, dtype, dim, kept)
+        self._computation = _Computation(source, dtype, dim, kept)
 
     def __repr__(self) -> str:  # type: ignore[override]  # it has no contents to show
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        recipe = self._recipe
-        # What was written is held in the weight's own dtype and is its alone; all other sources are never written.
-        own = recipe.kept is None and recipe.source.dtype == recipe.dtype
-        source = deepcopy(recipe.source, memo) if own else recipe.source
-        copied = DeferredWeight(source, dtype=recipe.dtype, dim=recipe.dim, kept=recipe.kept)
+        computation = self._computation
+        # A written value has the weight's dtype and belongs to it alone; any other source is never written into.
+        own = computation.kept is None and computation.source.dtype == computation.dtype
+        source = deepcopy(computation.source, memo) if own else computation.source
+        copied = DeferredWeight(source, dtype=computation.dtype, dim=computation.dim, kept=computation.kept)
         memo[id(self)] = result = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         return result
 
     def cut(self, dim: int, kept: Tensor) -> "DeferredWeight":
-        """Return the indices `kept` along `dim` of this weight, deferred too."""
-        if self._recipe.kept is None:  # cut what is stored, then cast: less to cast
-            return DeferredWeight(self._recipe.source, dtype=self.dtype, dim=dim, kept=kept)
+        """Return the indices `kept` along `dim` of this weight, lazy too."""
+        if self._computation.kept is None:  # cut what is stored, then cast: less to cast
+            return DeferredWeight(self._computation.source, dtype=self.dtype, dim=dim, kept=kept)
         return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
 
     def compute(self) -> Tensor:
-        """Return the value as a plain tensor of its own."""
-        return self._recipe.compute()
+        """Return the value as a new plain tensor."""
+        return self._computation.compute()
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """Return the least and the greatest value, NaN if one is; a mere cast keeps the order and is not computed."""
-        recipe = self._recipe
-        if recipe.kept is not None:
+        """Return the least and the greatest value, NaN if a value is; a cast keeps the order, so it is not computed."""
+        computation = self._computation
+        if computation.kept is not None:
             low, high = torch.aminmax(self.compute())
-        elif isinstance(recipe.source, DeferredWeight):
-            low, high = recipe.source.extremes()
+        elif isinstance(computation.source, DeferredWeight):
+            low, high = computation.source.extremes()
         else:
-            low, high = torch.aminmax(recipe.source)
-        return low.to(recipe.dtype), high.to(recipe.dtype)
+            low, high = torch.aminmax(computation.source)
+        return low.to(computation.dtype), high.to(computation.dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch types its default as a function of no class
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the values of its deferred arguments; aliases and views stay deferred."""
+        """Run an operator on the values of its lazy arguments; aliases and views stay lazy."""
         given = dict(kwargs or {})
         if func in (aten.detach.default, aten.alias.default) and type(args[0]) is DeferredWeight:
             return _alias(args[0])
@@ -111,13 +112,13 @@ class DeferredWeight(Tensor):
         )
         result = func(*plain_args, **plain_kwargs)
         for weight in written:
-            weight._recipe.source, weight._recipe.kept = values[id(weight)], None
+            weight._computation.source, weight._computation.kept = values[id(weight)], None
         owners = {id(values[id(weight)]): weight for weight in written}
         return pytree.tree_map_only(Tensor, lambda value: owners.get(id(value), value), result) if written else result
 
 
 class _View(DeferredWeight):
-    """A view of a deferred weight, computed when it is read; it cannot be written into."""
+    """A view of a lazy weight, computed when it is read; it cannot be written into."""
 
     def __new__(cls, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
         form = func(torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta"), *args, **kwargs)
@@ -153,18 +154,18 @@ _VIEWS = frozenset(
         aten.as_strided.default,
     }
 )
-"""Operators that return a view of their first argument, through which a value that is freed cannot be written."""
+"""Operators that return a view of their first argument; of a lazy weight it cannot be written into."""
 
 
 def _alias(weight: DeferredWeight) -> DeferredWeight:
-    recipe = weight._recipe
-    alias = DeferredWeight(recipe.source, dtype=recipe.dtype, dim=recipe.dim, kept=recipe.kept)
-    alias._recipe = recipe
+    computation = weight._computation
+    alias = DeferredWeight(computation.source, dtype=computation.dtype, dim=computation.dim, kept=computation.kept)
+    alias._computation = computation
     return alias
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DeferredWeight]:
-    """Return the deferred weights that an operator writes into.
+    """Return the lazy weights that an operator writes into.
 
     Raises:
         TypeError: one of them is a view.
@@ -190,13 +191,13 @@ def cut(weight: Tensor, dim: int, kept: Tensor) -> DeferredWeight:
 
 
 def values_at(weight: Tensor, positions: Tensor) -> Tensor:
-    """Return the values of a weight at flat, row-major positions (int64 [K]); a mere cast of others is not computed."""
-    if type(weight) is DeferredWeight and weight._recipe.kept is None:
-        return values_at(weight._recipe.source, positions).to(weight.dtype)
+    """Return the values of a weight at flat, row-major positions (int64 [K]); a lazy cast computes these alone."""
+    if type(weight) is DeferredWeight and weight._computation.kept is None:
+        return values_at(weight._computation.source, positions).to(weight.dtype)
     value = materialized(weight)
     return value[torch.unravel_index(positions.to(value.device), value.shape)].reshape(-1)
 
 
 def materialized(weight: Tensor) -> Tensor:
-    """Return `weight` as a plain tensor: its value if it is deferred, else itself."""
+    """Return `weight` as a plain tensor: its value if it is lazy, else itself."""
     return weight.compute() if isinstance(weight, DeferredWeight) else weight

@@ -15,15 +15,15 @@ _NAMED = 5
 
 _State = tuple[tuple[int, int | None], ...]
 _passed: "WeakKeyDictionary[nn.Module, _State]" = WeakKeyDictionary()
-"""Policies that were read through, and how their weights were then."""
+"""Policies that passed, with the identity and version of each of their weights at that time."""
 
 
 def check_finite_policy(policy: nn.Module) -> None:
     """Refuse a policy with weights that are not finite.
 
-    Every weight is read once, from the file where it is mapped, so the next steps find as much of it in the system's
-    cache as fits. A policy that passed is not read again until a weight is replaced or written; what is written through
-    `parameter.data` leaves no trace and is not noticed.
+    Every weight is read once; mapped ones are then in the system's file cache for the next steps, as far as they fit. A
+    policy that passed is not read again until a weight is replaced or written into; writes through `parameter.data`
+    are not noticed, since torch does not count them.
 
     Raises:
         CheckpointError: the message names the tensors, by their names in the checkpoint.
@@ -32,13 +32,13 @@ def check_finite_policy(policy: nn.Module) -> None:
     state = tuple((id(weight), None if weight.is_inference() else weight._version) for weight in weights.values())
     if _passed.get(policy) == state:
         return
-    _LOG.info("reading %d weights, to see whether all values are finite", len(weights))
+    _LOG.info("checking that all values of %d weights are finite", len(weights))
     check_finite(weights.items())
     _passed[policy] = state
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights, by name, of which a value is NaN or infinite; those without data are passed.
+    """Refuse weights, by name, of which a value is NaN or infinite; those on the meta device are skipped.
 
     Raises:
         CheckpointError: the message names the tensors, how many of their values are not finite, and the first of these.

@@ -1,7 +1,7 @@
 """Floating-point operations of a graph, in two conventions.
 
-`paper` counts as EfficientVLA (arXiv 2506.10100) printed its figures, which a profiler of modules took: what fused
-attention does is invisible to it. `all` counts everything that is executed:
+`paper` counts as EfficientVLA (arXiv 2506.10100) did for its figures, with a profiler of modules, which does not see
+the products within fused attention. `all` counts everything that is executed:
 
 =====================================================  ===================  ===================
 per                                                    `paper`              `all`
@@ -15,8 +15,8 @@ output element of any other pointwise operator         -                    1
 input element of a reduction                           -                    1
 =====================================================  ===================  ===================
 
-Attention counts on the full square, causal or not, as `torch.utils.flop_counter` does. Which operators are pointwise or
-reductions say torch's own tags; of these only floating-point arithmetic counts. Copies, casts, gathers, sorts and
+Attention counts with all pairs of query and key, causal or not, as `torch.utils.flop_counter` does. Operators that
+torch tags as pointwise or as reductions count if their arithmetic is floating-point. Copies, casts, gathers, sorts and
 embeddings are free. A symbolic size counts with the value that it had at capture.
 """
 
@@ -53,7 +53,7 @@ def flops_by_component(gm: fx.GraphModule, convention: Convention = "all") -> di
     """Return the floating-point operations of a policy's graph by component; together they are those of the graph.
 
     Raises:
-        ValueError: an operator that counts stands in no component, or the convention is unknown.
+        ValueError: an operator that counts belongs to no component, or the convention is unknown.
     """
     counts: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
     for node in gm.graph.nodes:
@@ -67,7 +67,7 @@ def component_of(path: str) -> Component:
     """Return the component of a policy that the module or the weight at a dotted path belongs to.
 
     Raises:
-        ValueError: it stands in no component.
+        ValueError: it belongs to none.
     """
     root = path.partition(".")[0]
     if root not in _COMPONENTS:
@@ -174,6 +174,6 @@ _ELEMENTWISE: _Formulas = MappingProxyType(
         aten.scaled_dot_product_attention.default: _attention_softmax,
     }
 )
-"""Beside the products, where torch's tags say nothing."""
+"""What is counted beside matrix products, for operators that torch does not tag."""
 _PAPER = frozenset({aten.linear.default, aten.conv2d.default, aten.layer_norm.default, aten.gelu.default})
-"""What the paper's profiler saw."""
+"""Operators that the paper's profiler counted."""

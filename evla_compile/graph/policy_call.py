@@ -1,7 +1,7 @@
-"""Where a policy begins and ends in a graph of Dynamo's: marks that `CogACT.sample` leaves, and what lies between them.
+"""Find the call of a policy in a Dynamo graph, between two marker nodes that `CogACT.sample` writes, and replace it.
 
-The values that reach the policy need not be the graph's inputs: a compiled function may compute them, from arguments of
-any name and order, and go on computing with the samples.
+The values that reach the policy need not be the graph's inputs: a compiled function may compute them from its own
+arguments, and may compute further with the samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from evla_compile.errors import UnsupportedModelError
 
 ADVICE = "compile the policy by itself, policy.compile(backend='evla'), and do the rest outside of it"
-"""What to do with a function that holds more than one call of a policy."""
+"""Advice for a function with more than one call of a policy."""
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # torch left it so
 def enter_policy(
     image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor, function_modes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mark the values that a policy is called with, as one node of Dynamo's graph, and return them.
+    """Mark the values that a policy is called with, as one node of the Dynamo graph, and return them.
 
     Args:
         image: uint8 [B,S,S,3].
@@ -35,7 +35,7 @@ def enter_policy(
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # torch left it so
 def leave_policy(samples: Tensor) -> Tensor:
-    """Mark a policy's result, float32 [B,A,F], as one node of Dynamo's graph, and return it."""
+    """Mark a policy's result, float32 [B,A,F], as one node of the Dynamo graph, and return it."""
     return samples
 
 
@@ -57,7 +57,7 @@ class PolicyCall:
 
     @property
     def computed(self) -> list[fx.Node]:
-        """What the samples are computed from, in graph order: nothing in front of the marked inputs, and weights."""
+        """Nodes that the samples are computed from, in graph order: weights, and what follows the marked inputs."""
         entered, needed = set(self.enter.users), {self.leave}
         for node in (self.leave, *reversed(list(_before(self.leave)))):
             if node in needed and node not in entered:
@@ -66,7 +66,7 @@ class PolicyCall:
 
 
 def find_policy_call(graph: fx.Graph) -> PolicyCall:
-    """Return the call of a policy in a graph of Dynamo's.
+    """Return the call of a policy in a Dynamo graph.
 
     Raises:
         UnsupportedModelError: there is none, or more than one.
@@ -83,7 +83,7 @@ def find_policy_call(graph: fx.Graph) -> PolicyCall:
 
 
 def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Sequence[int]) -> fx.GraphModule:
-    """Return a copy of Dynamo's graph that calls `run` instead of the policy, and computes all else as it did.
+    """Return a copy of a Dynamo graph that calls `run` instead of the policy; all else in it is unchanged.
 
     Args:
         gm: the graph, with one call of a policy.
@@ -92,7 +92,7 @@ def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Se
         rest: positions of inputs.
 
     Raises:
-        UnsupportedModelError: something behind the policy reads a tensor from within it.
+        UnsupportedModelError: a node behind the policy reads a tensor that is computed within it.
     """
     replaced = fx.GraphModule(gm, _copy(gm.graph))
     graph = replaced.graph
@@ -116,7 +116,7 @@ def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Se
 
 
 class _Call(nn.Module):
-    """A function as a module, which is what a graph can call."""
+    """A function as a module, since a graph can call modules alone."""
 
     def __init__(self, run: Callable[..., Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Finding what a rewrite changes: nodes by operator and module path, named stages, decoder layers."""
+"""Find the nodes that a rewrite changes: by operator and module path, by stage name, as decoder layers."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ INPUT_NAMES = ("image", "input_ids", "text_length", "noise")
 """Inputs of a finished graph: uint8 [B,S,S,3], int64 [B,T], int64 [B], float32 [B,A,F]."""
 
 DECODER_LAYERS = "llm_backbone.llm.model.layers"
-"""Module path under which the decoder layers stand, by index."""
+"""Module path of the list of decoder layers."""
 
 ACTION_MODEL = "action_model"
 """Module path of the diffusion transformer, which predicts the noise of one denoising step."""
@@ -24,7 +24,7 @@ DENOISING = "denoising"
 """Module path under which `UnrollDiffusion` puts the copies of the action model, by denoising step."""
 
 VERIFIED_STAGES = ("patches", "projected", "layers", "cognition", DENOISING)
-"""First words of the names of stages that lowerings are compared at."""
+"""Stages, or the first words of their names, at which lowerings are compared."""
 
 
 def argument(node: fx.Node, index: int) -> fx.Node:
@@ -128,7 +128,7 @@ class DecoderLayer:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """What the layer reads from outside, weights excluded, each once in order of use."""
+        """Nodes outside the layer that it reads, weights excluded, each once in order of use."""
         inside = set(self.nodes)
         read = dict.fromkeys(argument for node in self.nodes for argument in node.all_input_nodes)
         return tuple(node for node in read if node not in inside and node.op != "get_attr")
@@ -147,7 +147,7 @@ class DecoderLayer:
 
     @property
     def rotary_tables(self) -> tuple[fx.Node, ...]:
-        """The rotary cosines and sines, each [1 or B,S,head width].
+        """The rotary cosines and sines, [1 or B,S,E] each with the head width E.
 
         Raises:
             PassError: the layer does not read exactly these two tensors beside its hidden states.
@@ -177,9 +177,7 @@ def decoder_layers(graph: fx.Graph) -> tuple[DecoderLayer, ...]:
     """
     found = indexed_modules(graph, DECODER_LAYERS)
     if not found:
-        raise PassError(
-            f"no decoder layer under {DECODER_LAYERS!r}: is this graph from evla_compile.families.cogact.capture?"
-        )
+        raise PassError(f"no decoder layer under {DECODER_LAYERS!r}: expected the captured graph of a policy")
     return tuple(_decoder_layer(index, nodes) for index, nodes in found.items())
 
 

@@ -1,7 +1,7 @@
 """torch's global settings, set to known values while a policy is captured, rewritten, run or exported.
 
 A caller may have switched on mixed precision, TF32, another default dtype or device. None of that may reach what this
-package computes: an artifact says which precision it is in, and runtimes are held against its recorded outputs.
+package computes: a manifest names the artifact's precision, and runtimes are compared with its recorded outputs.
 """
 
 import threading
@@ -48,10 +48,10 @@ def own_torch_state() -> Iterator[None]:
 
 
 def traceable_torch_state(device: torch.device) -> AbstractContextManager[object]:
-    """Return `own_torch_state()` for a function that torch.compile or torch.export may be tracing just now.
+    """Return `own_torch_state()` for a function that may be traced by torch.compile or torch.export.
 
-    A trace cannot hold a change of global settings: autocast on `device` is what can be switched off within it, and the
-    rest is up to whatever runs the traced graph.
+    A trace cannot contain a change of global settings, except that autocast on `device` is off; all other settings must
+    be set by the caller of the traced graph.
     """
     if torch.compiler.is_dynamo_compiling():
         return torch.autocast(device.type, enabled=False)

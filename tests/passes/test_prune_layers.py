@@ -95,5 +95,5 @@ def test_layers_that_the_graph_does_not_have_are_refused(small_graph: fx.GraphMo
 
 
 def test_a_graph_without_decoder_layers_is_refused() -> None:
-    with pytest.raises(PassError, match=r"no decoder layer under .*: is this graph from evla_compile\.capture"):
+    with pytest.raises(PassError, match=r"no decoder layer under .*: expected the captured graph"):
         PruneLayers(keep=(0,))(fx.symbolic_trace(nn.Identity()))

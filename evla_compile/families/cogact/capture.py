@@ -1,8 +1,8 @@
-"""Policy to FX graph: `torch.export` at ATen level, sequence length symbolic, one denoising step.
+"""Capture a policy as an FX graph of ATen operators by `torch.export`: one denoising step, symbolic text length.
 
 The captured graph predicts the noise of one step from `image`, `input_ids`, `text_length`, `noise` and `timestep`;
-`UnrollDiffusion` makes the sampler of it. The text length stays one symbolic size, so a rewrite that shortens the
-sequence changes one node instead of five literals in every layer. `capture_upstream` records what the public code runs
+`UnrollDiffusion` turns it into the sampler. The text length stays one symbolic size, so a rewrite that shortens the
+sequence changes one node instead of five literals in every layer. `capture_upstream` captures what the public code runs
 instead, the baseline of every figure.
 """
 
@@ -42,10 +42,10 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     example = example_inputs(policy, config)
     text = Dim("text", min=4, max=2048)
     dynamic: tuple[dict[int, Dim] | None, ...] = ({}, {1: text}, {}, {}, {}, None)
-    twin = _without_weights(policy)
+    policy_without_weights = _without_weights(policy)
     with torch.no_grad():  # otherwise the rotary tables come out wrapped in a set_grad_enabled operator
         exported = torch.export.export(
-            NoisePrediction(twin), (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False
+            NoisePrediction(policy_without_weights), (*example, config.cfg_scale), dynamic_shapes=dynamic, strict=False
         )
     gm = _flat_graph(exported)
     mark_stages(gm)
@@ -95,13 +95,13 @@ def example_inputs(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tu
 
 
 def _without_weights(policy: CogACT) -> CogACT:
-    """Return a copy of `policy` with fake tensors for weights, so that export neither reads nor copies any."""
-    instead: dict[int, object] = {id(policy.processor): policy.processor}
+    """Return a copy of `policy` whose weights are fake tensors, so that export neither reads nor copies a weight."""
+    replacements: dict[int, object] = {id(policy.processor): policy.processor}
     with FakeTensorMode(shape_env=ShapeEnv()):
         for tensor in policy.parameters():
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            instead[id(tensor)] = nn.Parameter(fake, requires_grad=False)
-    return deepcopy(policy, instead)
+            replacements[id(tensor)] = nn.Parameter(fake, requires_grad=False)
+    return deepcopy(policy, replacements)
 
 
 def _name_steps(graph: fx.Graph) -> None:

@@ -37,15 +37,15 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         half = self.frequencies // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        angle = timestep[:, None].to(torch.float32) * torch.exp(-math.log(10000.0) * exponent / half)[None]
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        exponent = torch.arange(half, dtype=torch.float32, device=timestep.device)  # [half]
+        angle = timestep[:, None].to(torch.float32) * torch.exp(-math.log(10000.0) * exponent / half)[None]  # [1,half]
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)  # [1,2*half]
         out: Tensor = self.mlp(wave.to(next(self.mlp.parameters()).dtype))
         return out
 
 
 class ConditionEmbedder(nn.Module):
-    """Cognition feature to a vector, [B,1,Z] -> [B,1,D], and the learned stand-in for "no condition"."""
+    """Cognition feature to a vector, [B,1,Z] -> [B,1,D]; holds the learned feature [1,Z] that means "no condition"."""
 
     def __init__(self, sizes: ActionSizes) -> None:
         super().__init__()
@@ -87,10 +87,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Noise prediction conditioned in context: the timestep and the cognition feature make one extra token.
+    """Noise prediction conditioned in context: timestep and cognition feature add up to one token more, the first.
 
-    Upstream doubles its inputs for guidance; here only the tokens that differ are computed twice. The condition token
-    is dropped before the final layer instead of behind it, which is the same arithmetic on fewer tokens.
+    Upstream doubles its inputs for guidance; here the embedding of actions and timestep is computed once for both
+    halves. The condition token is dropped in front of the final layer instead of behind it, which is the same
+    arithmetic on fewer tokens.
     """
 
     def __init__(self, sizes: ActionSizes) -> None:
@@ -114,16 +115,16 @@ class DiT(nn.Module):
         dtype = self.positional_embedding.dtype
         batch, guided = x_BAF.shape[0], cfg_scale > 1.0
         time_11D = self.t_embedder(timestep)[:, None]
-        condition = self.z_embedder(z_B1Z.to(dtype)) + time_11D
-        tokens = self.x_embedder(x_BAF.to(dtype)) + self.positional_embedding[1:]
+        condition = self.z_embedder(z_B1Z.to(dtype)) + time_11D  # [B,1,D]
+        tokens = self.x_embedder(x_BAF.to(dtype)) + self.positional_embedding[1:]  # [B,A,D]
         if guided:
-            unconditional = self.z_embedder(self.z_embedder.uncondition[None]) + time_11D
-            condition = torch.cat([condition, unconditional.expand(batch, -1, -1)])
-            tokens = torch.cat([tokens, tokens])
-        hidden = torch.cat([condition + self.positional_embedding[:1], tokens], dim=1)
+            unconditional = self.z_embedder(self.z_embedder.uncondition[None]) + time_11D  # [1,1,D]
+            condition = torch.cat([condition, unconditional.expand(batch, -1, -1)])  # [G,1,D]
+            tokens = torch.cat([tokens, tokens])  # [G,A,D]
+        hidden = torch.cat([condition + self.positional_embedding[:1], tokens], dim=1)  # [G,1+A,D]
         for block in self.blocks:
             hidden = block(hidden)
-        noise: Tensor = self.final_layer(hidden[:, 1:]).to(x_BAF.dtype)
+        noise: Tensor = self.final_layer(hidden[:, 1:]).to(x_BAF.dtype)  # [G,A,F]
         if not guided:
             return noise
         conditional_noise, unconditional_noise = noise[:batch], noise[batch:]

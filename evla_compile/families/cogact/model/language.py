@@ -1,7 +1,7 @@
 """The Llama decoder: transformers' layers, driven by a plain loop of our own.
 
-transformers' own `LlamaModel.forward` builds causal masks with some forty operators of packed-sequence detection; the
-loop here hands its layers what they need, so the captured graph holds the arithmetic alone.
+transformers' own `LlamaModel.forward` builds causal masks with some forty operators that detect packed sequences; the
+loop here passes its layers what they need, so the captured graph contains the arithmetic alone.
 
 Shape legend: B batch, P patches, T text tokens (BOS and padding included), S = P + T sequence, D width.
 """
@@ -19,7 +19,7 @@ class LlamaDecoder(nn.Module):
     """Embedding, decoder layers and final norm, under the names of `LlamaModel`."""
 
     def __init__(self, sizes: LanguageSizes) -> None:
-        # Imported here: transformers takes seconds, and whoever only reads a checkpoint's sizes builds no decoder.
+        # Imported here: transformers takes seconds, and reading a checkpoint's sizes builds no decoder.
         from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: PLC0415
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm  # noqa: PLC0415
 
@@ -51,7 +51,7 @@ class LlamaDecoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Holder of the decoder under the name that the checkpoints use; CogACT never needs the language head."""
+    """The decoder under the name that the checkpoints use, without the language head, which CogACT never runs."""
 
     def __init__(self, sizes: LanguageSizes) -> None:
         super().__init__()
@@ -78,19 +78,18 @@ def rotary_tables(hidden_BSD: Tensor, head_width: int, theta: float = ROPE_THETA
     """
     device = hidden_BSD.device
     exponent = torch.arange(0, head_width, 2, dtype=torch.int64, device=device).to(torch.float32) / head_width
-    frequency = 1.0 / (theta**exponent)
-    position = torch.arange(hidden_BSD.shape[1], dtype=torch.int64, device=device).to(torch.float32)
-    angle = position[None, :, None] * frequency[None, None, :]
-    angle = torch.cat([angle, angle], dim=-1)
+    frequency = 1.0 / (theta**exponent)  # [head_width / 2]
+    position = torch.arange(hidden_BSD.shape[1], dtype=torch.int64, device=device).to(torch.float32)  # [S]
+    angle = position[None, :, None] * frequency[None, None, :]  # [1,S,head_width / 2]
+    angle = torch.cat([angle, angle], dim=-1)  # [1,S,head_width]
     return angle.cos().to(hidden_BSD.dtype), angle.sin().to(hidden_BSD.dtype)
 
 
 def cognition_token(hidden_BSD: Tensor, text_length_B: Tensor, text_budget: int) -> Tensor:
     """Gather the hidden state of the last real text token (EOS), CogACT's cognition feature: [B,S,D] -> [B,1,D].
 
-    The text stands at the end of the sequence, so the index counts from there: it stays right whatever number of
-    visual tokens precedes it.
+    The text is the end of the sequence, and the index counts within it: so it holds for any number of visual tokens.
     """
-    text_BTD = hidden_BSD[:, 1 - text_budget :]
-    index = (text_length_B - 2)[:, None, None].expand(-1, 1, text_BTD.shape[2])
-    return text_BTD.gather(1, index)
+    text = hidden_BSD[:, 1 - text_budget :]  # [B,T-1,D]: the text behind the image, without BOS
+    index = (text_length_B - 2)[:, None, None].expand(-1, 1, text.shape[2])  # [B,1,D]
+    return text.gather(1, index)

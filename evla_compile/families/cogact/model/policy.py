@@ -35,7 +35,7 @@ from evla_compile.settings.sizes import ModelSizes
 
 
 class Projector(nn.Module):
-    """Fused visual features to decoder inputs through a GELU MLP: [B,P,D_vision] -> [B,P,D]."""
+    """Visual features of both towers to decoder inputs through a GELU MLP: [B,P,D_vision] -> [B,P,D]."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Projector(nn.Module):
 
 
 class _Modules(nn.Module):
-    """The parts of a CogACT policy, under the key names of its checkpoints."""
+    """The modules of a CogACT policy, under the key names of its checkpoints."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class _Modules(nn.Module):
             input_ids: int64 [B,T], right-padded.
             text_length: int64 [B], real tokens of each row.
         """
-        patches = self.projector(self.vision_backbone(image))
-        hidden = self.llm_backbone(patches, input_ids)
+        patches = self.projector(self.vision_backbone(image))  # [B,P,D]
+        hidden = self.llm_backbone(patches, input_ids)  # [B,P+T,D]
         return cognition_token(hidden, text_length, input_ids.shape[1])
 
 
@@ -105,12 +105,12 @@ class NoisePrediction(_Modules):
 class CogACT(_Modules):
     """The dense policy; its submodules carry the key names of CogACT's checkpoints.
 
-    `policy.compile(backend="evla", options={"config": ..., "plan": ...})` lets every later call, `predict_action` among
-    them, run compiled. `torch.compile(policy, backend="evla", ...)` returns a module of which the call alone is
-    compiled: its `predict_action` is this policy's own and stays eager.
+    After `policy.compile(backend="evla", options={"config": ..., "plan": ...})` every call runs compiled, also those by
+    `predict_action`. `torch.compile(policy, backend="evla", ...)` returns a module whose `forward` alone is compiled:
+    its `predict_action` is this policy's and stays eager.
 
     Attributes:
-        sizes: sizes of every part.
+        sizes: sizes of every module.
         processor: host-side tokenizer, image preparation and action statistics.
     """
 
@@ -211,7 +211,7 @@ class CogACT(_Modules):
 
         Args:
             image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them or uint8 [B,H,W,3].
-            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            instruction: the task in words; for a batch, a sequence of B of them.
             unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
             noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
             seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
@@ -265,13 +265,13 @@ def _mark(image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) 
     for tensor in (image, text_length, noise):
         torch._dynamo.mark_static(tensor)
     torch._dynamo.mark_static(input_ids, 0)
-    torch._dynamo.maybe_mark_dynamic(input_ids, 1)  # the mark stays with the tensor, which other graphs may make static
+    torch._dynamo.maybe_mark_dynamic(input_ids, 1)  # not "must": the tensor keeps its mark, and other graphs may differ
 
 
 _mark_sizes: Callable[[Tensor, Tensor, Tensor, Tensor], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]  # torch left it so
     _mark, reason="CogACT marks the text length dynamic here: leave out fullgraph=True"
 )
-"""Lets Dynamo keep the text length symbolic, which the rewrites of the sequence need, and no other size.
+"""Makes Dynamo keep the text length symbolic, which the rewrites of the sequence need, and every other size static.
 
-Only a tensor that enters a graph can be marked, so the graph is broken here: what follows is captured as one.
+Only the inputs of a graph can be marked, so this function breaks the graph: everything behind it is one graph.
 """

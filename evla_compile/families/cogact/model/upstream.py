@@ -1,10 +1,10 @@
-"""CogACT as its public code runs it, dead work included: the baseline of every figure.
+"""CogACT as its public code runs it, unused work included: the baseline of every figure.
 
-microsoft/CogACT computes much that no action depends on. Each vision tower runs its last block and throws it away. The
-language head scores every position for a token that nobody reads, and a key-value cache is filled for it. Guidance
-doubles the whole input of the action head, which embeds timestep and cognition feature anew in every denoising step.
-The modules here do all of that and return what they compute, so that no removal of dead code can drop it. What this
-package compiles is `model.policy.CogACT`.
+microsoft/CogACT computes much that no action depends on. Each vision tower runs its last block, whose result is
+discarded. The language head scores every position for a token that is never read, and a key-value cache is filled for
+it. Guidance doubles the whole input of the action head, which embeds timestep and cognition feature again in every
+denoising step. The modules here do all of that and return what they compute, so that no removal of dead code can drop
+it. What this package compiles is `model.policy.CogACT`.
 
 Shape legend: B batch, C channels, S image side in pixels, P patches, N tokens of a tower, T text tokens, D decoder
 width, V vocabulary, A action steps, F action dimensions, G guided batch (2B with classifier-free guidance, conditional
@@ -27,7 +27,7 @@ from evla_compile.settings.sizes import ActionSizes, LanguageSizes, ModelSizes, 
 
 
 class AttentionPool(nn.Module):
-    """Weights of SigLIP's pooling head, which the checkpoint holds and nothing runs."""
+    """Weights of SigLIP's pooling head, which the checkpoint contains and upstream never runs."""
 
     def __init__(self, sizes: TowerSizes) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class AttentionPool(nn.Module):
 class UpstreamTower(VisionTower):
     """One tower with all its blocks: [B,3,S,S] -> second-to-last block's patches [B,P,D], last block's tokens [B,N,D].
 
-    The final norm is held and not run.
+    The final norm is there for its weights and never runs.
     """
 
     def __init__(self, sizes: TowerSizes) -> None:
@@ -131,16 +131,16 @@ class UpstreamDiT(DiT):
             cfg_scale: eps_uncond + cfg_scale * (eps_cond - eps_uncond); 1.0 for no guidance.
         """
         guided, half = cfg_scale > 1.0, len(x_GAF) // 2
-        x = torch.cat([x_GAF[:half], x_GAF[:half]]) if guided else x_GAF
-        condition = self.t_embedder(timestep_G)[:, None] + self.z_embedder(z_G1Z)
-        tokens = self.x_embedder(x.to(self.positional_embedding.dtype))
-        hidden = torch.cat([condition, tokens], dim=1) + self.positional_embedding
+        x = torch.cat([x_GAF[:half], x_GAF[:half]]) if guided else x_GAF  # [G,A,F]
+        condition = self.t_embedder(timestep_G)[:, None] + self.z_embedder(z_G1Z)  # [G,1,D]
+        tokens = self.x_embedder(x.to(self.positional_embedding.dtype))  # [G,A,D]
+        hidden = torch.cat([condition, tokens], dim=1) + self.positional_embedding  # [G,1+A,D]
         for block in self.blocks:
             hidden = block(hidden)
-        noise: Tensor = self.final_layer(hidden)[:, 1:].to(x_GAF.dtype)
+        noise: Tensor = self.final_layer(hidden)[:, 1:].to(x_GAF.dtype)  # [G,A,F]
         if not guided:
             return noise
-        mixed = noise[half:] + cfg_scale * (noise[:half] - noise[half:])
+        mixed = noise[half:] + cfg_scale * (noise[:half] - noise[half:])  # [B,A,F]
         return torch.cat([mixed, mixed])
 
 
@@ -161,7 +161,7 @@ class UpstreamCogACT(nn.Module):
     """The policy as microsoft/CogACT runs it; its state dict has every key and shape of the official files.
 
     Attributes:
-        sizes: sizes of every part.
+        sizes: sizes of every module.
     """
 
     def __init__(self, sizes: ModelSizes) -> None:
@@ -203,8 +203,8 @@ class UpstreamCogACT(nn.Module):
             patches, dino_last, siglip_last = self.vision_backbone(image)
             hidden, logits = self.llm_backbone(self.projector(patches), input_ids)
         net = self.action_model.net
-        x, z = noise, hidden[:, -1:].to(net.positional_embedding.dtype)
-        if cfg_scale > 1.0:
+        x, z = noise, hidden[:, -1:].to(net.positional_embedding.dtype)  # [B,A,F], [B,1,Z]
+        if cfg_scale > 1.0:  # [G,A,F], [G,1,Z]
             x, z = torch.cat([x, x]), torch.cat([z, net.z_embedder.uncondition.expand_as(z)])
         for step in ddim_schedule(ddim_steps):
             predicted = self.action_model(x, step.timestep, z, cfg_scale)

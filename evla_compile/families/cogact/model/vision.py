@@ -1,6 +1,7 @@
 """DINOv2 and SigLIP vision towers with the state-dict names of timm, which CogACT's checkpoints carry.
 
-Shape legend: B batch, C channels, S image side in pixels, P patches, N tokens (prefix and patches), D width.
+Shape legend: B batch, C channels, S image side in pixels, P patches, N tokens (prefix and patches), D width, H heads,
+E head width.
 """
 
 import torch
@@ -21,8 +22,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, PATCH_SIDE, stride=PATCH_SIDE)
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(pixels_BCSS)
-        return tokens.flatten(2).transpose(1, 2)
+        tokens: Tensor = self.proj(pixels_BCSS)  # [B,D,S/14,S/14]
+        return tokens.flatten(2).transpose(1, 2)  # [B,P,D]
 
 
 class Attention(nn.Module):
@@ -36,10 +37,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         batch, tokens, width = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(batch, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        out = functional.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        qkv = self.qkv(x_BND).reshape(batch, tokens, 3, self.heads, self.head_width)  # [B,N,3,H,E]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B,H,N,E] each
+        out = functional.scaled_dot_product_attention(q, k, v)  # [B,H,N,E]
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))  # [B,N,D]
         return projected
 
 
@@ -137,8 +138,8 @@ class VisionBackbone(nn.Module):
 
 def normalize_pixels(image_BSSC: Tensor) -> tuple[Tensor, Tensor]:
     """Return the float32 [B,3,S,S] inputs of DINOv2 and SigLIP for a uint8 [B,S,S,3] frame, bit-equal to timm's."""
-    # Cast first: TensorRT does nothing else with bytes.
-    pixels = image_BSSC.to(torch.float32).permute(0, 3, 1, 2) / 255.0
+    # Cast first: a cast is the only operator that TensorRT has for bytes.
+    pixels = image_BSSC.to(torch.float32).permute(0, 3, 1, 2) / 255.0  # [B,3,S,S]
     shape = (1, 3, 1, 1)
     device = image_BSSC.device
     dino_mean, dino_std = (
