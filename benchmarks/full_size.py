@@ -119,7 +119,7 @@ def run_onnx(job: Job, *, dense: bool) -> Result:
     )
     case = read_cases(folder / "cases.npz", policy.manifest)[0]
     for call in ("first", "second"):
-        samples = _timed(times, f"{call} call, s", lambda: policy.sample(**case.inputs))
+        samples = _timed(times, f"{call} call, s", lambda: policy.sample(*case.inputs.arrays))
     error = check("samples", samples, case.outputs["samples"], tolerance=TOLERANCES.lowered)
     return {**times, "relative error to the torch graph": error}
 

@@ -28,8 +28,7 @@ from evla_compile.graph.contract import weights
 from evla_compile.graph.sites import verified_stages
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame
-from evla_compile.host.inputs import observations, prepare
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import GraphInputs, observations
 from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import SAMPLES
 from evla_compile.settings.config import OPSET, PRECISIONS, Precision
@@ -195,23 +194,12 @@ def record_cases(compiled: CompiledGraph, outputs: tuple[str, ...], inner: tuple
     """
     frames, cases = compiled.frames or _stand_ins(compiled.sizes.image_side), []
     for number, batch in enumerate(observations(frames, compiled.config.batch_size)):
-        inputs = prepare(
-            compiled.processor,
-            [image for image, _ in batch],
-            [instruction for _, instruction in batch],
-            text_tokens=compiled.config.text_tokens,
-            batch_size=compiled.config.batch_size,
-        )
-        noise = draw_noise(compiled.noise_shape, number)
-        found = compiled.outputs(inputs.image, inputs.input_ids, inputs.text_length, noise, stages=(*outputs, *inner))
+        images, instructions = zip(*batch, strict=True)
+        inputs = GraphInputs.prepare(compiled.processor, images, instructions, compiled.signature, seed=number)
+        found = compiled.outputs(*inputs.arrays, stages=(*outputs, *inner))
         cases.append(
             RecordedCase(
-                inputs={
-                    "image": inputs.image,
-                    "input_ids": inputs.input_ids,
-                    "text_length": inputs.text_length,
-                    "noise": noise,
-                },
+                inputs=inputs,
                 outputs={name: found[name] for name in outputs},
                 stages={name: probe(name, found[name], compiled.config.text_tokens) for name in inner},
             )

@@ -1,6 +1,6 @@
 """A chain of graphs in lower precision, and how far it is from the float32 graph that it was made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,11 @@ from evla_compile.artifact.replay import replay
 from evla_compile.errors import ExportError, PassError
 from evla_compile.exporters.split import Piece
 from evla_compile.graph.contract import weights
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import Precision
 
 
@@ -63,10 +66,10 @@ def compare(
 
 
 @own_torch_state()
-def run(pieces: Sequence[Piece], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Run a chain in torch: the inputs of a finished graph by name -> every output of every piece by name."""
+def run(pieces: Sequence[Piece], inputs: GraphInputs) -> dict[str, NDArray[Any]]:
+    """Run a chain in torch: the inputs of a finished graph -> every output of every piece by name."""
     device = next(tensor.device for piece in pieces for _, tensor in weights(piece.graph))
-    values: dict[str, Tensor] = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+    values: dict[str, Tensor] = dict(zip(COGACT.input_names, to_tensors(inputs, device), strict=True))
     found: dict[str, NDArray[Any]] = {}
     with torch.no_grad():
         for piece in pieces:

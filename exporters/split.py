@@ -9,6 +9,7 @@ from evla_compile.arguments import whole_number
 from evla_compile.errors import ExportError
 from evla_compile.graph.contract import copy_graph, get_tensor
 from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
+from evla_compile.settings.anatomy import TEXT_LENGTH
 
 ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
 """Names of parts; several of perception are numbered from 1."""
@@ -121,7 +122,7 @@ def _layer(path: str) -> str:
 def _assign(graph: fx.Graph, regions: Mapping[str, int]) -> dict[fx.Node, int]:
     """Return the part of every operator: that of its module, or of the last operator that it reads."""
     numbers: dict[fx.Node, int] = {}
-    free = list(graph.find_nodes(op="placeholder", target="text_length"))
+    free = list(graph.find_nodes(op="placeholder", target=TEXT_LENGTH))
     for node in graph.nodes:
         if node.op == "call_function":
             read = [numbers[source] for source in node.all_input_nodes if source in numbers]

@@ -1,6 +1,6 @@
 """An artifact's ONNX graphs run on a CPU with their stages as outputs, in float32 arithmetic whatever their dtype."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from evla_compile.artifact.cases import RecordedCase
 from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.replay import replay
 from evla_compile.errors import ArtifactError, VerificationError
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.runtime.linked_weights import follow_links
 from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advice, runtime_errors
 from evla_compile.runtime.providers import PROVIDERS
@@ -51,13 +52,14 @@ class StageRun:
         if missing:
             raise VerificationError(f"{folder}: no graph has the recorded stages {', '.join(sorted(missing))}")
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: GraphInputs) -> dict[str, NDArray[Any]]:
         """Return every output and stage by name.
 
         Raises:
             VerificationError: ONNX Runtime failed.
         """
-        values = dict(inputs)
+        given = inputs.by_name
+        values = dict(given)
         for part, session in zip(self._parts, self._sessions, strict=True):
             names = [output.name for output in session.get_outputs()]
             try:
@@ -66,7 +68,7 @@ class StageRun:
                 file = self._folder / part.model.name
                 raise VerificationError(f"ONNX Runtime failed on {file}: {str(error).strip()}") from error
             values |= zip(names, found, strict=True)
-        return {name: value for name, value in values.items() if name not in inputs}
+        return {name: value for name, value in values.items() if name not in given}
 
 
 def replay_graphs(

@@ -20,11 +20,12 @@ from evla_compile.exporters.lift import to_exported_program
 from evla_compile.exporters.precision import compare, lower
 from evla_compile.exporters.split import split
 from evla_compile.graph.contract import copy_graph, materialize, weights
-from evla_compile.graph.sites import INPUT_NAMES, verified_stages
+from evla_compile.graph.sites import verified_stages
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
 from evla_compile.scratch import replacing
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import Precision
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
@@ -38,7 +39,7 @@ DESCRIPTION = "evla_compile.json"
 def to_pt2(
     compiled: CompiledGraph, path: Path, *, packaging: Packaging, stages: tuple[str, ...], precision: Precision
 ) -> None:
-    """Write a policy's finished graph, which takes `INPUT_NAMES` in order and returns a tuple, `samples` first.
+    """Write a policy's finished graph, which takes `GraphInputs.arrays` and returns a tuple, `samples` first.
 
     A former file of ours is replaced, others never. All weights are held in memory while the file is written. An
     ExportedProgram is read by `torch.export.load`, an AOTInductor package by `torch._inductor.aoti_load_package`, on a
@@ -74,7 +75,7 @@ def to_pt2(
         "created_by": __version__,
         "config": compiled.config.to_json(),
         "plan": compiled.plan.to_json(),
-        "inputs": list(INPUT_NAMES),
+        "inputs": list(COGACT.input_names),
         "outputs": list(outputs),
         "precision": precision,
     }

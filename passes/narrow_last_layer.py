@@ -9,6 +9,7 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, Value, inserting
 from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, input_node, is_call, stage_node
+from evla_compile.settings.anatomy import INPUT_IDS, TEXT_LENGTH
 
 aten = torch.ops.aten
 
@@ -78,8 +79,8 @@ def _picks(layer: DecoderLayer, queries: list[fx.Node]) -> dict[fx.Node, fx.Node
     for source in [layer.entry, *(node for node in read if isinstance(node.meta["val"], torch.Tensor))]:
         before = layer.nodes[0] if source is layer.entry else source.next
         with inserting(graph, before, layer.path) as proxy:
-            row = _cognition_row(graph, proxy(input_node(graph, "text_length")))
-            picks[source] = _pick(proxy(source), source, row, proxy(input_node(graph, "input_ids")), batch).node
+            row = _cognition_row(graph, proxy(input_node(graph, TEXT_LENGTH)))
+            picks[source] = _pick(proxy(source), source, row, proxy(input_node(graph, INPUT_IDS)), batch).node
     return picks
 
 
@@ -111,8 +112,8 @@ def _mask_padding(layer: DecoderLayer, length: fx.Node) -> None:
     states = layer.entry.meta["val"]
     with inserting(graph, attention, layer.path) as proxy:
         position = aten.arange.default(proxy(length), dtype=torch.int64, device=states.device)  # [S]
-        patches = proxy(length) - aten.sym_size.int(proxy(input_node(graph, "input_ids")), 1)
-        real = aten.add.Tensor(proxy(input_node(graph, "text_length")), patches)  # [B]: rows that are no padding
+        patches = proxy(length) - aten.sym_size.int(proxy(input_node(graph, INPUT_IDS)), 1)
+        real = aten.add.Tensor(proxy(input_node(graph, TEXT_LENGTH)), patches)  # [B]: rows that are no padding
         hidden = aten.ge.Tensor(position, aten.unsqueeze.default(real, 1))  # [B,S]
         mask = aten.masked_fill.Scalar(aten.zeros_like.default(hidden, dtype=states.dtype), hidden, -torch.inf)
         mask = aten.unsqueeze.default(aten.unsqueeze.default(mask, 1), 1)  # [B,1,1,S]

@@ -11,6 +11,7 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, Value, Wrap, inserting
 from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, input_node, mark_stage
+from evla_compile.settings.anatomy import INPUT_IDS, TEXT_LENGTH
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ class SelectTokens(GraphPass):
         scoring, following = layers[SCORING_LAYER], layers[SCORING_LAYER + 1 :]
         if following[0].entry is not scoring.exit:
             raise PassError(f"visual tokens are selected already in front of {following[0].path}: select them once")
-        patches = int(scoring.exit.meta["val"].shape[1] - input_node(graph, "input_ids").meta["val"].shape[1])
+        patches = int(scoring.exit.meta["val"].shape[1] - input_node(graph, INPUT_IDS).meta["val"].shape[1])
         if not self.key_tokens <= self.visual_tokens <= patches:
             raise PassError(
                 f"visual_tokens={self.visual_tokens}: expected from key_tokens={self.key_tokens} to {patches}, the"
@@ -78,7 +79,7 @@ class SelectTokens(GraphPass):
             return 0
         batch, _, width = scoring.exit.meta["val"].shape
         with inserting(graph, following[0].nodes[0], "select_tokens") as proxy:
-            text = aten.sym_size.int(proxy(input_node(graph, "input_ids")), 1)
+            text = aten.sym_size.int(proxy(input_node(graph, INPUT_IDS)), 1)
             relevance = _relevance(scoring, proxy, text, patches)
             kept = self._choose(relevance, aten.slice.Tensor(proxy(scoring.exit), 1, 1, patches + 1), width)
             moved = {scoring.exit: _keep(proxy(scoring.exit), kept, text, patches, width).node}
@@ -120,7 +121,7 @@ def _relevance(layer: DecoderLayer, proxy: Wrap, text: Value, patches: int) -> V
     logits = aten.masked_fill.Scalar(logits, later, -torch.inf)  # [B,H,J,S]: attention is causal
     attention = aten.mean.dim(aten.softmax.int(logits, -1, torch.float32), [1])  # [B,J,S]: mean over heads
     visible = aten.slice.Tensor(attention, 2, 1, patches + 1)  # [B,J,P]: the columns of the patches, behind BOS
-    real_rows = aten.sub.Tensor(proxy(input_node(graph, "text_length")), 1)  # [B]
+    real_rows = aten.sub.Tensor(proxy(input_node(graph, TEXT_LENGTH)), 1)  # [B]
     padding = aten.ge.Tensor(position, aten.unsqueeze.default(real_rows, 1))  # [B,J]
     visible = aten.masked_fill.Scalar(visible, aten.unsqueeze.default(padding, 2), 0.0)  # [B,J,P]
     return mark_stage(aten.sum.dim_IntList(visible, [1]), "relevance")  # [B,P]

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, propagate
 from evla_compile.graph.sites import input_node
+from evla_compile.settings.anatomy import INPUT_IDS
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class SpecializeShapes(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Recompute all values with a static text length and replace the scalar ones by integers."""
         graph = gm.graph
-        text = input_node(graph, "input_ids")
+        text = input_node(graph, INPUT_IDS)
         given = text.meta["val"].shape[1]
         if isinstance(given, int) and given != self.text_tokens:
             raise PassError(f"text_tokens={self.text_tokens}: the graph is static already, with {given} text tokens")

@@ -9,6 +9,7 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, add_tensor, inserting
 from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
+from evla_compile.settings.anatomy import NOISE
 from evla_compile.settings.schedule import ddim_schedule
 
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ class UnrollDiffusion(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Replace the noise prediction, the graph's output, by the samples."""
         graph = gm.graph
-        noise, timestep, output = input_node(graph, "noise"), input_node(graph, "timestep"), graph.output_node()
+        noise, timestep, output = input_node(graph, NOISE), input_node(graph, "timestep"), graph.output_node()
         step_nodes = _loop_body(graph, {noise, timestep})
         predicted = argument(output, 0)
         if predicted not in step_nodes:

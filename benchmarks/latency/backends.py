@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,8 @@ from evla_compile import runtime
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.errors import EvlaError
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
+from evla_compile.graph.inputs import to_tensors
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.host.processor import BLANK_ID, BOS_ID, EOS_ID
 from evla_compile.runtime import Provider
 from evla_compile.settings.config import PAPER_TEXT_TOKENS
@@ -35,35 +36,16 @@ Module: TypeAlias = Callable[..., Tensor]
 _WARM_UP_CALLS = 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inputs:
-    """What a call starts from, in host memory."""
-
-    image: NDArray[np.uint8]
-    """Squashed frame, [1,S,S,3]."""
-    input_ids: NDArray[np.int64]
-    """Token ids of the prompt, none of them padding, [1,T]."""
-    text_length: NDArray[np.int64]
-    """T, [1]."""
-    noise: NDArray[np.float32]
-    """Noise that the sampler starts from, [1,A,F]."""
-
-    @property
-    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """All of them, in the order in which graphs take them."""
-        return self.image, self.input_ids, self.text_length, self.noise
-
-
-Sampler: TypeAlias = Callable[[Inputs, Stopwatch], NDArray[np.float32]]
+TimedCall: TypeAlias = Callable[[GraphInputs, Stopwatch], NDArray[np.float32]]
 """One call: inputs -> raw samples [1,A,F] in host memory; marks where modules begin and end, if it knows."""
 
 
-def draw_inputs(sizes: ModelSizes, seed: int) -> Inputs:
+def draw_inputs(sizes: ModelSizes, seed: int) -> GraphInputs:
     """Return random inputs for one call; what is seen, and what is asked for, changes no time."""
     draw = np.random.Generator(np.random.PCG64(seed))
     words = draw.integers(EOS_ID + 1, min(BLANK_ID, sizes.language.vocabulary), PAPER_TEXT_TOKENS - 2)
     side = sizes.image_side
-    return Inputs(
+    return GraphInputs(
         image=draw.integers(0, 256, (1, side, side, 3), dtype=np.uint8),
         input_ids=np.array([[BOS_ID, *words, EOS_ID]], dtype=np.int64),
         text_length=np.array([PAPER_TEXT_TOKENS], dtype=np.int64),
@@ -88,7 +70,7 @@ def check_backends(backends: Sequence[Backend], device: torch.device, dtype: Dty
 
 def make_sampler(
     backend: Backend, prepared: PreparedRow, *, device: torch.device, compile_mode: str, threads: int, folder: Path
-) -> Sampler:
+) -> TimedCall:
     """Return a row as a backend runs it.
 
     Args:
@@ -131,11 +113,9 @@ class _Upstream:
         policy.projector.register_forward_hook(lambda *_: self._mark())
         policy.action_model.register_forward_pre_hook(lambda *_: self._mark_first_step())
 
-    def __call__(self, inputs: Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
+    def __call__(self, inputs: GraphInputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
         self._stopwatch, self._seeing = stopwatch, True
-        image, ids, noise = (
-            torch.from_numpy(array).to(self._device) for array in (inputs.image, inputs.input_ids, inputs.noise)
-        )
+        image, ids, _, noise = to_tensors(inputs, self._device)
         self._mark()
         with torch.no_grad():
             samples = self._policy(image, ids, noise)[0]
@@ -159,16 +139,15 @@ class _Chain:
         self._modules = modules
         self._device = device
 
-    def __call__(self, inputs: Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
-        tensors = [torch.from_numpy(array).to(self._device) for array in inputs.arrays]
-        return _to_host(_run(self._modules, tensors, stopwatch.mark))
+    def __call__(self, inputs: GraphInputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
+        return _to_host(_run(self._modules, to_tensors(inputs, self._device), stopwatch.mark))
 
 
 class _CudaGraphs:
     """Modules of a graph, recorded once as CUDA graphs on buffers of their own, and replayed."""
 
     def __init__(self, modules: Sequence[Module], sizes: ModelSizes, device: torch.device) -> None:
-        self._inputs = [torch.from_numpy(array).to(device) for array in draw_inputs(sizes, seed=0).arrays]
+        self._inputs = to_tensors(draw_inputs(sizes, seed=0), device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # as torch left it
         side.wait_stream(torch.cuda.current_stream(device))
@@ -185,7 +164,7 @@ class _CudaGraphs:
                 handed = (self._samples,)
                 self._graphs.append(graph)
 
-    def __call__(self, inputs: Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
+    def __call__(self, inputs: GraphInputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
         for buffer, array in zip(self._inputs, inputs.arrays, strict=True):
             buffer.copy_(torch.from_numpy(array))
         stopwatch.mark()
@@ -195,7 +174,7 @@ class _CudaGraphs:
         return _to_host(self._samples)
 
 
-def _onnx(policy: CompiledPolicy, provider: Provider, threads: int, folder: Path) -> Sampler:
+def _onnx(policy: CompiledPolicy, provider: Provider, threads: int, folder: Path) -> TimedCall:
     artifact = folder / "row"
     policy.export(artifact)
     loaded = runtime.load(artifact, provider=provider, threads=threads, check_hashes=False)

@@ -25,6 +25,7 @@ from benchmarks.latency.timing import Stopwatch, describe_machine, measure
 from evla_compile import __version__
 from evla_compile.estimate.estimates import skeleton
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.tolerances import relative_error
@@ -76,8 +77,8 @@ def main() -> None:
     config = CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
     policy = make_policy(settings.size, device, dtype, seed=0)
     paths = make_paths(policy, config, device)
-    arrays = draw_inputs(sizes, seed=0).arrays
-    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    inputs = draw_inputs(sizes, seed=0)
+    tensors = to_tensors(inputs, device)
     found: dict[str, np.ndarray[Any, Any]] = {}
     for name, path in paths.items():
         with console.status(f"warm up {name}"):
@@ -88,7 +89,7 @@ def main() -> None:
             raise SystemExit(f"{name} is {error:.1e} from the compiled graph, tolerance {TOLERANCES[dtype]:.0e}")
 
     def calling(path: Callable[..., torch.Tensor]) -> Callable[[Stopwatch], object]:
-        return lambda _: path(*(torch.from_numpy(array).to(device) for array in arrays)).cpu()
+        return lambda _: path(*to_tensors(inputs, device)).cpu()
 
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("timing", total=settings.runs + 3)

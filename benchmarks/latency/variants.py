@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.latency.backends import Backend, Inputs, Sampler, make_sampler
+from benchmarks.latency.backends import Backend, TimedCall, make_sampler
 from benchmarks.latency.policies import PolicyMaker, PreparedRow
 from benchmarks.latency.rows import DtypeName, Row
 from benchmarks.latency.timing import Stopwatch
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.settings.tolerances import TOLERANCES, check
 
 BFLOAT16_TOLERANCE = 5e-2
@@ -29,7 +30,7 @@ class Variant:
     """The row."""
     backend: Backend
     """The backend."""
-    sampler: Sampler
+    sampler: TimedCall
     """One call of it."""
     error: float | None
     """Relative error against the row's eager run, the worst of the inputs compared; None for that run itself."""
@@ -41,7 +42,7 @@ def prepare_row(
     row: Row,
     maker: PolicyMaker,
     backends: Sequence[Backend],
-    inputs: Sequence[Inputs],
+    inputs: Sequence[GraphInputs],
     *,
     compile_mode: str,
     threads: int,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.records import TensorSpec
 from evla_compile.errors import ArtifactError
-from evla_compile.host.inputs import check_input_ids, check_text_length
+from evla_compile.host.inputs import GraphInputs
 
 PROBED = 4096
 """Most elements recorded of a stage."""
@@ -35,8 +35,8 @@ _STAGE_HEADER = re.compile(r"\{'descr': '<f4', 'fortran_order': False, 'shape': 
 class RecordedCase:
     """One call of the graph."""
 
-    inputs: Mapping[str, NDArray[Any]]
-    """Inputs by name, as the graph takes them."""
+    inputs: GraphInputs
+    """What the graph was given."""
     outputs: Mapping[str, NDArray[Any]]
     """What the float32 torch graph returned for them, by name."""
     stages: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def write_cases(cases: Sequence[RecordedCase], path: Path) -> None:
     arrays = {
         f"{number}/{kind}/{name}": np.ascontiguousarray(array)
         for number, case in enumerate(cases)
-        for kind, side in (("inputs", case.inputs), ("outputs", case.outputs), ("stages", case.stages))
+        for kind, side in (("inputs", case.inputs.by_name), ("outputs", case.outputs), ("stages", case.stages))
         for name, array in side.items()
     }
     np.savez_compressed(path, allow_pickle=False, **arrays)
@@ -91,11 +91,9 @@ def read_cases(path: Path, manifest: Manifest) -> list[RecordedCase]:
                 if match[3] in sides[match[2]]:
                     raise ValueError(f"it holds {entry.filename} twice")
                 sides[match[2]][match[3]] = _read_array(archive, entry, known.get((match[2], match[3])))
-        cases = [RecordedCase(**arrays[number]) for number in range(len(arrays)) if number in arrays]
-        if not cases or len(cases) != len(arrays):
+        if not arrays or sorted(arrays) != list(range(len(arrays))):
             raise ValueError(f"it holds the cases {sorted(arrays)}, expected them from 0 on")
-        for number, case in enumerate(cases):
-            _check_case(number, case, manifest)
+        cases = [_to_case(number, arrays[number], manifest) for number in range(len(arrays))]
     except (OSError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error) as error:
         raise ArtifactError(f"recorded cases {path}: {error}; compile the policy again") from error
     return cases
@@ -146,20 +144,19 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
     return f"{{'descr': {np.lib.format.dtype_to_descr(dtype)!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
 
 
-def _check_case(number: int, case: RecordedCase, manifest: Manifest) -> None:
-    """Refuse a case that lacks an array, or holds values that a policy never takes or returns."""
-    for kind, arrays, specs in (
-        ("inputs", case.inputs, manifest.inputs),
-        ("outputs", case.outputs, manifest.outputs),
-    ):
-        if arrays.keys() != {spec.name for spec in specs}:
-            raise ValueError(f"case {number} has the {kind} {sorted(arrays)}: expected {', '.join(map(str, specs))}")
+def _to_case(number: int, sides: Mapping[str, Mapping[str, NDArray[Any]]], manifest: Manifest) -> RecordedCase:
+    """Return the arrays of a case; refuse one that lacks any, or holds values that a policy never takes or returns."""
+    for kind, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if sides[kind].keys() != {spec.name for spec in specs}:
+            names = sorted(sides[kind])
+            raise ValueError(f"case {number} has the {kind} {names}: expected {', '.join(map(str, specs))}")
+    case = RecordedCase(inputs=GraphInputs(**sides["inputs"]), outputs=sides["outputs"], stages=sides["stages"])
     missing = set(recorded_stages(manifest)) - case.stages.keys() - case.outputs.keys()
     if missing:
         raise ValueError(f"case {number} lacks {', '.join(sorted(missing))}, so it would not prove every stage")
-    check_input_ids(case.inputs["input_ids"], manifest.vocabulary)
-    check_text_length(case.inputs["text_length"], manifest.config.text_tokens)
+    case.inputs.check(manifest.signature)
     check_finite(case, f"case {number}")
+    return case
 
 
 def check_finite(case: RecordedCase, place: str) -> None:
@@ -172,7 +169,7 @@ def check_finite(case: RecordedCase, place: str) -> None:
     Raises:
         ValueError: a value is infinite or not a number; the message names the first array with one, in data-flow order.
     """
-    for name, array in (*case.inputs.items(), *case.stages.items(), *case.outputs.items()):
+    for name, array in (*case.inputs.by_name.items(), *case.stages.items(), *case.outputs.items()):
         wrong = np.count_nonzero(~np.isfinite(array)) if array.dtype.kind == "f" else 0
         if wrong:
             raise ValueError(f"{place}: {wrong} of {array.size} values of {name} are infinite or not a number")

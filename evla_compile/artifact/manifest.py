@@ -12,8 +12,10 @@ from typing import Any, Self
 from evla_compile.artifact.fields import objects_at, value_at
 from evla_compile.artifact.records import EngineRecord, FileRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError, CalibrationError, CheckpointError
+from evla_compile.host.inputs import InputSignature
 from evla_compile.host.processor import ActionStatistics, read_statistics
 from evla_compile.json_text import to_json_text
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import PRECISIONS, CompileConfig, Precision
 from evla_compile.settings.plan import Plan
 
@@ -22,7 +24,7 @@ FORMAT = "evla_compile/4"
 MOST_TOKENS = 2**31 - 1
 """Most rows of a token embedding: beyond any, and within what every runtime indexes with."""
 
-_INPUT_FORMS = [("image", "uint8", 4), ("input_ids", "int64", 2), ("text_length", "int64", 1), ("noise", "float32", 3)]
+_INPUT_FORMS = [(form.name, form.dtype, len(form.axes)) for form in COGACT.inputs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +89,10 @@ class Manifest:
         forms = [(spec.name, spec.dtype, len(spec.shape)) for spec in self.inputs]
         if forms != _INPUT_FORMS:
             raise ValueError(f"inputs are {forms} as (name, dtype, rank): expected {_INPUT_FORMS}")
-        batch, side = self.config.batch_size, self.image_side
-        expected = [(batch, side, side, 3), (batch, self.config.text_tokens), (batch,), (batch, *self.noise_shape[1:])]
+        expected = list(self.signature.shapes.values())
         if [spec.shape for spec in self.inputs] != expected:
             raise ValueError(f"shapes of {', '.join(map(str, self.inputs))}: expected {expected} by the configuration")
-        samples = TensorSpec(name="samples", dtype="float32", shape=self.noise_shape)
+        samples = TensorSpec(name="samples", dtype="float32", shape=self.signature.noise_shape)
         outputs = {spec.name: spec for spec in self.outputs}
         if outputs.get("samples") != samples or len(outputs) != len(self.outputs):
             raise ValueError(f"outputs {', '.join(map(str, self.outputs))}: expected {samples} among names that differ")
@@ -122,14 +123,17 @@ class Manifest:
         return (*graphs, *engines, self.tokenizer, self.report, self.cases)
 
     @property
-    def image_side(self) -> int:
-        """S, the side in pixels of the image that the graph takes."""
-        return self.inputs[0].shape[1]
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that the graph takes, (B, A, F)."""
-        return self.inputs[3].shape
+    def signature(self) -> InputSignature:
+        """Sizes of what the graph takes: by the configuration where it tells them, else by the inputs themselves."""
+        image, *_, noise = (spec.shape for spec in self.inputs)
+        return InputSignature(
+            batch_size=self.config.batch_size,
+            image_side=image[1],
+            text_tokens=self.config.text_tokens,
+            chunk=noise[1],
+            action_width=noise[2],
+            vocabulary=self.vocabulary,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as JSON-ready values."""

@@ -58,8 +58,9 @@ def batch_example(
     if framing != "whole":
         settings += f", framing={framing!r}"
     return [
-        "  from evla_compile import image_file, runtime",
-        f"  frames = [image_file.read_image({str(image)!r})] * {batch_size}",
+        "  from evla_compile import runtime",
+        "  from evla_compile.host.image_file import read_image",
+        f"  frames = [read_image({str(image)!r})] * {batch_size}",
         f"  instructions = [{instruction!r}] * {batch_size}",
         f"  actions = runtime.load({str(artifact)!r}).predict_action(frames, instructions{settings})",
     ]

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.torch_state import own_torch_state
-from evla_compile.host.inputs import observations, prepare
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import GraphInputs, observations
 from evla_compile.settings.tolerances import relative_error
 
 if TYPE_CHECKING:
@@ -27,19 +27,10 @@ def measure_deviations(
     device = next(policy.parameters()).device
     worst = dict.fromkeys(("cognition", "samples", "actions"), 0.0)
     for batch in observations(frames, config.batch_size):
-        inputs = prepare(
-            policy.processor,
-            [image for image, _ in batch],
-            [instruction for _, instruction in batch],
-            text_tokens=config.text_tokens,
-            batch_size=config.batch_size,
-        )
-        noise = draw_noise(compiled.noise_shape, 0)
-        found = compiled.outputs(
-            inputs.image, inputs.input_ids, inputs.text_length, noise, stages=("cognition", "samples")
-        )
-        arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
-        image, ids, length, start = (torch.from_numpy(array).to(device) for array in arrays)
+        images, instructions = zip(*batch, strict=True)
+        inputs = GraphInputs.prepare(policy.processor, images, instructions, compiled.signature, seed=0)
+        found = compiled.outputs(*inputs.arrays, stages=("cognition", "samples"))
+        image, ids, length, start = to_tensors(inputs, device)
         with torch.no_grad():
             cognition = policy.cognition(image, ids, length)
         samples = policy.denoise(cognition, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from evla_compile.compiler.report import CompileReport
 from evla_compile.errors import EvlaError
 from evla_compile.graph.contract import materialize, weights
-from evla_compile.graph.sites import INPUT_NAMES
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.torch_state import own_torch_state, traceable_torch_state
 from evla_compile.host.camera_frame import CameraFrame, Framing
 from evla_compile.host.frames import Frame
-from evla_compile.host.inputs import check_input, check_input_ids, check_text_length, is_batch, prepare
+from evla_compile.host.inputs import GraphInputs, InputSignature, is_batch
 from evla_compile.host.predictor import Predictor
 from evla_compile.host.processor import Processor
 from evla_compile.passes import ExposeStages
@@ -25,8 +25,8 @@ from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from evla_compile.settings.sizes import ModelSizes
 
-Sampler: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Image, input ids, text length and noise -> raw samples."""
+TensorCall: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""A policy's graph on tensors: image, input ids, text length and noise -> raw samples."""
 
 _NO_PICKLE = (
     "a CompiledPolicy cannot be pickled: export it, policy.export(DIR), and load it where it is needed,"
@@ -87,9 +87,9 @@ class CompiledGraph(Predictor):
         return copied
 
     @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """Shape of the noise that the graph takes, (B, A, F)."""
-        return self.config.batch_size, self.sizes.action.chunk, self.sizes.action.action_width
+    def signature(self) -> InputSignature:
+        """Sizes of what the graph takes."""
+        return InputSignature.of(self.sizes, batch_size=self.config.batch_size, text_tokens=self.config.text_tokens)
 
     @own_torch_state()
     def sample(
@@ -135,20 +135,16 @@ class CompiledGraph(Predictor):
         """
         names = stage_names(stages)
         graph = self.exposing(names)
-        given = (image, input_ids, text_length, noise)
-        expected = [node.meta["val"] for node in self.graph.graph.find_nodes(op="placeholder")]
-        for name, array, value in zip(INPUT_NAMES, given, expected, strict=True):
-            check_input(name, array, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))
-        check_input_ids(input_ids, self.sizes.language.vocabulary)
-        check_text_length(text_length, self.config.text_tokens)
-        tensors = [torch.from_numpy(array).to(value.device) for array, value in zip(given, expected, strict=True)]
+        inputs = GraphInputs(image=image, input_ids=input_ids, text_length=text_length, noise=noise)
+        inputs.check(self.signature)
+        device = next(iter(self.graph.graph.find_nodes(op="placeholder"))).meta["val"].device
         with torch.no_grad():
-            results = graph(*tensors)
+            results = graph(*to_tensors(inputs, device))
         values = (results,) if isinstance(results, torch.Tensor) else results
         return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
 
     @own_torch_state()
-    def to_torch(self, mode: Literal["eager", "inductor", "cudagraphs"] = "inductor") -> Sampler:
+    def to_torch(self, mode: Literal["eager", "inductor", "cudagraphs"] = "inductor") -> TensorCall:
         """Return the graph as a function of torch tensors, for programs that run torch.
 
         It takes `image`, `input_ids`, `text_length` and `noise` as tensors on the policy's device, in the shapes and
@@ -172,9 +168,9 @@ class CompiledGraph(Predictor):
         materialize(self.graph)
         self._deferred = False
         if mode == "eager":
-            return _Sampler(self.graph)
+            return _TensorCall(self.graph)
         kind = "reduce-overhead" if mode == "cudagraphs" else "default"
-        return _Sampler(
+        return _TensorCall(
             torch.compile(self.graph, fullgraph=True, dynamic=False, mode=kind), copied=mode == "cudagraphs"
         )
 
@@ -206,25 +202,16 @@ class CompiledGraph(Predictor):
         Raises:
             ValueError: an argument is refused.
         """
-        inputs = prepare(
-            self.processor,
-            image,
-            instruction,
-            text_tokens=self.config.text_tokens,
-            batch_size=self.config.batch_size,
-            framing=framing,
-        )
+        inputs = GraphInputs.prepare(self.processor, image, instruction, self.signature, framing=framing)
         visual_tokens, _ = resolve_tokens(self.config, self.sizes.patches)
         if visual_tokens == self.sizes.patches:
             kept = np.tile(np.arange(self.sizes.patches), (self.config.batch_size, 1))
         else:
-            noise = np.zeros(self.noise_shape, dtype=np.float32)
-            arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
-            kept = self.outputs(*arrays, stages=("kept_patches",))["kept_patches"]
+            kept = self.outputs(*inputs.arrays, stages=("kept_patches",))["kept_patches"]
         return kept if is_batch(image) else kept[0]
 
 
-class _Sampler:
+class _TensorCall:
     """A graph that is run without gradients."""
 
     def __init__(self, run: Callable[..., Tensor], *, copied: bool = False) -> None:

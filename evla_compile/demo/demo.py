@@ -26,10 +26,10 @@ from evla_compile.compiler.report import CompileReport
 from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames, demo_frame
 from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.host.frames import Frame
-from evla_compile.host.inputs import prepare
+from evla_compile.host.inputs import GraphInputs, InputSignature
 from evla_compile.host.picture import draw_kept_tokens
-from evla_compile.host.processor import draw_noise
 from evla_compile.runtime import RuntimePolicy
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import plan_without_calibration
@@ -202,16 +202,15 @@ def _backend_calls(
     policy: CogACT, backends: Mapping[str, RuntimePolicy], frame: Frame, config: CompileConfig
 ) -> dict[str, Callable[[], object]]:
     """Return calls that sample an action chunk from the same inputs: the policy run eagerly, then each backend."""
-    inputs = prepare(policy.processor, frame.image, frame.instruction, text_tokens=config.text_tokens, batch_size=1)
-    noise = draw_noise((1, policy.sizes.action.chunk, policy.sizes.action.action_width), 0)
-    arrays = (inputs.image, inputs.input_ids, inputs.text_length, noise)
-    image, ids, length, start = map(torch.from_numpy, arrays)
+    signature = InputSignature.of(policy.sizes, batch_size=1, text_tokens=config.text_tokens)
+    inputs = GraphInputs.prepare(policy.processor, frame.image, frame.instruction, signature)
+    image, ids, length, start = to_tensors(inputs, torch.device("cpu"))
 
     def eager() -> object:
         return policy.sample(image, ids, length, start, ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale)
 
     def sampling(backend: RuntimePolicy) -> Callable[[], object]:
-        return lambda: backend.sample(*arrays)
+        return lambda: backend.sample(*inputs.arrays)
 
     return {
         "dense PyTorch, eager": eager,

@@ -11,9 +11,6 @@ from evla_compile.graph.contract import Value
 
 aten = torch.ops.aten
 
-INPUT_NAMES = ("image", "input_ids", "text_length", "noise")
-"""Inputs of a finished graph: uint8 [B,S,S,3], int64 [B,T], int64 [B], float32 [B,A,F]."""
-
 DECODER_LAYERS = "llm_backbone.llm.model.layers"
 """Module path of the list of decoder layers."""
 

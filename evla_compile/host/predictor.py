@@ -11,46 +11,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evla_compile.host.camera_frame import CameraFrame, Framing
-from evla_compile.host.inputs import action_noise, is_batch, prepare
+from evla_compile.host.inputs import GraphInputs, InputSignature, is_batch
 from evla_compile.host.processor import Processor
 from evla_compile.settings.config import CompileConfig
 
-Sampler: TypeAlias = Callable[
-    [NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]
-]
-"""A backend: image, input_ids, text_length and noise, as the graph takes them -> raw samples float32 [B,A,F]."""
+GraphCall: TypeAlias = Callable[[GraphInputs], NDArray[np.float32]]
+"""What runs a policy's graph: its inputs -> raw samples float32 [B,A,F]."""
 
 
 def predict_action(
-    sample: Sampler,
+    call: GraphCall,
     processor: Processor,
     image: CameraFrame | Sequence[CameraFrame],
     instruction: str | Sequence[str],
+    signature: InputSignature,
     *,
     unnorm_key: str | None,
     noise: NDArray[np.floating] | None,
     seed: int | None,
-    text_tokens: int,
-    batch_size: int,
-    chunk: int,
-    width: int,
     framing: Framing = "whole",
 ) -> NDArray[np.float64]:
     """Run a backend from frames and instructions to actions in the units of a dataset.
 
     Args:
-        sample: the backend.
+        call: the backend.
         processor: the policy's host side.
-        image: see `prepare`.
-        instruction: see `prepare`.
+        image: see `GraphInputs.prepare`.
+        instruction: see `GraphInputs.prepare`.
+        signature: what the graph takes.
         unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
         noise: see `action_noise`.
         seed: see `action_noise`.
-        text_tokens: T, the text budget.
-        batch_size: B, the batch of the graph.
-        chunk: A.
-        width: F.
-        framing: see `prepare`.
+        framing: see `GraphInputs.prepare`.
 
     Returns:
         Actions [A,F] for a single frame, [B,A,F] for a sequence of frames.
@@ -59,9 +51,8 @@ def predict_action(
         ValueError: an argument is refused, or the backend's samples are not finite.
     """
     processor.statistics_for(unnorm_key)  # a wrong name should not cost a run of the policy
-    inputs = prepare(processor, image, instruction, text_tokens=text_tokens, batch_size=batch_size, framing=framing)
-    start = action_noise(noise, seed, batch_size=batch_size, chunk=chunk, width=width)
-    actions = processor.actions(sample(inputs.image, inputs.input_ids, inputs.text_length, start), unnorm_key)
+    inputs = GraphInputs.prepare(processor, image, instruction, signature, noise=noise, seed=seed, framing=framing)
+    actions = processor.actions(call(inputs), unnorm_key)
     return actions if is_batch(image) else actions[0]
 
 
@@ -75,8 +66,13 @@ class Predictor(ABC):
 
     @property
     @abstractmethod
-    def noise_shape(self) -> tuple[int, ...]:
+    def signature(self) -> InputSignature:
+        """Sizes of what the graph takes."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
         """Shape of the noise that the graph takes, (B, A, F)."""
+        return self.signature.noise_shape
 
     @abstractmethod
     def sample(
@@ -115,18 +111,14 @@ class Predictor(ABC):
         Raises:
             ValueError: an argument is refused, or the samples are not finite.
         """
-        _, chunk, width = self.noise_shape
         return predict_action(
-            self.sample,
+            lambda inputs: self.sample(*inputs.arrays),
             self.processor,
             image,
             instruction,
+            self.signature,
             unnorm_key=unnorm_key,
             noise=noise,
             seed=seed,
-            text_tokens=self.config.text_tokens,
-            batch_size=self.config.batch_size,
-            chunk=chunk,
-            width=width,
             framing=framing,
         )

@@ -241,11 +241,6 @@ class Processor:
         return actions
 
 
-def draw_noise(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-    """Return standard normal float32 noise of a shape; the same seed gives the same noise on every backend."""
-    return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
-
-
 def _plain(values: Any) -> Any:
     """Return a list or array of numbers or booleans as a tuple of Python's own; anything else as it is."""
     if not is_listed(values):

@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.records import EngineRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError, EvlaError
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.runtime.engine_match import check_match, rebuild, require_engine
 from evla_compile.runtime.engine_resources import EngineResources
 from evla_compile.runtime.kernel_cache import KernelCache, prepare_cache
 from evla_compile.settings.engine_settings import FLAVOUR_NAMES
 from evla_compile.tensorrt.cuda import Cuda, find_gpu
 from evla_compile.tensorrt.library import create, describe_tensor, import_flavour, make_logger, reasons
-
-_SHORTEST_TEXT = 2
-"""Least `text_length` of a policy, in tokens; the graph's gathers expect no less."""
 
 
 class EngineSession:
@@ -99,8 +97,8 @@ class EngineSession:
         resources = self._resources
         if not all(_can_capture(context, resources.stream) for context in resources.contexts):
             raise EvlaError("cuda_graph=True: an engine of this artifact cannot be captured; load it without")
-        for spec in self._manifest.inputs:
-            resources.arrays[spec.name][...] = _SHORTEST_TEXT if spec.name == "text_length" else 0
+        for name, array in GraphInputs.blank(self._manifest.signature).by_name.items():
+            resources.arrays[name][...] = array
         self._enqueue()
         resources.cuda.synchronize(resources.stream)
         try:

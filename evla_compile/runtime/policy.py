@@ -18,7 +18,7 @@ from evla_compile.artifact.manifest import Manifest, read_manifest
 from evla_compile.artifact.records import FileRecord
 from evla_compile.errors import ArtifactError, CheckpointError, EvlaError
 from evla_compile.host.camera_frame import CameraFrame, Framing
-from evla_compile.host.inputs import check_input, check_input_ids, check_text_length
+from evla_compile.host.inputs import GraphInputs, InputSignature
 from evla_compile.host.predictor import Predictor
 from evla_compile.host.processor import Processor
 from evla_compile.json_text import to_json_text
@@ -110,9 +110,9 @@ class RuntimePolicy(Predictor):
         return self._session.widened
 
     @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the noise that the graph takes, (B, A, F)."""
-        return self.manifest.noise_shape
+    def signature(self) -> InputSignature:
+        """Sizes of what the graph takes."""
+        return self.manifest.signature
 
     def sample(
         self,
@@ -144,18 +144,10 @@ class RuntimePolicy(Predictor):
             ValueError: an argument has another dtype or shape, or a token id or text length is out of range.
         """
         self._refuse_closed()
-        feeds: dict[str, NDArray[Any]] = {
-            "image": image,
-            "input_ids": input_ids,
-            "text_length": text_length,
-            "noise": noise,
-        }
-        for spec in self.manifest.inputs:
-            check_input(spec.name, feeds[spec.name], dtype=spec.dtype, shape=spec.shape)
-        check_input_ids(input_ids, self.manifest.vocabulary)
-        check_text_length(text_length, self.config.text_tokens)
+        inputs = GraphInputs(image=image, input_ids=input_ids, text_length=text_length, noise=noise)
+        inputs.check(self.signature)
         with self.latency.timing("graph"):
-            return self._session.run(feeds)
+            return self._session.run(inputs.by_name)
 
     def predict_action(
         self,
@@ -271,7 +263,7 @@ def _read_processor(manifest: Manifest, tokenizer: Path) -> Processor:
         processor = Processor(
             tokenizer_json=tokenizer.read_text(encoding="utf-8"),
             statistics=manifest.statistics,
-            image_side=manifest.image_side,
+            image_side=manifest.signature.image_side,
             pad_id=manifest.pad_id,
         )
     except (UnicodeDecodeError, CheckpointError) as error:

@@ -23,7 +23,6 @@ from evla_compile.graph.policy_call import find_policy_call, replace_policy_call
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DENOISING,
-    INPUT_NAMES,
     indexed_modules,
     input_node,
     is_call,
@@ -31,6 +30,7 @@ from evla_compile.graph.sites import (
 )
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.passes import UnrollDiffusion
+from evla_compile.settings.anatomy import COGACT, INPUT_IDS
 from evla_compile.settings.budgets import resolve
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
@@ -104,7 +104,7 @@ class _Compiled:
         Raises:
             ValueError: an input is not of the shape that was compiled, or a number is another.
         """
-        inputs, rest = arguments[: len(INPUT_NAMES)], arguments[len(INPUT_NAMES) :]
+        inputs, rest = arguments[: len(COGACT.input_names)], arguments[len(COGACT.input_names) :]
         tensors, numbers = rest[: len(self._captured.weights)], rest[len(self._captured.weights) :]
         self._check_shapes(inputs)
         for number, given in zip(self._captured.numbers, numbers, strict=True):
@@ -119,13 +119,13 @@ class _Compiled:
         return samples
 
     def _check_shapes(self, inputs: Sequence[Tensor]) -> None:
-        for name, tensor in zip(INPUT_NAMES, inputs, strict=True):
+        for name, tensor in zip(COGACT.input_names, inputs, strict=True):
             expected = list(input_node(self._captured.graph.graph, name).meta["val"].shape)
-            if name == "input_ids":
+            if name == INPUT_IDS:
                 expected[1] = self._text_tokens
             if list(tensor.shape) == expected:
                 continue
-            if name == "input_ids" and len(tensor) == expected[0]:
+            if name == INPUT_IDS and len(tensor) == expected[0]:
                 raise ValueError(
                     f"input_ids has {tensor.shape[1]} text tokens, and this policy was compiled for"
                     f" text_tokens={self._text_tokens}: pad the prompt to that"
@@ -206,7 +206,7 @@ def _check_modes(graph: fx.Graph) -> None:
 def _check_call(gm: fx.GraphModule, config: CompileConfig) -> None:
     """Refuse a first call that was not of the configuration's sizes."""
     graph = gm.graph
-    batch = int(input_node(graph, "input_ids").meta["val"].shape[0])
+    batch = int(input_node(graph, INPUT_IDS).meta["val"].shape[0])
     steps = len(indexed_modules(graph, DENOISING))
     scales = [
         node.args[1]

@@ -23,18 +23,15 @@ from evla_compile.graph.sites import (
     ACTION_MODEL,
     DECODER_LAYERS,
     DENOISING,
-    INPUT_NAMES,
     argument,
     is_call,
     module_path,
     nodes_under,
 )
+from evla_compile.settings.anatomy import COGACT, INPUT_IDS
 from evla_compile.settings.sizes import ModelSizes
 
 aten = torch.ops.aten
-
-_DTYPES = (torch.uint8, torch.int64, torch.int64, torch.float32)
-"""Dtypes of `INPUT_NAMES`."""
 
 _ROOTS = r"(?:vision_backbone|projector|llm_backbone|action_model)(?:\.|$)"
 """What paths within a policy begin with."""
@@ -55,7 +52,7 @@ class DynamoGraph(NamedTuple):
     """What Dynamo captured of a policy."""
 
     graph: fx.GraphModule
-    """The whole sampler, unrolled, with the inputs `INPUT_NAMES`: the values that reach the policy."""
+    """The whole sampler, unrolled, with the inputs of a finished graph: the values that reach the policy."""
     weights: dict[str, int]
     """Positions of the weights among the inputs that Dynamo passes, by their names in the state dict."""
     numbers: tuple[Number, ...]
@@ -86,12 +83,12 @@ def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
     other = sorted(str(node.target) for node, name in names.items() if "." not in name)
     if other:
         raise UnsupportedModelError(
-            f"backend evla was handed a graph whose policy reads {', '.join(other)} beside {', '.join(INPUT_NAMES)} and"
-            f" its weights: {ADVICE}"
+            f"backend evla was handed a graph whose policy reads {', '.join(other)} beside"
+            f" {', '.join(COGACT.input_names)} and its weights: {ADVICE}"
         )
     core = _core(gm, call, numbers, names)
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [_fake(mode, name, value) for name, value in zip(INPUT_NAMES, entering, strict=True)]
+    fakes = [_fake(mode, name, value) for name, value in zip(COGACT.input_names, entering, strict=True)]
     fakes += [mode.from_tensor(inputs[positions[node]].detach(), static_shapes=True) for node in names]
 
     def interpreted(*values: Any) -> Any:
@@ -112,11 +109,12 @@ def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
 
 def _check_inputs(entering: Sequence[Any]) -> None:
     """Refuse values that the policy would read otherwise once it is compiled."""
-    for name, value, dtype, ndim in zip(INPUT_NAMES, entering, _DTYPES, (4, 2, 1, 3), strict=True):
+    for form, value in zip(COGACT.inputs, entering, strict=True):
+        dtype, ndim = getattr(torch, form.dtype), len(form.axes)
         if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != ndim:
             found = f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UnsupportedModelError(
-                f"{name} reaches the policy as {found}: expected a tensor of {dtype} with {ndim} dimensions"
+                f"{form.name} reaches the policy as {found}: expected a tensor of {dtype} with {ndim} dimensions"
             )
     if isinstance(entering[1].shape[1], int):
         raise PassError(
@@ -146,7 +144,7 @@ def _core(
     Numbers become constants, but for the text length, which is read off the input ids.
     """
     graph, values = fx.Graph(), dict[fx.Node, Any]()
-    given = [graph.placeholder(name) for name in INPUT_NAMES]
+    given = [graph.placeholder(name) for name in COGACT.input_names]
     values |= {getter: given[getter.args[1]] for getter in call.enter.users if isinstance(getter.args[1], int)}
     values |= {node: graph.placeholder(f"weight_{count}") for count, node in enumerate(names)}
     text = call.inputs[1].meta["example_value"].shape[1]
@@ -184,7 +182,7 @@ def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
     """Return a fake tensor of the form of `value` in its first call, its sizes static but for the text length."""
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
     sizes = [DimDynamic.STATIC] * len(shape)
-    if name == "input_ids":
+    if name == INPUT_IDS:
         sizes[1] = DimDynamic.DYNAMIC
     return mode.from_tensor(
         torch.empty(shape, dtype=value.dtype, device=value.device),
@@ -198,8 +196,8 @@ def _captured(traced: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.Graph
     root, graph = torch.nn.Module(), fx.Graph()
     values: dict[fx.Node, Any] = {}
     given = list(traced.graph.find_nodes(op="placeholder"))
-    for name, node in zip((*INPUT_NAMES, *tensors), given, strict=True):
-        if name in INPUT_NAMES:
+    for name, node in zip((*COGACT.input_names, *tensors), given, strict=True):
+        if name in COGACT.input_names:
             values[node] = graph.placeholder(name)
         else:
             _register(root, name, tensors[name].detach())

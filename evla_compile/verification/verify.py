@@ -81,7 +81,7 @@ def verify(
     policy = load(path, provider, threads, check_hashes=False, mapped=on_cpu)
     errors = replay(
         f"{place.parent} in the runtime",
-        lambda inputs: policy.outputs(**inputs),
+        lambda inputs: policy.outputs(*inputs.arrays),
         [replace(case, stages={}) for case in cases],
         precision=manifest.precision,
         text_tokens=manifest.config.text_tokens,

@@ -118,8 +118,7 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     manifest = write(tmp_path / "policy")
     assert read_manifest(tmp_path / "policy" / "manifest.json") == manifest
     assert manifest.config == CONFIG
-    assert manifest.image_side == 28
-    assert manifest.noise_shape == (1, 16, 7)
+    assert (manifest.signature.image_side, manifest.signature.noise_shape) == (28, (1, 16, 7))
 
 
 def test_a_manifest_with_engines_is_read_back(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from evla_compile.artifact.hub import local_artifact
 from evla_compile.artifact.manifest import read_manifest, write_manifest
 from evla_compile.artifact.records import FileRecord
 from evla_compile.errors import ArtifactError, EvlaError, VerificationError
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import GraphInputs, draw_noise
 from evla_compile.runtime import load
 from evla_compile.runtime.linked_weights import follow_links, read_checked
 from tests.runtime.test_runtime import CHUNK, SIDE, TEXT, WIDTH, export, toy_graph
@@ -47,7 +47,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> P
         "noise": draw_noise((1, CHUNK, WIDTH), 1),
     }
     probes = {stage: probe(stage, inputs["noise"], TEXT) for stage in stages if stage != "samples"}
-    case = RecordedCase(inputs=inputs, outputs=load(folder).outputs(**inputs), stages=probes)
+    case = RecordedCase(inputs=GraphInputs(**inputs), outputs=load(folder).outputs(**inputs), stages=probes)
     write_cases([case], folder / "cases.npz")
     manifest = read_manifest(folder / "manifest.json")
     write_manifest(replace(manifest, cases=FileRecord.measure(folder / "cases.npz")), folder / "manifest.json")

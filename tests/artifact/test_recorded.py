@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from evla_compile.artifact.cases import RecordedCase, probe, read_cases, recorde
 from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.records import FileRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.host.processor import ActionStatistics
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
@@ -59,12 +60,12 @@ MANIFEST = Manifest(
 def make_case() -> RecordedCase:
     draw = np.random.Generator(np.random.PCG64(0))
     return RecordedCase(
-        inputs={
-            "image": draw.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8),
-            "input_ids": draw.integers(1, 64, (1, 9)),
-            "text_length": np.array([7]),
-            "noise": draw.standard_normal((1, 5, 7), dtype=np.float32),
-        },
+        inputs=GraphInputs(
+            image=draw.integers(0, 256, (1, 28, 28, 3), dtype=np.uint8),
+            input_ids=draw.integers(1, 64, (1, 9)),
+            text_length=np.array([7]),
+            noise=draw.standard_normal((1, 5, 7), dtype=np.float32),
+        ),
         outputs={
             "samples": draw.standard_normal((1, 5, 7), dtype=np.float32),
             "projected": np.asfortranarray(draw.standard_normal((1, 4, 8), dtype=np.float32)),
@@ -76,6 +77,10 @@ def make_case() -> RecordedCase:
     )
 
 
+def arrays_of(case: RecordedCase, kind: str) -> Mapping[str, NDArray[Any]]:
+    return case.inputs.by_name if kind == "inputs" else getattr(case, kind)
+
+
 def test_cases_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     cases = [make_case(), make_case()]
     write_cases(cases, tmp_path / "cases.npz")
@@ -83,8 +88,7 @@ def test_cases_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert len(found) == 2
     for read, written in zip(found, cases, strict=True):
         for kind in ("inputs", "outputs", "stages"):
-            expected: Mapping[str, NDArray[Any]] = getattr(written, kind)
-            arrays: Mapping[str, NDArray[Any]] = getattr(read, kind)
+            expected, arrays = arrays_of(written, kind), arrays_of(read, kind)
             assert arrays.keys() == expected.keys()
             for name, array in arrays.items():
                 assert array.dtype == expected[name].dtype
@@ -103,24 +107,28 @@ def test_a_probe_spreads_over_the_text_rows() -> None:
     assert np.array_equal(probe("cognition", value, 9), value.reshape(-1)[::3])
 
 
-def put(kind: str, name: str, array: NDArray[Any]) -> Callable[[RecordedCase], RecordedCase]:
-    return lambda case: replace(case, **{kind: {**getattr(case, kind), name: array}})
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+"""Arrays in a file of one case, by key."""
 
 
-def drop(kind: str, name: str) -> Callable[[RecordedCase], RecordedCase]:
-    return lambda case: replace(case, **{kind: {key: a for key, a in getattr(case, kind).items() if key != name}})
+def put(kind: str, name: str, array: NDArray[Any]) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: {**arrays, f"0/{kind}/{name}": array}
+
+
+def drop(prefix: str) -> Callable[[Arrays], Arrays]:
+    return lambda arrays: {key: array for key, array in arrays.items() if not key.startswith(f"0/{prefix}")}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            drop("inputs", "noise"),
+            drop("inputs/noise"),
             r"case 0 has the inputs \['image', 'input_ids', 'text_length'\]: expected",
         ),
-        (drop("outputs", "samples"), r"case 0 has the outputs \['projected'\]: expected samples float32"),
-        (drop("stages", "layers.2"), r"case 0 lacks layers\.2, so it would not prove every stage"),
-        (lambda case: replace(case, stages={}), "case 0 lacks cognition, denoising.0, layers.0, layers.2, patches"),
+        (drop("outputs/samples"), r"case 0 has the outputs \['projected'\]: expected samples float32"),
+        (drop("stages/layers.2"), r"case 0 lacks layers\.2, so it would not prove every stage"),
+        (drop("stages"), "case 0 lacks cognition, denoising.0, layers.0, layers.2, patches"),
         (put("inputs", "depth", np.zeros(3, np.float32)), "case 0 has the inputs"),
         (
             put("inputs", "noise", np.zeros((1, 5, 7))),
@@ -151,9 +159,12 @@ def drop(kind: str, name: str) -> Callable[[RecordedCase], RecordedCase]:
     ],
 )
 def test_a_case_of_another_form_or_range_is_refused(
-    change: Callable[[RecordedCase], RecordedCase], message: str, tmp_path: Path
+    change: Callable[[Arrays], Arrays], message: str, tmp_path: Path
 ) -> None:
-    write_cases([change(make_case())], tmp_path / "cases.npz")
+    write_cases([make_case()], tmp_path / "cases.npz")
+    with np.load(tmp_path / "cases.npz") as archive:
+        arrays = dict(archive)
+    np.savez_compressed(tmp_path / "cases.npz", allow_pickle=False, **change(arrays))
     with pytest.raises(ArtifactError, match=f"recorded cases .*{message}.*compile the policy again"):
         read_cases(tmp_path / "cases.npz", MANIFEST)
 

@@ -10,11 +10,15 @@ from numpy.typing import NDArray
 from evla_compile.artifact.cases import RecordedCase
 from evla_compile.artifact.replay import replay, stage_errors
 from evla_compile.errors import VerificationError
+from evla_compile.host.inputs import GraphInputs, InputSignature
 
 SAMPLES = np.linspace(-2, 2, 35, dtype=np.float32).reshape(1, 5, 7)
 COGNITION = np.linspace(1, 4, 8, dtype=np.float32)
 KEPT = np.array([[1, 5, 7, 9]])
-CASE = RecordedCase(inputs={}, outputs={"samples": SAMPLES, "kept_patches": KEPT}, stages={"cognition": COGNITION})
+INPUTS = GraphInputs.blank(
+    InputSignature(batch_size=1, image_side=14, text_tokens=9, chunk=5, action_width=7, vocabulary=9)
+)
+CASE = RecordedCase(inputs=INPUTS, outputs={"samples": SAMPLES, "kept_patches": KEPT}, stages={"cognition": COGNITION})
 FOUND: Mapping[str, NDArray[Any]] = {"samples": SAMPLES, "kept_patches": KEPT, "cognition": COGNITION[None]}
 
 
@@ -28,7 +32,7 @@ def test_what_is_equal_has_no_error() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_worst_case_counts(order: int) -> None:
-    near, far = (RecordedCase(inputs={}, outputs={"samples": SAMPLES * factor}) for factor in (1.001, 1.004))
+    near, far = (RecordedCase(inputs=INPUTS, outputs={"samples": SAMPLES * factor}) for factor in (1.001, 1.004))
     errors = compare(FOUND, [near, far][::order])
     assert errors == {"samples": pytest.approx(0.004 / 1.004, rel=1e-3)}
 
@@ -48,8 +52,8 @@ def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(VerificationError, match="this policy: nothing was compared"):
         compare(FOUND, [])
     with pytest.raises(VerificationError, match="this policy: nothing was compared"):
-        compare(FOUND, [RecordedCase(inputs={}, outputs={})])
-    empty = RecordedCase(inputs={}, outputs={"samples": SAMPLES[:0]})
+        compare(FOUND, [RecordedCase(inputs=INPUTS, outputs={})])
+    empty = RecordedCase(inputs=INPUTS, outputs={"samples": SAMPLES[:0]})
     with pytest.raises(VerificationError, match="samples cannot be compared: the reference has no values"):
         compare({"samples": SAMPLES[:0]}, [empty])
 

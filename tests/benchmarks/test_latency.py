@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.latency import backends, compare, timing
 from benchmarks.latency import variants as latency_variants
-from benchmarks.latency.backends import Backend, Sampler, check_backends, draw_inputs, make_sampler
+from benchmarks.latency.backends import Backend, TimedCall, check_backends, draw_inputs, make_sampler
 from benchmarks.latency.components import Cost, bound_seconds, costs_of, upstream_costs
 from benchmarks.latency.policies import PolicyMaker, PreparedRow, random_weight
 from benchmarks.latency.report import COLUMNS, Entry, to_markdown
@@ -25,6 +25,7 @@ from evla_compile.estimate.devices import DEVICES, Device
 from evla_compile.estimate.estimates import quick_estimates
 from evla_compile.graph.contract import weights
 from evla_compile.graph.flops import Component, graph_flops
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
@@ -56,10 +57,10 @@ def dense(maker: PolicyMaker, rows: dict[str, Row]) -> PreparedRow:
 
 
 @pytest.fixture(scope="module")
-def sampler_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sampler]:
+def sampler_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TimedCall]:
     folder = tmp_path_factory.mktemp("samplers")
 
-    def make(prepared: PreparedRow, backend: Backend = "eager", device: torch.device = CPU) -> Sampler:
+    def make(prepared: PreparedRow, backend: Backend = "eager", device: torch.device = CPU) -> TimedCall:
         return make_sampler(backend, prepared, device=device, compile_mode="default", threads=1, folder=folder)
 
     return make
@@ -234,7 +235,7 @@ def test_mid_size_has_the_shares_of_cogact_base() -> None:
 
 
 def test_modules_one_after_the_other_are_the_graph(
-    maker: PolicyMaker, rows: dict[str, Row], sampler_of: Callable[..., Sampler]
+    maker: PolicyMaker, rows: dict[str, Row], sampler_of: Callable[..., TimedCall]
 ) -> None:
     prepared = maker.make(rows["ex7"])
     assert not isinstance(prepared.policy, torch.nn.Module)
@@ -309,7 +310,7 @@ def test_weights_of_a_checkpoint_are_used(maker: PolicyMaker, sizes: ModelSizes,
 
 
 def test_upstream_and_the_dense_row_compute_the_same_policy(
-    maker: PolicyMaker, dense: PreparedRow, rows: dict[str, Row], sampler_of: Callable[..., Sampler]
+    maker: PolicyMaker, dense: PreparedRow, rows: dict[str, Row], sampler_of: Callable[..., TimedCall]
 ) -> None:
     inputs, stopwatch = draw_inputs(maker.sizes, 5), Stopwatch(CPU)
     upstream = sampler_of(maker.make(rows["upstream-float32"]))
@@ -321,7 +322,7 @@ def test_upstream_and_the_dense_row_compute_the_same_policy(
 
 
 def test_upstream_runs_eagerly_alone(
-    maker: PolicyMaker, rows: dict[str, Row], sampler_of: Callable[..., Sampler], tmp_path: Path
+    maker: PolicyMaker, rows: dict[str, Row], sampler_of: Callable[..., TimedCall], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="upstream-float32 on onnx-cpu"):
         sampler_of(maker.make(rows["upstream-float32"]), "onnx-cpu")
@@ -337,10 +338,10 @@ def test_a_backend_that_returns_something_else_is_refused(
 ) -> None:
     remembered: list[NDArray[np.float32]] = []
 
-    def wrong(backend: Backend, prepared: PreparedRow, **settings: Any) -> Sampler:
+    def wrong(backend: Backend, prepared: PreparedRow, **settings: Any) -> TimedCall:
         right = make_sampler("eager", prepared, **settings)
 
-        def sample(inputs: backends.Inputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
+        def sample(inputs: GraphInputs, stopwatch: Stopwatch) -> NDArray[np.float32]:
             found = right(inputs, stopwatch)
             if backend == "eager":
                 return found

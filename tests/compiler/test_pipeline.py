@@ -24,7 +24,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import get_tensor
 from evla_compile.graph.sites import module_path
 from evla_compile.host.frames import Frame
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import InputSignature, draw_noise
 from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.settings.budgets import resolve
 from evla_compile.settings.config import PRESETS, CompileConfig
@@ -100,7 +100,8 @@ def test_the_deviation_is_that_of_the_worst_frame(factors: tuple[float, ...], sm
         factor = left.pop(0)
         return {"cognition": factor * cognition.numpy(), "samples": factor * samples.numpy()}
 
-    compiled: Any = SimpleNamespace(config=config, noise_shape=(1, 5, 7), outputs=outputs)
+    signature = InputSignature.of(small_policy.sizes, batch_size=1, text_tokens=26)
+    compiled: Any = SimpleNamespace(config=config, signature=signature, outputs=outputs)
     frames = [Frame(Image.new("RGB", (4, 4), (shade, 0, 0)), "pick") for shade in (0, 100, 200)]
     found = {each.stage: each for each in measure_deviations(small_policy, compiled, frames)}
     assert list(found) == ["cognition", "samples", "actions"]

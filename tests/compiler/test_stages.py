@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.exporters.stage_run import StageRun
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.sites import module_path
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.runtime import RuntimePolicy
 from evla_compile.settings import tolerances
@@ -170,7 +170,7 @@ def test_a_lowered_export_is_held_to_what_verify_computes(
     """ONNX Runtime rounds otherwise than torch, so that one may be within the tolerance and the other beyond it."""
     original = StageRun.run
 
-    def beyond_it(graphs: StageRun, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def beyond_it(graphs: StageRun, inputs: GraphInputs) -> dict[str, NDArray[Any]]:
         values = original(graphs, inputs)
         return values | {"samples": values["samples"] + 1}
 
@@ -233,5 +233,5 @@ def test_a_chain_of_parts_verifies_and_runs_like_the_whole(
     ]
     if precision == "float32":
         (case, *_) = read_cases(tmp_path / "policy" / "cases.npz", manifest)
-        samples = evla.runtime.load(tmp_path / "policy", threads=1).sample(**case.inputs)
+        samples = evla.runtime.load(tmp_path / "policy", threads=1).sample(*case.inputs.arrays)
         assert relative_error(samples, case.outputs["samples"]) < 1e-5

@@ -13,7 +13,6 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from torch import Tensor, fx
@@ -25,9 +24,7 @@ from evla_compile.exporters import onnx_weights
 from evla_compile.exporters.onnx_weights import save
 from evla_compile.exporters.to_onnx import to_model, to_onnx
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.sites import INPUT_NAMES
-from evla_compile.host.inputs import prepare
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import GraphInputs, InputSignature
 from evla_compile.runtime import RuntimePolicy
 from evla_compile.scratch import scratch
 from evla_compile.settings.config import CompileConfig
@@ -37,8 +34,6 @@ INSTRUCTIONS = ("open the top drawer", "move sponge near apple", "move blue plas
 PATCH_SETS = {"key": "key_patches", "task": "task_patches", "diverse": "diverse_patches", "keep": "kept_patches"}
 SELECTION = tuple(PATCH_SETS.values())
 DENSE_STAGES = ("patches", "projected", "cognition")
-
-Inputs: TypeAlias = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
 
 
 class Exported(NamedTuple):
@@ -141,8 +136,8 @@ def test_dense_export_equals_the_dense_policy(
 ) -> None:
     _, runtime, _ = export(CompileConfig.dense(batch_size=batch), *(DENSE_STAGES if batch == 1 else ()))
     for inputs in observations(tiny_policy, (frame, other_frame), batch):
-        expected = tiny_policy.sample(*(torch.from_numpy(array) for array in inputs)).numpy()
-        check("samples", runtime.sample(*inputs), expected, tolerance=TOLERANCES.lowered)
+        expected = tiny_policy.sample(*map(torch.from_numpy, inputs.arrays)).numpy()
+        check("samples", runtime.sample(*inputs.arrays), expected, tolerance=TOLERANCES.lowered)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -157,16 +152,16 @@ def test_compiled_export_equals_the_compiled_graph(
     stages = ("cognition", *SELECTION) if batch == 1 else ()
     compiled, runtime, _ = export(efficient_config(golden["efficient"][5], batch_size=batch), *stages)
     for inputs in observations(tiny_policy, (frame, other_frame), batch):
-        check("samples", runtime.sample(*inputs), compiled.sample(*inputs), tolerance=TOLERANCES.lowered)
+        check("samples", runtime.sample(*inputs.arrays), compiled.sample(*inputs.arrays), tolerance=TOLERANCES.lowered)
 
 
-def observations(policy: CogACT, frames: tuple[Image.Image, Image.Image], batch: int) -> Iterator[Inputs]:
+def observations(policy: CogACT, frames: tuple[Image.Image, Image.Image], batch: int) -> Iterator[GraphInputs]:
     """Yield two frames with three instructions each; further rows of a batch hold other observations."""
     pairs = list(product(frames, INSTRUCTIONS))
     for number, first in enumerate(pairs):
         images, texts = zip(*[first, pairs[number - 2]][:batch], strict=True)
-        inputs = prepare(policy.processor, images, texts, text_tokens=32, batch_size=batch)
-        yield inputs.image, inputs.input_ids, inputs.text_length, draw_noise((batch, 16, 7), number)
+        signature = InputSignature.of(policy.sizes, batch_size=batch, text_tokens=32)
+        yield GraphInputs.prepare(policy.processor, images, texts, signature, seed=number)
 
 
 def test_deleted_layers_are_gone_from_the_file(tiny_policy: CogACT, export: Export, golden: dict[str, Any]) -> None:
@@ -220,8 +215,8 @@ def test_openvino_runs_the_export(
     # CPUs with 16-bit units are given 16-bit products unless told otherwise.
     consumer = openvino.Core().compile_model(folder / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for inputs in observations(tiny_policy, (frame, other_frame), 1):
-        found = consumer(dict(zip(INPUT_NAMES, inputs, strict=True)))["samples"]
-        check("samples", found, compiled.sample(*inputs), tolerance=TOLERANCES.second_consumer)
+        found = consumer(inputs.by_name)["samples"]
+        check("samples", found, compiled.sample(*inputs.arrays), tolerance=TOLERANCES.second_consumer)
 
 
 def test_export_carries_no_local_path_and_names_modules(export: Export) -> None:
@@ -249,8 +244,8 @@ def test_large_weights_go_to_external_data(
     assert (tmp_path / "model.onnx").stat().st_size < 3_000_000
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     inputs = next(observations(tiny_policy, (frame, frame), 1))
-    (found,) = session.run(["samples"], dict(zip(INPUT_NAMES, inputs, strict=True)))
-    check("samples", found, compiled.sample(*inputs), tolerance=TOLERANCES.lowered)
+    (found,) = session.run(["samples"], inputs.by_name)
+    check("samples", found, compiled.sample(*inputs.arrays), tolerance=TOLERANCES.lowered)
 
 
 def test_weights_are_read_only_when_they_are_written(

@@ -19,8 +19,8 @@ from evla_compile.exporters import to_pt2
 from evla_compile.exporters.artifact import record_cases
 from evla_compile.exporters.to_pt2 import DESCRIPTION
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.sites import INPUT_NAMES
 from evla_compile.settings import tolerances
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.tolerances import relative_error
@@ -60,7 +60,7 @@ def test_an_exported_program_is_read_back(
     assert torch.equal(found, samples(compiled, small_inputs))
     about = json.loads(extra[DESCRIPTION])
     assert CompileConfig.from_json(about["config"]) == CONFIG
-    assert about["inputs"] == list(INPUT_NAMES)
+    assert about["inputs"] == list(COGACT.input_names)
     assert about["outputs"] == ["samples"]
     compiled.export(tmp_path / "policy.pt2")  # over one of ours
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt2"]
@@ -75,7 +75,7 @@ def test_stages_and_precision_reach_the_file(
     policy = evla.compile(tiny_policy, config)
     policy.export(tmp_path / "policy.pt2", stages=("kept_patches",), precision="bfloat16")
     program = torch.export.load(tmp_path / "policy.pt2")
-    inputs = [torch.from_numpy(array) for array in record_cases(policy, ("samples",))[0].inputs.values()]
+    inputs = [torch.from_numpy(array) for array in record_cases(policy, ("samples",))[0].inputs.arrays]
     with torch.no_grad():
         found, kept = program.module()(*inputs)
     assert kept.shape == (1, 40)

@@ -13,7 +13,8 @@ from evla_compile.errors import ExportError
 from evla_compile.exporters.split import Piece, split
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import measure, weights
-from evla_compile.graph.sites import INPUT_NAMES, verified_stages
+from evla_compile.graph.sites import verified_stages
+from evla_compile.settings.anatomy import COGACT
 
 CONFIG = evla.CompileConfig(
     keep_layers=(0, 1, 3), mlp_keep=1.0, visual_tokens=7, key_tokens=2, cache_interval=2, ddim_steps=5, text_tokens=9,
@@ -33,7 +34,7 @@ def graph(compiled: CompiledPolicy) -> fx.GraphModule:
 
 
 def run(pieces: Sequence[Piece], inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    values = dict(zip(INPUT_NAMES, inputs, strict=True))
+    values = dict(zip(COGACT.input_names, inputs, strict=True))
     with torch.no_grad():
         for piece in pieces:
             results = piece.graph(*(values[name] for name in piece.inputs))

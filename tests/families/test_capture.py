@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from evla_compile.families.cogact.capture import capture, example_inputs
+from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.capture import TIMESTEP
 from evla_compile.graph.contract import weights
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DECODER_LAYERS,
-    INPUT_NAMES,
     decoder_layers,
     indexed_modules,
     is_call,
     nodes_under,
     stage_node,
 )
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def _action_tokens(gm: fx.GraphModule) -> fx.Node:
 
 def test_inputs_are_named_and_typed_as_documented(small_graph: fx.GraphModule) -> None:
     inputs = {n.target: n.meta["val"] for n in small_graph.graph.find_nodes(op="placeholder")}
-    assert tuple(inputs) == (*INPUT_NAMES, TIMESTEP)
+    assert tuple(inputs) == (*COGACT.input_names, TIMESTEP)
     assert [value.dtype for value in inputs.values()] == [
         torch.uint8,
         torch.int64,
@@ -136,9 +136,10 @@ def test_a_bfloat16_policy_is_captured_as_it_runs(
     assert all(n.meta["val"].dtype == torch.float32 for n in angles)
 
 
-def test_example_inputs_have_the_shapes_of_the_policy_and_settings(
-    small_policy: CogACT, small_config: CompileConfig, small_inputs: Inputs
+def test_captured_inputs_have_the_shapes_of_the_policy_and_settings(
+    small_graph: fx.GraphModule, small_inputs: Inputs
 ) -> None:
-    *examples, timestep = example_inputs(small_policy, small_config)
-    assert [(e.shape, e.dtype) for e in examples] == [(given.shape, given.dtype) for given in small_inputs]
+    *found, timestep = [node.meta["val"] for node in small_graph.graph.find_nodes(op="placeholder")]
+    forms = [(tuple(map(int, value.shape)), value.dtype) for value in found]
+    assert forms == [(tuple(given.shape), given.dtype) for given in small_inputs]
     assert timestep.shape == (1,)

@@ -21,7 +21,6 @@ from evla_compile.graph.flops import flops_by_component
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DENOISING,
-    INPUT_NAMES,
     decoder_layers,
     indexed_modules,
     is_call,
@@ -29,6 +28,7 @@ from evla_compile.graph.sites import (
     nodes_under,
 )
 from evla_compile.passes import CacheFeatures, PruneLayers, PruneMLP, SelectTokens, UnrollDiffusion
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import ModelSizes, PublishedName, published_sizes
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
@@ -223,7 +223,7 @@ def test_the_graph_equals_the_policy_at_every_text_length(
 
 def test_the_graph_has_the_inputs_of_a_finished_one(small_upstream_graph: fx.GraphModule) -> None:
     inputs = {node.target: node.meta["val"] for node in small_upstream_graph.graph.find_nodes(op="placeholder")}
-    assert tuple(inputs) == INPUT_NAMES
+    assert tuple(inputs) == COGACT.input_names
     assert [value.dtype for value in inputs.values()] == [torch.uint8, torch.int64, torch.int64, torch.float32]
     assert inputs["text_length"].shape == (2,)
     assert [

@@ -220,7 +220,7 @@ def compiled(policy: CogACT, plan: evla.Plan, frames: list[evla.Frame]) -> evla.
 @pytest.fixture(scope="module")
 def arrays(compiled: evla.CompiledPolicy, frames: list[evla.Frame]) -> list[NDArray[Any]]:
     """Inputs of the policy's graph."""
-    return list(record_cases(compiled, ("samples",))[0].inputs.values())
+    return list(record_cases(compiled, ("samples",))[0].inputs.arrays)
 
 
 def described(gm: fx.GraphModule) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 
 from evla_compile.host.camera_frame import fit
 from evla_compile.host.image_file import read_image
-from evla_compile.host.inputs import action_noise, observations, prepare
+from evla_compile.host.inputs import GraphInputs, InputSignature, action_noise, draw_noise, observations
 from evla_compile.host.predictor import predict_action
-from evla_compile.host.processor import Processor, draw_noise, read_statistics
+from evla_compile.host.processor import Processor, read_statistics
+from evla_compile.settings.anatomy import COGACT
 
 SIDE, TEXT, CHUNK, WIDTH, PAD = 28, 20, 16, 7, 3
 UNNORM_KEY = "bridge_orig"
@@ -31,17 +33,21 @@ class Backend:
 
     def __init__(self, shift: float = 0.25) -> None:
         self.shift = np.float32(shift)
-        self.calls: list[tuple[NDArray[Any], ...]] = []
+        self.calls: list[GraphInputs] = []
 
-    def __call__(
-        self,
-        image: NDArray[np.uint8],
-        input_ids: NDArray[np.int64],
-        text_length: NDArray[np.int64],
-        noise: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
-        self.calls.append((image, input_ids, text_length, noise))
-        return noise + self.shift
+    def __call__(self, inputs: GraphInputs) -> NDArray[np.float32]:
+        self.calls.append(inputs)
+        return inputs.noise + self.shift
+
+
+def signature(batch_size: int = 1) -> InputSignature:
+    return InputSignature(
+        batch_size=batch_size, image_side=SIDE, text_tokens=TEXT, chunk=CHUNK, action_width=WIDTH, vocabulary=32000
+    )
+
+
+def prepare(processor: Processor, image: Any, instruction: Any, batch_size: int = 1, **noise: Any) -> GraphInputs:
+    return GraphInputs.prepare(processor, image, instruction, signature(batch_size), **noise)
 
 
 def frame(value: int) -> NDArray[np.uint8]:
@@ -49,13 +55,13 @@ def frame(value: int) -> NDArray[np.uint8]:
 
 
 def predict(backend: Backend, processor: Processor, image: Any, instruction: Any, **settings: Any) -> NDArray[Any]:
-    defaults: dict[str, Any] = {"unnorm_key": UNNORM_KEY, "noise": None, "seed": None, "batch_size": 1}
-    shape = {"text_tokens": TEXT, "chunk": CHUNK, "width": WIDTH}
-    return predict_action(backend, processor, image, instruction, **(defaults | shape | settings))
+    defaults: dict[str, Any] = {"unnorm_key": UNNORM_KEY, "noise": None, "seed": None}
+    form = signature(settings.pop("batch_size", 1))
+    return predict_action(backend, processor, image, instruction, form, **(defaults | settings))
 
 
 def test_one_frame_and_one_instruction_become_a_batch_of_one(processor: Processor) -> None:
-    inputs = prepare(processor, frame(9), "pick coke can", text_tokens=TEXT, batch_size=1)
+    inputs = prepare(processor, frame(9), "pick coke can", batch_size=1)
     ids = processor.prompt_ids("pick coke can")
     assert np.array_equal(inputs.image, np.full((1, SIDE, SIDE, 3), 9))
     assert inputs.input_ids.tolist() == [ids + [PAD] * (TEXT - len(ids))]
@@ -67,8 +73,44 @@ def test_one_frame_and_one_instruction_become_a_batch_of_one(processor: Processo
     ]
 
 
+def test_inputs_have_the_forms_of_the_signature_in_the_order_of_the_graph(processor: Processor) -> None:
+    inputs = prepare(processor, [frame(1), frame(2)], ["a", "b"], batch_size=2)
+    assert COGACT.input_names == tuple(field.name for field in fields(GraphInputs))
+    assert list(inputs.by_name) == ["image", "input_ids", "text_length", "noise"]
+    for form, array, given in zip(COGACT.inputs, inputs.arrays, inputs.by_name.values(), strict=True):
+        assert given is array
+        assert (array.dtype, array.shape) == (form.dtype, signature(2).shapes[form.name])
+    assert [array.shape for array in inputs.arrays] == [(2, SIDE, SIDE, 3), (2, TEXT), (2,), (2, CHUNK, WIDTH)]
+    inputs.check(signature(2))
+
+
+def test_blank_inputs_have_the_form_and_the_shortest_text() -> None:
+    inputs = GraphInputs.blank(signature(2))
+    inputs.check(signature(2))
+    assert inputs.text_length.tolist() == [2, 2]
+    assert not any(array.any() for array in (inputs.image, inputs.input_ids, inputs.noise))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image": np.zeros((2, SIDE, SIDE), np.uint8)}, r"image is uint8\[2, 28, 28\]: .*uint8\[2, 28, 28, 3\]"),
+        ({"input_ids": np.zeros((2, TEXT), np.int32)}, r"input_ids is int32\[2, 20\]: expected .*int64\[2, 20\]"),
+        ({"noise": [0.0]}, r"noise is list: expected a numpy array float32\[2, 16, 7\]"),
+        ({"input_ids": np.full((2, TEXT), 32000)}, "input_ids has ids from 32000 to 32000: expected from 0 to 31999"),
+        ({"input_ids": np.full((2, TEXT), -1)}, "input_ids has ids from -1 to -1: expected from 0 to 31999"),
+        ({"text_length": np.array([2, 1])}, r"text_length=\[2, 1\]: expected from 2 to 20"),
+        ({"text_length": np.array([21, 20])}, r"text_length=\[21, 20\]: expected from 2 to 20"),
+    ],
+)
+def test_inputs_that_a_graph_does_not_take_are_refused(changed: dict[str, Any], message: str) -> None:
+    inputs = replace(GraphInputs.blank(signature(2)), **changed)
+    with pytest.raises(ValueError, match=message):
+        inputs.check(signature(2))
+
+
 def test_rows_of_a_batch_keep_their_order(processor: Processor) -> None:
-    inputs = prepare(processor, [frame(1), frame(2)], ["open drawer", "pick it up"], text_tokens=TEXT, batch_size=2)
+    inputs = prepare(processor, [frame(1), frame(2)], ["open drawer", "pick it up"], batch_size=2)
     assert inputs.image[:, 0, 0, 0].tolist() == [1, 2]
     rows = zip(inputs.input_ids, inputs.text_length, strict=True)
     prompts = [processor.prompt_ids(text) for text in ("open drawer", "pick it up")]
@@ -107,18 +149,18 @@ def test_other_numbers_or_kinds_of_frames_and_instructions_are_refused(
     processor: Processor, image: Any, instruction: Any, batch_size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(processor, image, instruction, text_tokens=TEXT, batch_size=batch_size)
+        prepare(processor, image, instruction, batch_size=batch_size)
 
 
 @pytest.mark.parametrize(("seed", "drawn"), [(None, 0), (0, 0), (7, 7), (np.int64(7), 7), (np.uint8(7), 7)])
 def test_noise_is_drawn_from_the_seed_which_is_0_by_default(seed: int | None, drawn: int) -> None:
-    noise = action_noise(None, seed, batch_size=2, chunk=CHUNK, width=WIDTH)
+    noise = action_noise(None, seed, (2, CHUNK, WIDTH))
     assert noise.dtype == np.float32
     assert np.array_equal(noise, draw_noise((2, CHUNK, WIDTH), drawn))
 
 
 def test_different_seeds_give_different_noise() -> None:
-    first, second = (action_noise(None, seed, batch_size=1, chunk=CHUNK, width=WIDTH) for seed in (1, 2))
+    first, second = (action_noise(None, seed, (1, CHUNK, WIDTH)) for seed in (1, 2))
     assert not np.array_equal(first, second)
 
 
@@ -126,7 +168,7 @@ def test_different_seeds_give_different_noise() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_given_noise_is_used_as_it_is(shape: tuple[int, ...], dtype: type[np.floating[Any]]) -> None:
     given = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    noise = action_noise(given, None, batch_size=1, chunk=CHUNK, width=WIDTH)
+    noise = action_noise(given, None, (1, CHUNK, WIDTH))
     assert noise.dtype == np.float32
     assert np.array_equal(noise, given.astype(np.float32).reshape(1, CHUNK, WIDTH))
 
@@ -154,18 +196,18 @@ def test_given_noise_is_used_as_it_is(shape: tuple[int, ...], dtype: type[np.flo
 )
 def test_unusable_noise_or_seed_is_refused(noise: Any, seed: Any, batch_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        action_noise(noise, seed, batch_size=batch_size, chunk=CHUNK, width=WIDTH)
+        action_noise(noise, seed, (batch_size, CHUNK, WIDTH))
 
 
 def test_the_backend_gets_what_was_prepared_and_its_samples_become_actions(processor: Processor) -> None:
     backend = Backend()
     actions = predict(backend, processor, frame(5), "open drawer", seed=3)
-    inputs = prepare(processor, frame(5), "open drawer", text_tokens=TEXT, batch_size=1)
-    noise = draw_noise((1, CHUNK, WIDTH), 3)
-    expected: list[NDArray[Any]] = [inputs.image, inputs.input_ids, inputs.text_length, noise]
+    expected = prepare(processor, frame(5), "open drawer", seed=3)
+    assert np.array_equal(expected.noise, draw_noise((1, CHUNK, WIDTH), 3))
     (given,) = backend.calls
-    assert all(np.array_equal(*pair) for pair in zip(given, expected, strict=True))
-    assert np.array_equal(actions, processor.actions(noise[0] + backend.shift, UNNORM_KEY))
+    for array, wanted in zip(given.arrays, expected.arrays, strict=True):
+        np.testing.assert_array_equal(array, wanted)
+    assert np.array_equal(actions, processor.actions(expected.noise[0] + backend.shift, UNNORM_KEY))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +229,7 @@ def test_a_single_frame_gives_a_chunk_and_a_sequence_gives_a_batch(
 
 def test_an_array_of_frames_is_a_batch_of_them(processor: Processor) -> None:
     frames = [frame(1), frame(2)]
-    listed, stacked = (
-        prepare(processor, images, ["a", "b"], text_tokens=TEXT, batch_size=2) for images in (frames, np.stack(frames))
-    )
+    listed, stacked = (prepare(processor, images, ["a", "b"], batch_size=2) for images in (frames, np.stack(frames)))
     assert stacked.image[:, 0, 0, 0].tolist() == [1, 2]
     np.testing.assert_array_equal(stacked.image, listed.image, strict=True)
 
@@ -210,7 +250,7 @@ def test_the_framing_reaches_the_pixels(processor: Processor) -> None:
     backend, noisy = Backend(), np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     for settings in ({}, {"framing": "whole"}, {"framing": "deploy"}):
         predict(backend, processor, noisy, "a", **settings)
-    default, whole, deployed = (call[0][0] for call in backend.calls)
+    default, whole, deployed = (call.image[0] for call in backend.calls)
     np.testing.assert_array_equal(default, fit(noisy, SIDE))
     np.testing.assert_array_equal(whole, default)
     np.testing.assert_array_equal(deployed, fit(noisy, SIDE, "deploy"))

@@ -15,11 +15,12 @@ from evla_compile.exporters import artifact
 from evla_compile.exporters.artifact import ExportSettings
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.camera_frame import fit
+from evla_compile.host.inputs import GraphInputs
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 
 KEY = "bridge_orig"
-Calls = list[tuple[tuple[NDArray[Any], ...], dict[str, Any]]]
+Calls = list[tuple[GraphInputs, dict[str, Any]]]
 
 
 @pytest.fixture
@@ -27,18 +28,18 @@ def calls(tiny_policy: CogACT, monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What the torch policy's networks are given; their samples are the noise."""
     given: Calls = []
 
-    def sample(*arrays: NDArray[Any], **settings: Any) -> NDArray[Any]:
-        given.append((arrays, settings))
-        return arrays[3]
+    def sample(inputs: GraphInputs, **settings: Any) -> NDArray[Any]:
+        given.append((inputs, settings))
+        return inputs.noise
 
-    monkeypatch.setattr(tiny_policy, "_sample_arrays", sample)
+    monkeypatch.setattr(tiny_policy, "_sample_inputs", sample)
     return given
 
 
 def test_the_framing_reaches_the_torch_policy(tiny_policy: CogACT, calls: Calls, frame: Image.Image) -> None:
     for settings in ({}, {"framing": "deploy"}):
         tiny_policy.predict_action(frame, "go", KEY, **settings)  # type: ignore[arg-type]  # settings differ in type
-    whole, deployed = (arrays[0][0] for arrays, _ in calls)
+    whole, deployed = (inputs.image[0] for inputs, _ in calls)
     np.testing.assert_array_equal(whole, fit(frame, 224))
     np.testing.assert_array_equal(deployed, fit(frame, 224, "deploy"))
 
@@ -48,8 +49,8 @@ def test_numpy_numbers_reach_the_torch_policy_as_plain_ones(
 ) -> None:
     numbers: Any = {"ddim_steps": np.int64(5), "cfg_scale": np.float32(1.5), "text_tokens": np.uint8(40)}
     tiny_policy.predict_action(frame, "go", KEY, seed=np.int32(3), **numbers)  # type: ignore[arg-type]  # numpy's, on purpose
-    ((arrays, settings),) = calls
-    assert arrays[1].shape == (1, 40)
+    ((inputs, settings),) = calls
+    assert inputs.input_ids.shape == (1, 40)
     assert settings == {"ddim_steps": 5, "cfg_scale": 1.5}
     assert [type(value) for value in settings.values()] == [int, float]
 
@@ -88,9 +89,9 @@ def test_the_torch_policy_takes_a_batch_as_a_list_or_an_array(
 ) -> None:
     images = stack([np.asarray(frame), np.asarray(frame)[::-1]])
     actions = tiny_policy.predict_action(images, ["go", "stop"], KEY)
-    ((arrays, _),) = calls
+    ((inputs, _),) = calls
     assert actions.shape == (2, 16, 7)
-    np.testing.assert_array_equal(arrays[0][1], fit(np.asarray(frame)[::-1], 224))
+    np.testing.assert_array_equal(inputs.image[1], fit(np.asarray(frame)[::-1], 224))
 
 
 def test_a_single_stage_is_not_a_sequence_of_letters(monkeypatch: pytest.MonkeyPatch) -> None:

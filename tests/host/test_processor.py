@@ -14,7 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from evla_compile.errors import CheckpointError
-from evla_compile.host.processor import ActionStatistics, Processor, draw_noise, read_statistics
+from evla_compile.host.inputs import draw_noise
+from evla_compile.host.processor import ActionStatistics, Processor, read_statistics
 
 COKE_IDS = [1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 5839, 1302, 446, 508, 29973, 13, 3744, 29901, 29871]
 COKE_IDS += [2]

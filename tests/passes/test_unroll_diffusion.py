@@ -12,8 +12,9 @@ from evla_compile.errors import PassError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.contract import copy_graph, measure, weights
-from evla_compile.graph.sites import DENOISING, INPUT_NAMES, indexed_modules, is_call
+from evla_compile.graph.sites import DENOISING, indexed_modules, is_call
 from evla_compile.passes import UnrollDiffusion
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.schedule import ddim_schedule, ddim_timesteps
 
@@ -96,7 +97,7 @@ def test_each_step_has_its_timestep_and_its_module_path(small_graph: fx.GraphMod
 
 
 def test_the_timestep_is_no_longer_an_input(small_sampler: fx.GraphModule) -> None:
-    assert tuple(n.target for n in small_sampler.graph.find_nodes(op="placeholder")) == INPUT_NAMES
+    assert tuple(n.target for n in small_sampler.graph.find_nodes(op="placeholder")) == COGACT.input_names
 
 
 def test_the_input_graph_is_untouched(

@@ -660,5 +660,5 @@ def test_a_real_engine_runs_and_equals_its_graph(tiny_policy: CogACT, tmp_path: 
     policy, again = load(target), load(target, cuda_graph=True)
     case = read_cases(tmp_path / "policy.cases.npz", read_manifest(tmp_path / "policy.manifest.json"))[0]
     for _ in range(3):
-        assert np.array_equal(policy.sample(**case.inputs), again.sample(**case.inputs))
+        assert np.array_equal(policy.sample(*case.inputs.arrays), again.sample(*case.inputs.arrays))
     assert policy.latency.summary()[0].count == 2

@@ -20,7 +20,7 @@ import evla_compile as evla
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import draw_noise
 from evla_compile.runtime import RuntimePolicy, load
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import stand_in_plan

@@ -29,7 +29,8 @@ from evla_compile.artifact.records import FileRecord, Part, TensorSpec
 from evla_compile.cli.next_steps import batch_example
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.host.camera_frame import Framing
-from evla_compile.host.processor import ActionStatistics, Processor, draw_noise
+from evla_compile.host.inputs import draw_noise
+from evla_compile.host.processor import ActionStatistics, Processor
 from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session, onnx_versions
 from evla_compile.runtime.providers import PROVIDERS
 from evla_compile.runtime.widening import read_widened

@@ -18,10 +18,10 @@ import evla_compile as evla
 from evla_compile.errors import CalibrationError, PassError, UnsupportedModelError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import materialize
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.policy_call import enter_policy, leave_policy, replace_policy_call
 from evla_compile.graph.sites import DENOISING, indexed_modules
-from evla_compile.host.inputs import prepare
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import GraphInputs, InputSignature
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -63,16 +63,10 @@ def plan(tiny_policy: CogACT, frame: Image.Image) -> Plan:
 @pytest.fixture
 def inputs(tiny_policy: CogACT, frame: Image.Image) -> Callable[..., list[Tensor]]:
     def make(number: int = 0, *, batch: int = 1, text_tokens: int = 32) -> list[Tensor]:
-        found = prepare(
-            tiny_policy.processor,
-            [frame] * batch,
-            [INSTRUCTIONS[number]] * batch,
-            text_tokens=text_tokens,
-            batch_size=batch,
-        )
-        sizes = tiny_policy.sizes.action
-        noise = draw_noise((batch, sizes.chunk, sizes.action_width), number)
-        return [torch.from_numpy(array) for array in (found.image, found.input_ids, found.text_length, noise)]
+        signature = InputSignature.of(tiny_policy.sizes, batch_size=batch, text_tokens=text_tokens)
+        images, texts = [frame] * batch, [INSTRUCTIONS[number]] * batch
+        found = GraphInputs.prepare(tiny_policy.processor, images, texts, signature, seed=number)
+        return list(to_tensors(found, torch.device("cpu")))
 
     return make
 

@@ -246,7 +246,7 @@ def test_an_input_that_onnx_runtime_refuses_is_a_verification_error(artifact: Pa
     (case, *_) = read_cases(artifact / "cases.npz", manifest)
     graphs = StageRun(manifest, artifact, (), threads=1)
     with pytest.raises(evla.VerificationError, match=r"ONNX Runtime failed on .*model\.onnx: .*idx=99999"):
-        graphs.run({**case.inputs, "input_ids": np.full((1, 32), 99_999)})
+        graphs.run(replace(case.inputs, input_ids=np.full((1, 32), 99_999)))
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"])

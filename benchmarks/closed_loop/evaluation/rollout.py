@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.closed_loop.evaluation.variants import Policy, Prepared
 from benchmarks.closed_loop.simulation.environment import SimEnvironment
 from benchmarks.closed_loop.simulation.tasks import MAX_STEPS, TASKS
-from evla_compile.host.processor import draw_noise
+from evla_compile.host.inputs import draw_noise
 from evla_compile.host.simpler import AdaptiveEnsembler
 
 ENSEMBLE_HORIZON = 7

@@ -9,7 +9,7 @@ instead, the baseline of every figure.
 from copy import deepcopy
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -18,6 +18,7 @@ from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.capture import _flat_graph, aten
 from evla_compile.graph.contract import copy_graph, fake_mode, propagate, replace_tensor
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DENOISING,
@@ -28,6 +29,8 @@ from evla_compile.graph.sites import (
     nodes_under,
 )
 from evla_compile.graph.torch_state import own_torch_state
+from evla_compile.host.inputs import GraphInputs, InputSignature
+from evla_compile.settings.anatomy import INPUT_IDS, TEXT_LENGTH
 from evla_compile.settings.config import CompileConfig
 
 
@@ -39,7 +42,7 @@ def capture(policy: CogACT, config: CompileConfig) -> fx.GraphModule:
     float32 [B,A,F], `timestep` float32 [1]; output: predicted noise float32 [B,A,F]. Of `config` only batch size, text
     budget (the symbolic size's value for FLOP counts) and guidance scale are used.
     """
-    example = example_inputs(policy, config)
+    example = (*_examples(policy, config), torch.zeros(1, device=next(policy.parameters()).device))
     text = Dim("text", min=4, max=2048)
     dynamic: tuple[dict[int, Dim] | None, ...] = ({}, {1: text}, {}, {}, {}, None)
     policy_without_weights = _without_weights(policy)
@@ -66,7 +69,7 @@ def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphM
     it, so the rewrites of the decoder and of the denoising steps apply. Operators keep the weights' own dtypes, without
     autocast. Of `config` only batch size, text budget, denoising steps and guidance scale are used.
     """
-    image, input_ids, text_length, noise, _ = example_inputs(policy, config)
+    image, input_ids, text_length, noise = _examples(policy, config)
     settings = {"ddim_steps": config.ddim_steps, "cfg_scale": config.cfg_scale}
     dynamic = {"image": {}, "input_ids": {1: Dim("text", min=4, max=2048)}, "noise": {}, **dict.fromkeys(settings)}
     with torch.no_grad():
@@ -74,24 +77,16 @@ def capture_upstream(policy: UpstreamCogACT, config: CompileConfig) -> fx.GraphM
             policy, (image, input_ids, noise), settings, dynamic_shapes=dynamic, strict=False
         )
     gm = _flat_graph(exported)
-    with gm.graph.inserting_after(input_node(gm.graph, "input_ids")), fake_mode(gm):
-        gm.graph.placeholder("text_length").meta["val"] = torch.empty_like(text_length)
+    with gm.graph.inserting_after(input_node(gm.graph, INPUT_IDS)), fake_mode(gm):
+        gm.graph.placeholder(TEXT_LENGTH).meta["val"] = torch.empty_like(text_length)
     _name_steps(gm.graph)
     return copy_graph(gm)
 
 
-def example_inputs(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tuple[torch.Tensor, ...]:
-    """Return zero-filled inputs of the shapes that `capture` records, on the policy's device."""
-    batch, sizes = config.batch_size, policy.sizes
-    device = next(policy.parameters()).device
-    side = sizes.image_side
-    return (
-        torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device),
-        torch.zeros(batch, config.text_tokens, dtype=torch.int64, device=device),
-        torch.full((batch,), config.text_tokens, dtype=torch.int64, device=device),
-        torch.zeros(batch, sizes.action.chunk, sizes.action.action_width, device=device),
-        torch.zeros(1, device=device),
-    )
+def _examples(policy: CogACT | UpstreamCogACT, config: CompileConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return inputs of the shapes that a capture records, on the policy's device."""
+    signature = InputSignature.of(policy.sizes, batch_size=config.batch_size, text_tokens=config.text_tokens)
+    return to_tensors(GraphInputs.blank(signature), next(policy.parameters()).device)
 
 
 def _without_weights(policy: CogACT) -> CogACT:

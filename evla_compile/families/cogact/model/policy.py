@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from evla_compile.families.cogact.model.action import ActionModel
 from evla_compile.families.cogact.model.language import LanguageBackbone, cognition_token
 from evla_compile.families.cogact.model.vision import VisionBackbone
+from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.policy_call import enter_policy, leave_policy
 from evla_compile.graph.torch_state import own_torch_state, traceable_torch_state
 from evla_compile.host.camera_frame import CameraFrame, Framing
-from evla_compile.host.inputs import is_batch
+from evla_compile.host.inputs import GraphInputs, InputSignature, is_batch
 from evla_compile.host.predictor import predict_action
 from evla_compile.host.processor import Processor
 from evla_compile.settings.config import (
@@ -228,35 +229,27 @@ class CogACT(_Modules):
             ValueError: an argument is refused, or the samples are not finite.
         """
         steps, scale = check_ddim_steps(ddim_steps), check_cfg_scale(cfg_scale)
+        signature = InputSignature.of(
+            self.sizes,
+            batch_size=max(1, len(image)) if is_batch(image) else 1,
+            text_tokens=check_text_tokens(text_tokens),
+        )
         return predict_action(
-            partial(self._sample_arrays, ddim_steps=steps, cfg_scale=scale),
+            partial(self._sample_inputs, ddim_steps=steps, cfg_scale=scale),
             self.processor,
             image,
             instruction,
+            signature,
             unnorm_key=unnorm_key,
             noise=noise,
             seed=seed,
-            text_tokens=check_text_tokens(text_tokens),
-            batch_size=max(1, len(image)) if is_batch(image) else 1,
-            chunk=self.sizes.action.chunk,
-            width=self.sizes.action.action_width,
             framing=framing,
         )
 
     @own_torch_state()
-    def _sample_arrays(
-        self,
-        image: NDArray[np.uint8],
-        input_ids: NDArray[np.int64],
-        text_length: NDArray[np.int64],
-        noise: NDArray[np.float32],
-        *,
-        ddim_steps: int,
-        cfg_scale: float,
-    ) -> NDArray[np.float32]:
-        device = next(self.parameters()).device
-        image_, ids, length, x = (torch.from_numpy(a).to(device) for a in (image, input_ids, text_length, noise))
-        samples = self(image_, ids, length, x, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
+    def _sample_inputs(self, inputs: GraphInputs, *, ddim_steps: int, cfg_scale: float) -> NDArray[np.float32]:
+        tensors = to_tensors(inputs, next(self.parameters()).device)
+        samples = self(*tensors, ddim_steps=ddim_steps, cfg_scale=cfg_scale)
         array: NDArray[np.float32] = samples.cpu().numpy()
         return array
 
