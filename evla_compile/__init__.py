@@ -1,6 +1,6 @@
 """A graph compiler for the CogACT robot policy: `load`, `compile`, `verify`, and a runtime without torch.
 
-The names that need torch are imported when they are first used, so that importing `evla_compile.runtime` never does.
+Names that need torch are imported when they are first used, so that `import evla_compile.runtime` imports no torch.
 """
 
 from importlib import import_module

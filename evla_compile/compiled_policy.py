@@ -1,4 +1,4 @@
-"""What users hold: `compile`, and the compiled policy with its export; the rooms below know nothing of either."""
+"""`compile`, and the compiled policy with its export, as users call them."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from evla_compile.settings.plan import Plan
 
 
 class CompiledPolicy(CompiledGraph):
-    """A compiled policy: run it in torch, look at its stages, export it; made by `compile`."""
+    """A compiled policy, as `compile` returns it: run it in torch, inspect its stages, export it."""
 
     @own_torch_state()
     def export(
@@ -33,27 +33,27 @@ class CompiledPolicy(CompiledGraph):
     ) -> None:
         """Write the policy to a file or folder, whole or not at all.
 
-        `evla_compile.runtime.load` reads all of them but a `.pt2`, which is for programs that run torch.
-
-        Weights are read, cut and cast one at a time, as they are written.
+        `evla_compile.runtime.load` reads every kind but a `.pt2`, which is for programs that run torch. Weights are
+        read, sliced and cast one at a time, as they are written.
 
         Args:
-            path: an `X.onnx`, with `X.manifest.json` and so on beside it, an `X.engine`, with the ONNX file that it was
-                built from beside it too, an `X.pt2` alone, or a folder for all of them.
+            path: one of four kinds: an `X.onnx`, with `X.manifest.json` and so on beside it; an `X.engine`, with its
+                ONNX file beside it too; an `X.pt2`, a single file; anything else is a folder.
             opset: ONNX opset, 18 to 23; older consumers may need a lower one than the default. A `.pt2` has none.
-            stages: values inside the graph to have as outputs behind `samples`; see `ExposeStages`.
-            precision: dtype of weights and matrix products of vision, projector and decoder. Below float32 the chain of
-                graphs is held against this one, stage by stage, on the recorded frames before anything is written.
-            parts: graphs to split the policy into, for builders and devices with little memory: 2 are perception and
-                action, more cut the decoder.
+            stages: values inside the graph to return as outputs after `samples`; see `ExposeStages`.
+            precision: dtype of weights and matrix products of vision, projector and decoder. Below float32, the lowered
+                graphs are compared with the float32 one, stage by stage on the recorded frames, before anything is
+                written.
+            parts: graphs to split the policy into, for builders and devices with little memory: 2 for perception and
+                action, more to cut the decoder too.
             engine: for an `X.engine`, how to build it; None for the defaults of `EngineSettings`.
             packaging: for an `X.pt2`, whether to write an ExportedProgram or, for machines like this one, an
                 AOTInductor package.
-            progress: whether to draw progress bars on standard error for what takes long.
+            progress: whether to draw progress bars on standard error.
 
         Raises:
-            ArtifactError: the kind of file is unknown, something else is in its place, or it cannot be written, for
-                lack of space for instance.
+            ArtifactError: the kind of file is unknown, a file of another origin is in its place, or it cannot be
+                written, because the disk is full for instance.
             EvlaError: the library that builds engines is missing or too old, or memory is short.
             ExportError: the graph cannot be lowered, or not to this precision or number of parts.
             PassError: the graph has no such stage.
@@ -90,8 +90,8 @@ def compile(
 
     Args:
         policy: the dense policy, from `load`.
-        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`. The result holds it
-            with counts in place of shares.
+        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`. The result's
+            `config` has counts in place of shares.
         calibration: real observations, (image, instruction) pairs, to measure layers, neurons and the ranges that
             float16 needs on. The report then also says how far the compiled policy is from the dense one on the first
             of them.

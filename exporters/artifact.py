@@ -1,4 +1,4 @@
-"""A compiled policy to an artifact: graphs, tokenizer, report, recorded cases and the manifest that binds them."""
+"""Write a compiled policy as an artifact: graphs, tokenizer, report, recorded cases, and a manifest of them all."""
 
 import logging
 import os
@@ -44,13 +44,13 @@ class ExportSettings:
     """What to write; see `CompiledPolicy.export`.
 
     Raises:
-        ValueError: the precision is none of `PRECISIONS`, or the opset or the parts are no whole number from 1 up.
+        ValueError: the precision is not in `PRECISIONS`, or opset or parts are not whole numbers from 1 up.
     """
 
     opset: int = OPSET
     """ONNX opset."""
     stages: tuple[str, ...] = ()
-    """Outputs behind `samples`."""
+    """Further outputs, after `samples`; see `ExposeStages`."""
     precision: Precision = "float32"
     """Dtype of matrix products outside the action head."""
     parts: int = 1
@@ -104,7 +104,7 @@ def export_artifact(compiled: CompiledGraph, target: str | os.PathLike[str], set
 
 
 def _compare_on_onnx_runtime(manifest: Manifest, folder: Path, cases: Sequence[RecordedCase]) -> None:
-    """Hold written graphs to what `verify` will compute of them: ONNX Runtime rounds otherwise than torch.
+    """Check written graphs as `verify` will: ONNX Runtime rounds differently from torch.
 
     Raises:
         VerificationError: a stage leaves the tolerance of the precision; the message names the first.
@@ -182,17 +182,17 @@ def _spec(name: str, node: torch.fx.Node) -> TensorSpec:
 
 @own_torch_state()
 def record_cases(compiled: CompiledGraph, outputs: tuple[str, ...], inner: tuple[str, ...] = ()) -> list[RecordedCase]:
-    """Run the torch graph on the policy's recorded frames, so that any runtime can be held against it later.
+    """Run the torch graph on the policy's recorded frames, so that any runtime can be compared with it later.
 
-    Of the stages `inner`, samples are kept; see `evla_compile.artifact.cases.probe`.
+    Of the stages `inner`, samples of the values are kept; see `evla_compile.artifact.cases.probe`.
 
-    A policy compiled without calibration frames has none; two frames of seeded noise stand in, which are fit for
-    comparing two lowerings of the same graph and for nothing else.
+    A policy compiled without calibration frames has no recorded frames. Then two images of seeded noise are used: they
+    serve to compare two lowerings of the same graph, and say nothing about its quality.
 
     Raises:
         ExportError: a value that the policy computes is not finite.
     """
-    frames, cases = compiled.frames or _stand_ins(compiled.sizes.image_side), []
+    frames, cases = compiled.frames or _noise_frames(compiled.sizes.image_side), []
     for number, batch in enumerate(observations(frames, compiled.config.batch_size)):
         images, instructions = zip(*batch, strict=True)
         inputs = GraphInputs.prepare(compiled.processor, images, instructions, compiled.signature, seed=number)
@@ -212,7 +212,7 @@ def record_cases(compiled: CompiledGraph, outputs: tuple[str, ...], inner: tuple
     return cases
 
 
-def _stand_ins(side: int) -> tuple[Frame, ...]:
+def _noise_frames(side: int) -> tuple[Frame, ...]:
     draw = np.random.Generator(np.random.PCG64(0))
     instructions = ("pick up the object", "open it")
     return tuple(Frame(draw.integers(0, 256, (side, side, 3), dtype=np.uint8), text) for text in instructions)

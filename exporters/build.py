@@ -1,6 +1,6 @@
-"""Engines for an artifact that lies on disk: built from its ONNX files, and entered in its manifest.
+"""Build the engines of an artifact on disk from its ONNX files, and record them in its manifest.
 
-This is all that a robot needs of the compiler: it imports the builder's library, and neither torch nor onnx.
+It runs on a robot: it imports the builder's library, and neither torch nor onnx.
 """
 
 import os
@@ -26,7 +26,7 @@ from evla_compile.units import bytes_text
 def build_engine(
     path: str | os.PathLike[str], settings: EngineSettings | None = None, *, progress: bool = True
 ) -> Manifest:
-    """Build the engines of an artifact beside its ONNX files and enter them in its manifest, all or none.
+    """Build the engines of an artifact beside its ONNX files and record them in its manifest, all or none.
 
     Engines that the manifest describes are replaced, other files never.
 
@@ -86,7 +86,7 @@ def build_engine(
 
 
 def check_engine(settings: EngineSettings) -> tuple[Flavour, Gpu | None]:
-    """Refuse at once, before the work for it, what `build_engine` would refuse of a machine.
+    """Refuse what `build_engine` would refuse of this machine, before any work is done.
 
     Returns:
         The flavour, and for TensorRT the GPU, which it builds for.
@@ -109,7 +109,7 @@ def check_engine(settings: EngineSettings) -> tuple[Flavour, Gpu | None]:
 
 
 def _finish_interrupted(path: Path) -> None:
-    """Finish what a killed export or build of the same artifact was moving into place."""
+    """Finish the moves that a killed export or build of the same artifact has begun."""
     place = path if path.name.endswith("manifest.json") else path / "manifest.json"
     known = [ArtifactFiles.at(place)] if path.suffix not in (".onnx", ".engine") else [ArtifactFiles.of(path)]
     if path.stem == "model":
@@ -119,7 +119,7 @@ def _finish_interrupted(path: Path) -> None:
 
 
 def _former(manifest: Manifest, place: Path) -> list[FileRecord]:
-    """Return what new engines replace, the manifest among it; refuse what else is in their place."""
+    """Return the files that new engines replace, and the manifest; refuse any other file in their place."""
     listed = {record.name: record for record in manifest.engine.files} if manifest.engine is not None else {}
     owned = [record for record in listed.values() if mismatch(record, place.with_name(record.name)) is None]
     names = {record.name for record in owned}

@@ -11,7 +11,7 @@ from evla_compile.terminal import new_console
 
 @contextmanager
 def watching(trt: Any, config: Any, what: str, *, shown: bool) -> Iterator[None]:
-    """Draw bars of the phases of a build on standard error."""
+    """Draw a progress bar for each phase of a build on standard error."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=new_console(stderr=True), transient=True, disable=not shown) as bar:
         config.progress_monitor = make_monitor(trt, bar, what)
@@ -19,10 +19,10 @@ def watching(trt: Any, config: Any, what: str, *, shown: bool) -> Iterator[None]
 
 
 def make_monitor(trt: Any, bar: Progress, what: str) -> Any:
-    """Return what the library tells its progress to, which draws it on `bar`."""
+    """Return the progress monitor that the library calls back; it draws on `bar`."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the library is imported at run time
-        """Shows every phase, below the one that it is part of."""
+        """Shows every phase, indented below the phase that it belongs to."""
 
         def __init__(self) -> None:
             super().__init__()

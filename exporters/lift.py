@@ -18,9 +18,9 @@ from evla_compile.graph.contract import weights
 
 
 def to_exported_program(gm: fx.GraphModule) -> ExportedProgram:
-    """Return `gm` as an `ExportedProgram` that shares its tensors: every tensor held becomes an input of the graph.
+    """Return `gm` as an `ExportedProgram` that shares its tensors: every tensor becomes an input of the graph.
 
-    Exporting `gm` once more would trace it anew, which costs its time and forgets which module a node came from.
+    `torch.export.export` would trace `gm` again, which takes its time and loses the module that each node came from.
     """
     graph, state = fx.Graph(), {}
     values: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""The weights of an ONNX model: never touched while its graph is made, and streamed to the file one at a time."""
+"""The weights of an ONNX model: absent while its graph is built, then read and written to its file one at a time."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,11 +15,11 @@ from torch.export import ExportedProgram
 from evla_compile.graph.deferred import materialized
 
 ALIGNMENT = 65536
-"""Offset of large tensors in a data file, in bytes: what every system can map into memory."""
+"""Large tensors begin at multiples of this many bytes in a data file, so that every system can map them."""
 
 
 def leave_out_weights(program: ExportedProgram) -> dict[str, Tensor]:
-    """Replace the tensors of `program` by fake ones, which have a form but no data, and return them by name."""
+    """Replace the tensors of `program` by fake ones, which have shape and dtype but no data; return them by name."""
     weights: dict[str, Tensor] = dict(program.state_dict)
     with FakeTensorMode():
         for name, tensor in weights.items():
@@ -28,16 +28,16 @@ def leave_out_weights(program: ExportedProgram) -> dict[str, Tensor]:
 
 
 def empty_initializers(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Tell rewrites of `model` that the values of these initializers are not known."""
+    """Mark the values of these initializers as unknown, so that rewrites of `model` do not use them."""
     for name in sorted(model.graph.initializers.keys() & weights.keys()):
         model.graph.initializers[name].const_value = None
 
 
 def put_weights_back(model: ir.Model, weights: Mapping[str, Tensor]) -> None:
-    """Give the initializers of `model` their tensors, each to be read when it is written.
+    """Give the initializers of `model` their tensors, each read only when it is written.
 
-    ONNX multiplies by a matrix where torch multiplies by its transpose: a weight that the graph only transposes is
-    stored transposed.
+    torch's linear layers multiply by a transposed weight, ONNX's MatMul by a matrix as it is. So a weight that the
+    graph only transposes is stored transposed, and the Transpose removed.
     """
     graph = model.graph
     transposed: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
@@ -66,9 +66,9 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def without_data(model: ir.Model) -> onnx.ModelProto:
-    """Return `model` as a protobuf message whose weights are said to be in a file that is never written.
+    """Return `model` as a protobuf message whose weights refer to a file that does not exist.
 
-    For looking at a graph whose weights are not there. `model` loses its weights.
+    It is for inspecting a graph without reading its weights. `model` loses its weights.
     """
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -85,8 +85,8 @@ def save(model: ir.Model, path: Path, *, external: bool, wrote: Callable[[int], 
     Args:
         model: the model.
         path: the ONNX file; its external data is `path` with ".data" appended.
-        external: whether the weights go to a file of their own.
-        wrote: called with the bytes of each tensor once it is about to be written to the data file.
+        external: whether the weights are written to a separate file.
+        wrote: called with the number of bytes of each tensor when it is written to that file.
     """
     ir.save(
         model,

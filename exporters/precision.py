@@ -1,4 +1,4 @@
-"""A chain of graphs in lower precision, and how far it is from the float32 graph that it was made from."""
+"""Lower the precision of a chain of graphs, and measure its error against the float32 graph."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,10 +24,10 @@ from evla_compile.settings.config import Precision
 
 @own_torch_state()
 def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str, float], ...]) -> tuple[Piece, ...]:
-    """Return the chain with its matrix products outside the action head in `precision`; what passes on stays float32.
+    """Return the chain with its matrix products outside the action head in `precision`, all inputs and outputs float32.
 
     Raises:
-        ExportError: `precision` is not float32 and the policy is not, or float16 cannot hold what was observed.
+        ExportError: `precision` is not float32 and the policy is not, or float16 cannot represent observed values.
     """
     for piece in pieces:
         stored = {str(tensor.dtype).removeprefix("torch.") for _, tensor in weights(piece.graph)}

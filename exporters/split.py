@@ -1,4 +1,4 @@
-"""A finished graph as a chain of smaller ones, for builders and devices with little memory."""
+"""Split a finished graph into a chain of smaller ones, for builders and devices with little memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, mo
 from evla_compile.settings.anatomy import TEXT_LENGTH
 
 ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
-"""Names of parts; several of perception are numbered from 1."""
+"""Names of parts; where perception has several, they are numbered from 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,19 +24,21 @@ class Piece:
     graph: fx.GraphModule
     """The graph; its inputs and outputs have the order of `inputs` and `outputs`."""
     inputs: tuple[str, ...]
-    """Inputs of the whole, and outputs of pieces in front of it."""
+    """Its inputs: inputs of the whole graph, and outputs of earlier pieces."""
     outputs: tuple[str, ...]
-    """Outputs of the whole that it yields, then what else pieces behind it take."""
+    """Its outputs: those of the whole graph first, then values that only later pieces read."""
     handed_on: frozenset[str] = frozenset()
-    """Those of `outputs` that pieces behind it take."""
+    """Those of `outputs` that later pieces read."""
 
 
 def split(gm: fx.GraphModule, outputs: Sequence[str], parts: int) -> tuple[Piece, ...]:
     """Return `gm` as a chain of `parts` graphs, which share its tensors and compute the very same operators.
 
-    Two parts are perception (vision, projector, decoder) and action (the denoising loop); of more, the last is action,
-    and the others are runs of decoder layers with about equal weights, vision among the first. Parts are cut in front
-    of a decoder layer, so that the residual stream and small tensors pass from one to the next.
+    1. One part: the whole graph.
+    2. Two parts: perception (vision, projector, decoder) and action (the denoising loop).
+    3. More parts: action is the last, and perception is cut into runs of decoder layers with about equal weights,
+       vision in the first. Each cut is in front of a decoder layer, so that the hidden states and small tensors are all
+       that passes from one part to the next.
 
     Args:
         gm: a finished graph.
@@ -49,7 +51,7 @@ def split(gm: fx.GraphModule, outputs: Sequence[str], parts: int) -> tuple[Piece
     """
     parts = whole_number("parts", parts, low=1)
     inputs = tuple(str(node.target) for node in gm.graph.find_nodes(op="placeholder"))
-    if parts == 1:
+    if parts == 1:  # 1
         return (Piece(name=WHOLE, graph=gm, inputs=inputs, outputs=tuple(outputs)),)
     numbers = _assign(gm.graph, _regions(gm, parts))
     results = gm.graph.output_node().all_input_nodes
@@ -86,7 +88,7 @@ def _labels(parts: int) -> list[str]:
 
 
 def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
-    """Return the part in which each decoder layer and the action head begin, by the path that names them."""
+    """Return the number of the part for each decoder layer and the action head, by module path (`ACTION` for it)."""
     sizes: dict[str, int] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
@@ -101,7 +103,7 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
     regions, number = {ACTION: parts - 1}, 0
     left, filled = sum(size for path, size in sizes.items() if path != ACTION), sizes.get("", 0)
     for position, path in enumerate(layers):
-        wanted = parts - 1 - number  # parts that are not closed yet, and get equal shares of what is left
+        wanted = parts - 1 - number  # parts still open, which share the remaining bytes equally
         begun = position > 0 and filled > 0
         if wanted > 1 and begun and (filled + sizes[path] / 2 > left / wanted or len(layers) - position < wanted):
             left, filled, number = left - filled, 0, number + 1
@@ -111,7 +113,7 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
 
 
 def _layer(path: str) -> str:
-    """Return the decoder layer that a module belongs to, the action head, or "" for whatever comes first."""
+    """Return the decoder layer that a module belongs to, or `ACTION`, or "" for what runs in front of the decoder."""
     if path.split(".", maxsplit=1)[0] in (ACTION_MODEL, DENOISING):
         return ACTION
     if path.startswith(f"{DECODER_LAYERS}."):
@@ -129,7 +131,7 @@ def _assign(graph: fx.Graph, regions: Mapping[str, int]) -> dict[fx.Node, int]:
             numbers[node] = max([regions.get(_layer(module_path(node)), 0), *read])
             if all(source in free or source.op == "get_attr" for source in node.all_input_nodes):
                 free.append(node)
-    for node in reversed(free[1:]):  # masks and positions are computed where they are read, rather than handed over
+    for node in reversed(free[1:]):  # masks and positions are computed in the part that reads them, not passed to it
         behind = [numbers[user] for user in node.users if user in numbers]
         numbers[node] = min(behind, default=numbers[node])
     return numbers
@@ -143,31 +145,32 @@ def _piece(
     named: Mapping[fx.Node, str],
     crossing: Mapping[fx.Node, str],
 ) -> Piece:
-    mine = [node for node in gm.graph.nodes if numbers.get(node) == number]
-    read = dict.fromkeys(source for node in mine for source in node.all_input_nodes if numbers.get(source) != number)
-    taken = [node for node in gm.graph.nodes if node in read and node.op != "get_attr"]
-    given = [node for node in named if numbers.get(node) == number]
-    given += [node for node in mine if node in crossing and node not in named]
+    """Return the piece of one part; `numbers` are the parts of all nodes, `crossing` the values read by later parts."""
+    inside = [node for node in gm.graph.nodes if numbers.get(node) == number]
+    read = dict.fromkeys(source for node in inside for source in node.all_input_nodes if numbers.get(source) != number)
+    inputs = [node for node in gm.graph.nodes if node in read and node.op != "get_attr"]
+    results = [node for node in named if numbers.get(node) == number]
+    results += [node for node in inside if node in crossing and node not in named]
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    for node in taken:
+    for node in inputs:
         values[node] = graph.placeholder(node.name)
         values[node].meta = {"val": node.meta["val"]}
-    for node in _with_tensors(gm.graph, mine):
+    for node in _with_tensors(gm.graph, inside):
         values[node] = graph.node_copy(node, values.__getitem__)
-    graph.output(tuple(values[node] for node in given))
+    graph.output(tuple(values[node] for node in results))
     return Piece(
         name=label,
         graph=copy_graph(fx.GraphModule(gm, graph)),
-        inputs=tuple(crossing.get(node, str(node.target)) for node in taken),
-        outputs=tuple(named.get(node, node.name) for node in given),
-        handed_on=frozenset(crossing[node] for node in mine if node in crossing),
+        inputs=tuple(crossing.get(node, str(node.target)) for node in inputs),
+        outputs=tuple(named.get(node, node.name) for node in results),
+        handed_on=frozenset(crossing[node] for node in inside if node in crossing),
     )
 
 
-def _with_tensors(graph: fx.Graph, mine: Iterable[fx.Node]) -> list[fx.Node]:
-    """Return `mine` and the tensors of the graph that they read, in graph order."""
-    inside = set(mine)
+def _with_tensors(graph: fx.Graph, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return `nodes` and the tensors of the graph that they read, in graph order."""
+    inside = set(nodes)
     return [
         node for node in graph.nodes if node in inside or (node.op == "get_attr" and not inside.isdisjoint(node.users))
     ]

@@ -1,4 +1,4 @@
-"""An artifact's ONNX graphs run on a CPU with their stages as outputs, in float32 arithmetic whatever their dtype."""
+"""Run an artifact's ONNX graphs on a CPU with their stages as outputs, always in float32 arithmetic."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ from evla_compile.runtime.widening import widen
 
 
 class StageRun:
-    """The graphs of an artifact, loaded so that every recorded stage can be looked at.
+    """The graphs of an artifact, loaded with every recorded stage as an output.
 
-    ONNX Runtime's CPU provider has no bfloat16 arithmetic, so a bfloat16 graph is run widened: its stored weights,
-    which float32 holds exactly, in float32 operators. What this leaves out is the rounding of activations.
+    ONNX Runtime's CPU provider has no bfloat16 arithmetic, so a bfloat16 graph is widened: its weights are cast to
+    float32, which is exact, and all operators are float32. So the rounding of activations to bfloat16 is not tested.
     """
 
     def __init__(self, manifest: Manifest, folder: Path, stages: Sequence[str], *, threads: int | None) -> None:
@@ -74,7 +74,7 @@ class StageRun:
 def replay_graphs(
     what: str, manifest: Manifest, folder: Path, cases: Sequence[RecordedCase], *, threads: int | None = None
 ) -> dict[str, float]:
-    """Hold the graphs of an artifact against recorded cases, stage by stage: what an export and `verify` both do.
+    """Compare the graphs of an artifact with recorded cases, stage by stage; both exports and `verify` call this.
 
     Args:
         what: what is run, for messages.
@@ -102,7 +102,7 @@ def _open(model: onnx.ModelProto, file: Path, opset: int, threads: int | None) -
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    # Nothing is copied or computed in advance: a few calls, of any size of policy.
+    # Nothing is copied or computed in advance: there are few calls, and the policy may be larger than memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(

@@ -1,4 +1,4 @@
-"""A finished graph to an ONNX file with static shapes."""
+"""Write a finished graph as an ONNX file with static shapes."""
 
 import logging
 import warnings
@@ -38,7 +38,7 @@ OPSETS = range(min(IR_VERSIONS), max(IR_VERSIONS) + 1)
 """ONNX opsets that can be written; 23 has attention and RMS normalisation as single operators, 24 loses the latter."""
 
 EXTERNAL_DATA_BYTES = 1_900_000_000
-"""Weights above this size go to a file of their own: protobuf ends at 2 GiB."""
+"""Weights of more bytes are written to a separate file: a protobuf message ends at 2 GiB."""
 
 _MODULE, _PASS = "module", "pass"
 _TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
@@ -58,8 +58,8 @@ def to_onnx(
 ) -> None:
     """Write `gm`, whose shapes are static, to an ONNX file that `onnx.checker` accepts.
 
-    Every node says in its name and metadata, under "module", which module of the policy it came from, and under "pass"
-    which pass wrote it. The weights are read, one at a time, only when they are written.
+    The metadata of every node has the module of the policy that it came from, as "module", and the pass that wrote it,
+    as "pass"; its name has both too. Weights are read one at a time, when they are written.
 
     Args:
         gm: the graph.
@@ -68,7 +68,7 @@ def to_onnx(
         inputs: names of the inputs, in order; None for those that `gm` gives them.
         inner: those of `outputs` that are none of the file's, but values inside it of that name.
         opset: ONNX opset, one of `OPSETS`.
-        external_data_bytes: size of all weights from which they are written to a file of their own.
+        external_data_bytes: size of all weights above which they are written to a separate file.
         progress: whether to draw a progress bar on standard error while a file of weights is written.
 
     Raises:
@@ -95,7 +95,7 @@ def to_model(
     inner: Sequence[str] = (),
     opset: int = OPSET,
 ) -> ir.Model:
-    """Return `gm` as an ONNX model in memory, whose weights stay where they are until the model is written.
+    """Return `gm` as an ONNX model in memory, whose weights are not read until the model is written.
 
     Args:
         gm: the graph.
@@ -142,7 +142,7 @@ def to_model(
 
 @contextmanager
 def _bar(what: str, size: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Draw a bar of bytes written; yield what moves it on."""
+    """Draw a progress bar of bytes written; yield the function that advances it."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -158,7 +158,7 @@ def _bar(what: str, size: int, *, shown: bool) -> Iterator[Callable[[int], None]
 def _simplify(model: ir.Model) -> None:
     """Fold shapes and constants, share equal nodes, and fuse norms where the opset has an operator for them.
 
-    The exporter's own optimisation spends ten times as long on pattern rules that never match in these graphs.
+    The exporter's own optimisation takes ten times as long, for pattern rules that never match in these graphs.
     """
     optimizer.fold_constants(model)
     ir.passes.Sequential(
@@ -187,7 +187,7 @@ def _stable_sort(x: Any, *, stable: bool = True, dim: int = -1, descending: bool
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what the libraries say of themselves: absent torchvision, absent weights, deprecations within torch."""
+    """Silence messages of the libraries that users cannot act on: no torchvision, no weights, deprecations in torch."""
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -205,7 +205,7 @@ def _quiet_exporter() -> Iterator[None]:
 def _keep_module_paths(model: ir.Model) -> None:
     """Reduce the exporter's metadata, stack traces with local paths among it, to each node's module path and pass.
 
-    Both stand in the node's name too, which is all that other tools, TensorRT among them, say of a node.
+    Both are part of the node's name too, since tools such as TensorRT report a node by its name alone.
     """
     for number, node in enumerate(model.graph.all_nodes()):
         modules = _listed(node, "pkg.torch.onnx.name_scopes")
@@ -229,7 +229,7 @@ def _keep_module_paths(model: ir.Model) -> None:
 
 
 def _listed(node: ir.Node, key: str) -> list[str]:
-    """Return what the exporter listed of the modules around a node, without the last entry, the node itself."""
+    """Return the exporter's list of the modules around a node, without its last entry, which is the node itself."""
     entries = node.metadata_props.get(key, "[]").strip("[]").split(",")
     return [entry.strip(" '\"") for entry in entries][:-1]
 

@@ -1,4 +1,4 @@
-"""A compiled policy to a `.pt2` file, for programs that run torch: an ExportedProgram, or an AOTInductor package."""
+"""Write a compiled policy as a `.pt2` file, for programs that run torch: ExportedProgram or AOTInductor package."""
 
 import json
 import os
@@ -29,10 +29,10 @@ from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import Precision
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
-"""A graph that torch loads and runs or compiles, or machine code for this kind of machine that torch runs."""
+"""An ExportedProgram, which torch runs or compiles, or an AOTInductor package: machine code for such a machine."""
 
 DESCRIPTION = "evla_compile.json"
-"""Name of the extra file in an ExportedProgram that says what it is, and of that entry in a package's metadata."""
+"""Name of the extra file that describes an ExportedProgram, and of the same entry in a package's metadata."""
 
 
 @own_torch_state()
@@ -41,15 +41,15 @@ def to_pt2(
 ) -> None:
     """Write a policy's finished graph, which takes `GraphInputs.arrays` and returns a tuple, `samples` first.
 
-    A former file of ours is replaced, others never. All weights are held in memory while the file is written. An
-    ExportedProgram is read by `torch.export.load`, an AOTInductor package by `torch._inductor.aoti_load_package`, on a
-    machine of the kind that wrote it; what `DESCRIPTION` names is in its `get_metadata()`.
+    An earlier file that this function wrote is replaced, others never. All weights are in memory while the file is
+    written. An ExportedProgram is read by `torch.export.load`; an AOTInductor package by
+    `torch._inductor.aoti_load_package`, on a machine of the kind that wrote it, with `DESCRIPTION` in `get_metadata()`.
 
     Args:
         compiled: the policy.
         path: the file.
         packaging: what to write.
-        stages: outputs behind `samples`.
+        stages: further outputs, after `samples`.
         precision: dtype of matrix products outside the action head.
 
     Raises:
@@ -96,7 +96,7 @@ def to_pt2(
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Refuse to replace a file that carries no description of ours."""
+    """Refuse to replace a file without the description that `to_pt2` writes."""
     if os.path.lexists(path) and not (path.is_file() and _is_described(path)):
         raise ArtifactError(f"{path} exists and is not ours: choose another name or remove it")
 
@@ -116,7 +116,7 @@ def _is_described(path: Path) -> bool:
 
 
 def _check_precision(compiled: CompiledGraph, precision: Precision) -> None:
-    """Hold the graph in lower precision against the float32 one, stage by stage, on the recorded frames."""
+    """Compare the graph in lower precision with the float32 one, stage by stage, on the recorded frames."""
     names = (SAMPLES, *verified_stages(compiled.graph.graph))
     pieces = lower(split(compiled.exposing(names), names, 1), precision, compiled.plan.ranges)
     cases = record_cases(compiled, (SAMPLES,), names[1:])
@@ -124,7 +124,7 @@ def _check_precision(compiled: CompiledGraph, precision: Precision) -> None:
 
 
 def _traced(gm: fx.GraphModule) -> ExportedProgram:
-    """Trace a graph anew: AOTInductor takes what torch.export itself made, with example inputs."""
+    """Export a graph by torch.export with example inputs: AOTInductor takes nothing else."""
     values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     inputs = tuple(torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in values)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""An ONNX file to a TensorRT or TensorRT-RTX engine, by one path for both; needs neither torch nor onnx.
+"""Build a TensorRT or TensorRT-RTX engine from an ONNX file; needs neither torch nor onnx.
 
-Networks are strongly typed: the casts in the file are the precision, and no flag of the builder changes it. All shapes
-are static, so there are no optimisation profiles.
+Networks are strongly typed: the casts in the file decide the precision, and no flag of the builder changes it. All
+shapes are static, so there are no optimisation profiles.
 """
 
 import platform
@@ -34,16 +34,16 @@ _NEW_OPERATORS = ("Attention", "RMSNormalization")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltEngine:
-    """What the builder's network was."""
+    """The network that an engine was built from."""
 
     layers: int
-    """Layers that the parser made of the file."""
+    """Layers of the network, as the parser created them."""
     attentions: int
-    """Inputs of attention among them, which may be decomposed where no dedicated kernel fits."""
+    """Attention layers among them; they may be decomposed where no dedicated kernel fits."""
     inputs: tuple[str, ...]
-    """What it takes, each tensor as `str` of a `TensorSpec` has it."""
+    """Input tensors, in the form of `str(TensorSpec)`."""
     outputs: tuple[str, ...]
-    """What it yields, likewise."""
+    """Output tensors, in the same form."""
 
 
 def to_tensorrt(model: Path, engine: Path, settings: EngineSettings, *, progress: bool = False) -> BuiltEngine:
@@ -128,7 +128,7 @@ def _allow_decomposition(trt: Any, network: Any) -> int:
     """Let attention be computed by several kernels where no dedicated one fits, as in float32; return their number."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     if kind is None:
-        return 0  # older libraries have no attention layers, and so none that must be decomposed
+        return 0  # older libraries have no attention layers
     found = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -182,7 +182,7 @@ def _configure(trt: Any, builder: Any, settings: EngineSettings, log: Any) -> An
 
 
 def _read_timing_cache(config: Any, path: Path, log: Any) -> None:
-    """Give the builder what it measured before; it ignores what it cannot use, and is not allowed to."""
+    """Give the builder the measurements of earlier builds; refuse a file that it would silently ignore."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # where it is written in the end, hours later
         known = path.read_bytes() if path.exists() else b""

@@ -19,8 +19,8 @@ class PruneMLP(GraphPass):
 
     EfficientVLA (implementation details of section 4.1, the "MLP" column of Table 5) chooses the neurons by PruneNet's
     learned policy; here the plan names them, measured without training by `evla_compile.calibration`. Of M neurons K
-    stay: gate and up projection [M,D] -> [K,D], down projection [D,M] -> [D,K]. The cut weights are lazy: computed when
-    read, then freed. Refuses layers that the graph does not have, and indices that do not ascend or fit.
+    stay: gate and up projection [M,D] -> [K,D], down projection [D,M] -> [D,K]. The cut weights are deferred: computed
+    when read, then freed. Refuses layers that the graph does not have, and indices that do not ascend or fit.
     """
 
     exact: ClassVar[bool] = False

@@ -1,6 +1,6 @@
-"""Inputs and outputs of the torch graph, recorded at export, against which a runtime is verified; no torch.
+"""Inputs and outputs of the torch graph, recorded at export to verify runtimes with; no torch.
 
-A file of recorded cases may come from anywhere: nothing is allocated for it before its headers are those expected.
+A file of recorded cases may come from anywhere: nothing is allocated for it before its headers have been checked.
 """
 
 import re
@@ -20,11 +20,11 @@ from evla_compile.errors import ArtifactError
 from evla_compile.host.inputs import GraphInputs
 
 PROBED = 4096
-"""Most elements recorded of a stage."""
+"""Elements recorded of a stage, at most."""
 MOST_CASES = 64
-"""Most cases in a file."""
+"""Cases in a file, at most."""
 MOST_BYTES = 2**30
-"""Most bytes of one recorded array."""
+"""Bytes of one recorded array, at most."""
 
 _KEY = re.compile(r"(\d{1,2})/(inputs|outputs|stages)/([\w.-]{1,80})\.npy", re.ASCII)
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
@@ -40,14 +40,14 @@ class RecordedCase:
     outputs: Mapping[str, NDArray[Any]]
     """What the float32 torch graph returned for them, by name."""
     stages: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Samples of what it computed on the way, by stage; see `probe`."""
+    """Samples of values within the graph, by stage; see `probe`."""
 
 
 def probe(stage: str, value: NDArray[Any], text_tokens: int) -> NDArray[Any]:
     """Return evenly spread elements of a stage, at most `PROBED`, to compare two lowerings by.
 
-    Of a decoder layer only the rows of the text count, which stand at the end of the sequence: where two lowerings keep
-    different visual tokens, the rows before are those of different patches.
+    Of a decoder layer only the text rows are used, which are the last of the sequence: two lowerings may keep different
+    visual tokens, and then the rows in front belong to different patches.
 
     Args:
         stage: its name.
@@ -160,7 +160,7 @@ def _to_case(number: int, sides: Mapping[str, Mapping[str, NDArray[Any]]], manif
 
 
 def check_finite(case: RecordedCase, place: str) -> None:
-    """Refuse a case that nothing can be compared with.
+    """Refuse a case with values that are not finite, since nothing can be compared with them.
 
     Args:
         case: inputs, outputs and stages.

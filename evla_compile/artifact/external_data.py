@@ -1,4 +1,4 @@
-"""Which files an ONNX graph takes weights from, read off its bytes: it needs no onnx, and no weight is read."""
+"""Which files an ONNX graph takes weights from, parsed from its bytes: without onnx, and without reading a weight."""
 
 from collections.abc import Iterator, Mapping
 from mmap import ACCESS_READ, mmap
@@ -27,14 +27,14 @@ FIELDS: Mapping[str, Mapping[int, str]] = MappingProxyType(
         "TensorProto": {13: "StringStringEntryProto"},
     }
 )
-"""Fields of ONNX's messages that lead to the places of tensors: message -> number of the field -> its message."""
+"""Fields of ONNX's messages that can contain a tensor: message -> number of the field -> message within it."""
 
 _ENTRY, _KEY, _VALUE = "StringStringEntryProto", 1, 2
 _VARINT, _EIGHT_BYTES, _COUNTED, _FOUR_BYTES = 0, 1, 2, 5
 
 
 def check_external_data(part: Part, folder: Path) -> None:
-    """Refuse weights that lie in files which the manifest does not list, and so nobody hashes.
+    """Refuse weights in files that the manifest does not list, since no hash covers them.
 
     Raises:
         ArtifactError: the files that the graph names are not those of `part`, or it is no ONNX file.
@@ -49,7 +49,7 @@ def check_external_data(part: Part, folder: Path) -> None:
 
 
 def external_files(path: Path) -> set[str]:
-    """Return the names of all files that tensors of an ONNX file lie in, as the file spells them.
+    """Return the names of all files with tensors of an ONNX file, as it spells them.
 
     Raises:
         ArtifactError: the file cannot be read, or is no ONNX file.

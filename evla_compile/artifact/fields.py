@@ -1,4 +1,4 @@
-"""Fields of JSON that came from outside: there, and of the expected kind, or an error that names them; no torch."""
+"""Read fields of untrusted JSON: present and of the expected type, or an error that names the field; no torch."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""An artifact on disk: where its files lie, whether they are intact, and writing it whole or not at all; no torch.
+"""An artifact on disk: where its files are, whether they are intact, and how it is written as a whole; no torch.
 
 A folder holds `model.onnx`, `manifest.json` and so on; a single-file export `X.onnx` or `X.engine` has
 `X.manifest.json` and so on beside it. Of a policy in several parts, `model.onnx` becomes `model.perception.onnx` and so
@@ -92,12 +92,12 @@ class ArtifactFiles:
 
     @property
     def beside_others(self) -> bool:
-        """Whether the folder may hold other things too: that of a single-file export."""
+        """Whether the folder may contain other files too: that of a single-file export may."""
         return self.folder != self.target
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """What an export or a build has its scratch folder beside."""
+        """Paths beside which an export or a build creates its scratch folder."""
         whole = self.folder / self.model if self.beside_others else self.folder
         return (whole, self.folder / self.engine)
 
@@ -166,13 +166,13 @@ def check_files(records: Iterable[FileRecord], folder: Path, *, hashes: bool = T
 def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty folder to write an artifact into, which takes its place only if the block succeeds.
 
-    The files must carry the names of `ArtifactFiles.of(target)`, since a graph knows its external data by name. A
-    former artifact is replaced; nothing else ever is: its files are those whose hash its manifest has. When anything
-    fails, an interrupt or SIGTERM included, all is as before; what a process leaves that is killed without warning is
-    finished or removed by the next export or build at this place.
+    The files must have the names of `ArtifactFiles.of(target)`, since a graph refers to its external data by name. An
+    earlier artifact is replaced, and nothing else: its files are those whose hash is in its manifest. When anything
+    fails, an interrupt or SIGTERM included, all is as before. If the process is killed, the next export or build at
+    this place finishes the moves it had begun, and removes what it left.
 
     Args:
-        target: an `X.onnx` or `X.engine` for files beside each other, anything else for a folder of its own.
+        target: an `X.onnx` or `X.engine` for files beside each other, anything else for a folder.
 
     Raises:
         ArtifactError: the target exists and is not one of ours, or cannot be written: an `OSError` is its cause.
@@ -187,7 +187,7 @@ def writing(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
-    """Refuse at once, before the work for it, a target that `writing` would refuse, but for hashes.
+    """Refuse what `writing` would refuse of a target, hashes aside, before any work is done.
 
     Raises:
         ArtifactError: as for `writing`, or the target has the name of a file of another kind.
@@ -203,7 +203,7 @@ def check_target(target: str | os.PathLike[str]) -> None:
 
 
 def check_space(target: str | os.PathLike[str], needed: int) -> None:
-    """Refuse a target on a disk that has not `needed` bytes free; what is replaced stays until the new is whole.
+    """Refuse a target on a disk with less than `needed` bytes free; files to be replaced stay until the end.
 
     Raises:
         ArtifactError: the message says what is needed and what is free.
@@ -219,10 +219,10 @@ def check_space(target: str | os.PathLike[str], needed: int) -> None:
 
 
 def finish_interrupted(files: ArtifactFiles) -> None:
-    """Finish what a killed export or build was moving into place, and remove what it left behind.
+    """Finish the moves that a killed export or build has begun, and remove what it left.
 
     Raises:
-        ArtifactError: something else has come into its way since.
+        ArtifactError: another file is in the way by now.
     """
     for place in files.places:
         remove_stale(place, partial(finish, destination=files.folder))
@@ -230,7 +230,7 @@ def finish_interrupted(files: ArtifactFiles) -> None:
 
 @contextmanager
 def writable(files: ArtifactFiles) -> Iterator[None]:
-    """Turn what the file system refuses within this block into an ArtifactError that says what to do."""
+    """Turn an OSError within this block into an ArtifactError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -245,7 +245,7 @@ def _names(files: ArtifactFiles) -> tuple[str, ...]:
 
 
 def _refuse_foreign(files: ArtifactFiles, *, hashes: bool) -> dict[str, _Version]:
-    """Refuse what is not ours, once no other process is moving files; return the versions of the files that are."""
+    """Refuse files of other origin, under the lock; return the versions of the earlier artifact's files."""
     if not files.folder.exists() and not files.beside_others:
         return {}
     with exclusive(files.folder):
@@ -256,9 +256,9 @@ def _refuse_foreign(files: ArtifactFiles, *, hashes: bool) -> dict[str, _Version
 def _former(
     files: ArtifactFiles, names: Iterable[str], known: Mapping[str, _Version] = _NOTHING, *, hashes: bool = True
 ) -> tuple[FileRecord, ...]:
-    """Return the former artifact's files, its manifest among them; refuse what else is in the place of `names`.
+    """Return the earlier artifact's files, its manifest among them; refuse any other file in the place of `names`.
 
-    In a folder of its own, everything there is in the way.
+    Where the artifact is a folder, every other file in it is refused.
 
     Args:
         files: the places.
@@ -290,7 +290,7 @@ def _former(
 
 
 def _version(path: Path) -> _Version:
-    """Return what changes whenever a file does."""
+    """Return values of which one changes whenever the file does."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 

@@ -1,4 +1,4 @@
-"""Artifacts on the Hugging Face hub, downloaded when they are asked for by their id; no torch.
+"""Download artifacts from the Hugging Face hub by their id; no torch.
 
 The hub's client is imported only for such an id: a robot that loads a folder needs none.
 """
@@ -20,17 +20,17 @@ _MANIFEST = "manifest.json"
 
 
 def local_artifact(path: str | os.PathLike[str], wanted: Callable[[Manifest], Iterable[FileRecord]]) -> Path:
-    """Return where an artifact lies on disk: the path itself, or for an id ORG/NAME the folder it was downloaded to.
+    """Return the path of an artifact on disk: the path itself, or for an id ORG/NAME the folder it is downloaded to.
 
-    What exists on disk is never looked for on the hub. Without a network, what was downloaded before is taken from
-    Hugging Face's cache, whose files are links.
+    A path that exists is never looked up on the hub. Without a network, an earlier download is read from Hugging Face's
+    cache, whose files are links.
 
     Args:
-        path: a path, or the id of a repository that holds an artifact's folder.
+        path: a path, or the id of a repository with an artifact's folder.
         wanted: which of its files to download, by its manifest.
 
     Raises:
-        ArtifactError: the repository cannot be had, or holds no artifact.
+        ArtifactError: the repository cannot be downloaded, or is no artifact.
         EvlaError: the hub's client is not installed.
     """
     text = os.fspath(path)
@@ -43,7 +43,7 @@ def local_artifact(path: str | os.PathLike[str], wanted: Callable[[Manifest], It
             " at its top, so it is no compiled policy; compile one: evla compile RUN_DIR --out DIR"
         )
     records = list(wanted(read_manifest(folder / _MANIFEST)))
-    # The same state of the repository, whatever is pushed to it between the two downloads.
+    # The same revision for both downloads, even if the repository changes in between.
     revision = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else None
     folder = _download(text, [_MANIFEST, *(glob.escape(record.name) for record in records)], revision)
     missing = [record.name for record in records if not (folder / record.name).is_file()]

@@ -6,14 +6,14 @@ from evla_compile.artifact.records import FileRecord
 
 
 def mismatch(record: FileRecord, path: Path, *, hashes: bool = True) -> str | None:
-    """Return how a file differs from its record, to stand behind its name in a message; None where it does not.
+    """Return how a file differs from its record, as a phrase to follow its name in a message; None where it does not.
 
     Args:
         record: what the manifest says.
         path: the file.
         hashes: whether to read the file through for its SHA-256; otherwise only presence and size are compared. A link
-            to another folder, as Hugging Face's cache has them, is always read: only its contents can show that it
-            leads to nothing else.
+            to another folder, as in Hugging Face's cache, is always read: only its contents can show that it is the
+            right file.
 
     Raises:
         OSError: the file cannot be read.

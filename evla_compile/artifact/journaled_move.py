@@ -1,8 +1,8 @@
-"""Several files moved into place together, so that a process killed at any step leaves what can be finished; no torch.
+"""Move several files into place together; if the process is killed at any step, the move can be finished; no torch.
 
-A scratch folder holds the new files in `new`, takes the former ones in `old`, and has a journal from before the first
-move until after the last. Where each file lies says how far the move has come, so both directions can be taken up
-anywhere. The manifest leaves first and arrives last: while files of two artifacts lie together, there is none.
+A scratch folder has the new files in `new`, receives the former ones in `old`, and has a journal from before the first
+move until after the last. The places of the files show how far the move has come, so that it can be resumed or undone
+from any step. The manifest leaves first and arrives last: while files of two artifacts are mixed, there is none.
 """
 
 import json
@@ -22,14 +22,14 @@ _KEYS = {"former", "new", "manifest"}
 
 
 def put_in_place(folder: Path, destination: Path, former: Sequence[FileRecord], manifest: str) -> None:
-    """Move the new files of a scratch folder to a destination, in exchange for former ones; all or none.
+    """Replace former files of a destination by the new files of a scratch folder; all or none.
 
-    To be called under `exclusive(destination)`, so that `former` is still true.
+    Call it under `exclusive(destination)`, so that `former` is still true.
 
     Args:
         folder: the scratch folder.
         destination: an existing folder on the same file system.
-        former: files in the destination that are ours, and go.
+        former: files of the destination that are replaced or removed.
         manifest: name of the manifest, which leaves first and arrives last.
 
     Raises:
@@ -54,7 +54,7 @@ def finish(folder: Path, destination: Path) -> None:
     """Finish the move that a killed process left in a scratch folder, if it had begun.
 
     Raises:
-        ArtifactError: a file was put in the way, or changed, since; or the journal is malformed.
+        ArtifactError: by now another file is in the way, or a former one has changed; or the journal is malformed.
         OSError: a file cannot be moved.
     """
     journal = folder / JOURNAL
@@ -120,7 +120,7 @@ class _Move:
                 (self.folder / "old" / name).replace(self.destination / name)
 
     def refuse_strangers(self, *, hashes: bool) -> None:
-        """Refuse to move or replace what is not ours."""
+        """Refuse to move or replace a file that is neither new nor former."""
         waiting = [name for name in self.new if (self.folder / "new" / name).exists()]
         staying = {record.name: record for record in self.former if self._stays(record.name)}
         for name in sorted({*waiting, *staying}):

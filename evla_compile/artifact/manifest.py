@@ -1,6 +1,6 @@
 """The manifest of an artifact: what a runtime must know of a compiled policy besides its graph; no torch.
 
-A manifest may come from anywhere, so nothing in it is believed before it is checked.
+A manifest may come from anywhere, so nothing in it is used before it is checked.
 """
 
 import json
@@ -22,7 +22,7 @@ from evla_compile.settings.plan import Plan
 FORMAT = "evla_compile/4"
 """Version of the manifest's layout; another one is refused."""
 MOST_TOKENS = 2**31 - 1
-"""Most rows of a token embedding: beyond any, and within what every runtime indexes with."""
+"""Rows of a token embedding, at most: more than any model has, and within the index type of every runtime."""
 
 _INPUT_FORMS = [(form.name, form.dtype, len(form.axes)) for form in COGACT.inputs]
 
@@ -54,7 +54,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     """image [B,S,S,3], input_ids [B,T], text_length [B] and noise [B,A,F], in this order."""
     outputs: tuple[TensorSpec, ...]
-    """samples [B,A,F], and whatever else the graph yields."""
+    """samples [B,A,F], then the stages that were exported as outputs."""
     config: CompileConfig
     """Settings of the compilation, B (`batch_size`) and T (`text_tokens`) among them."""
     plan: Plan
@@ -68,7 +68,7 @@ class Manifest:
     opset: int
     """ONNX opset of the graph."""
     versions: Mapping[str, str]
-    """Versions of the libraries that made the artifact, by name."""
+    """Versions of the libraries that the artifact was written with, by name."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -102,7 +102,7 @@ class Manifest:
             raise ValueError(f"{len(engine.files)} engines for {len(self.parts)} parts: expected one for each")
 
     def _check_chain(self) -> None:
-        """Refuse parts of which one takes what nothing in front of it yields."""
+        """Refuse a part with an input that is neither the policy's nor an output of an earlier part."""
         known = {spec.name: spec for spec in self.inputs}
         for part in self.parts:
             for spec in part.inputs:

@@ -1,6 +1,6 @@
 """The records of a manifest: a file, a tensor, a part of the graph, an engine; no torch.
 
-A manifest may come from anywhere, so a record refuses what cannot be.
+A manifest may come from anywhere, so every record checks its values.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from evla_compile.artifact.fields import objects_at, value_at
 from evla_compile.settings.engine_settings import FLAVOURS, Flavour
 
 DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
-"""What an input or output of a graph may hold, by numpy's names."""
+"""Dtypes of a graph's inputs and outputs, by numpy's names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +92,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One graph of the chain that a policy is; most are a single one.
+    """One graph of the chain that computes a policy; most policies are a single part.
 
     Raises:
-        ValueError: the name is not one.
+        ValueError: the name has other characters than a-z, 0-9, _ and -.
     """
 
     name: str
@@ -105,9 +105,9 @@ class Part:
     data: tuple[FileRecord, ...]
     """External data of the graph; empty for a small one."""
     inputs: tuple[TensorSpec, ...]
-    """What it takes: inputs of the policy, and outputs of the parts in front of it."""
+    """Its inputs: inputs of the policy, and outputs of earlier parts."""
     outputs: tuple[TensorSpec, ...]
-    """What it yields: outputs of the policy, and whatever a part behind it takes."""
+    """Its outputs: outputs of the policy, and values that later parts take."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", self.name):
@@ -157,9 +157,9 @@ class EngineRecord:
     compute_capabilities: tuple[str, ...]
     """GPUs that run them, such as `8.9`; empty for TensorRT-RTX's portable engines: 8.0, 8.6, 8.9 and 12.x."""
     hardware_compatible: bool
-    """Whether TensorRT made them for every GPU from compute capability 8.0 on."""
+    """Whether they run on every GPU from compute capability 8.0 on, not on one kind alone; TensorRT only."""
     version_compatible: bool
-    """Whether TensorRT made them for later versions of itself too."""
+    """Whether later versions of TensorRT can run them too."""
 
     def __post_init__(self) -> None:
         if self.flavour not in FLAVOURS:

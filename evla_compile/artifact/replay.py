@@ -1,4 +1,4 @@
-"""Whatever runs a policy, held against recorded cases: the one comparison of exports and of `verify`; no torch."""
+"""Compare anything that runs a policy with recorded cases, for exports and `verify` alike; no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,12 +19,12 @@ Run: TypeAlias = Callable[[GraphInputs], Mapping[str, NDArray[Any]]]
 def replay(
     what: str, run: Run, cases: Sequence[RecordedCase], *, precision: Precision, text_tokens: int
 ) -> dict[str, float]:
-    """Run recorded cases and return how far each stage and output is from what was recorded, in the worst case.
+    """Run recorded cases and return the error of each stage and output against the recorded values, the worst case.
 
     Args:
-        what: what is run, for messages.
+        what: name of what runs, for messages.
         run: runs it.
-        cases: what was recorded; every value of theirs is compared.
+        cases: recorded cases; all their values are compared.
         precision: that of the policy, which decides the tolerances.
         text_tokens: T, the text budget.
 
@@ -47,14 +47,14 @@ def replay(
 
 
 def stage_errors(case: RecordedCase, found: Mapping[str, NDArray[Any]], text_tokens: int) -> dict[str, float]:
-    """Return how far each stage and output is from what was recorded, in data-flow order.
+    """Return the error of each stage and output against the recorded values, in data-flow order.
 
     Floating-point values are measured by `relative_error`; whole numbers, which are indices of patches, by the share of
     those expected that are not among those found.
 
     Args:
         case: what was recorded.
-        found: values by name, whole; those that were not recorded are passed over.
+        found: values by name, as whole arrays; those that were not recorded are ignored.
         text_tokens: T, the text budget.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Configuration and plan to a rewritten, static graph and its report."""
+"""From a configuration and a plan to a rewritten, static graph and its report."""

@@ -1,4 +1,4 @@
-"""How far a compiled policy is from the dense one, stage by stage, at equal noise."""
+"""Measure the deviation of a compiled policy from the dense one, stage by stage, from the same noise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

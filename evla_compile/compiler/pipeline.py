@@ -1,4 +1,4 @@
-"""Configuration and plan to the ordered passes, and `compile_into`, which runs them."""
+"""The passes of a configuration and plan, in their order, and `compile_into`, which runs them."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -48,15 +48,15 @@ def compile_into(
     plan: Plan | None = None,
     progress: bool = True,
 ) -> Compiled:
-    """Compile a policy into an instance of `kind`; see `evla_compile.compile`, which this is but for the class."""
+    """Compile a policy and return it as an instance of `kind`; otherwise as `evla_compile.compile`."""
     config = resolve(config or CompileConfig(), policy.sizes)
     frames = None if calibration is None else as_frames(calibration)
     for frame in frames or ():
-        policy.processor.text(frame.instruction, config.text_tokens)  # refused here rather than behind the calibration
+        policy.processor.text(frame.instruction, config.text_tokens)  # too long: refused before minutes of calibration
     if plan is not None:
         check_plan(plan, config, policy.sizes)
         check_checkpoint(plan, policy.state_dict())
-    elif frames is not None:  # without a budget to place too: a later float16 export needs the ranges
+    elif frames is not None:  # even where all is kept: a later float16 export needs the activation ranges
         plan = calibrate(policy, frames, config, progress=progress)
     else:
         plan = plan_without_calibration(policy.sizes.language, config)
@@ -111,7 +111,7 @@ def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
     Its weights are compared by `evla_compile.calibration.fingerprint.check_checkpoint`.
 
     Raises:
-        CalibrationError: the message says what differs.
+        CalibrationError: the plan differs; the message says in what.
     """
     language = sizes.language
     kept, wanted = resolve_layers(config, language), kept_layer_count(config, language)
@@ -123,7 +123,7 @@ def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
     if plan.keep_layers[-1] >= language.layers:
         raise CalibrationError(f"the plan keeps layer {plan.keep_layers[-1]}, the decoder has {language.layers} layers")
     placed = wanted < language.layers and not isinstance(kept, tuple)
-    # a plan without frames stands for any rule: nothing was chosen, see `stand_in_plan`
+    # in a plan without frames nothing was chosen by a rule, so it fits any: see `stand_in_plan`
     if plan.frames and placed and plan.layer_rule != config.layer_rule:
         chosen = "were named" if plan.layer_rule is None else f"were chosen by layer_rule={plan.layer_rule!r}"
         raise CalibrationError(

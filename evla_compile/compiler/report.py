@@ -1,4 +1,4 @@
-"""What a compilation did: per pass operators, FLOPs and weights, per stage the distance from the dense policy."""
+"""Report of a compilation: operators, FLOPs and weights after each pass, and the deviation from the dense policy."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any

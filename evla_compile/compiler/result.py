@@ -148,11 +148,11 @@ class CompiledGraph(Predictor):
         """Return the graph as a function of torch tensors, for programs that run torch.
 
         It takes `image`, `input_ids`, `text_length` and `noise` as tensors on the policy's device, in the shapes and
-        dtypes of `outputs`, and returns raw samples float32 [B,A,F]. Deferred weights are computed, once for all.
+        dtypes of `outputs`, and returns raw samples float32 [B,A,F]. Deferred weights are computed here and stay.
 
         Args:
-            mode: "eager" runs operator by operator, "inductor" compiles at the first call, "cudagraphs" launches what
-                Inductor compiled as one CUDA graph as well, on a GPU.
+            mode: "eager" runs operator by operator; "inductor" compiles at the first call; "cudagraphs" does so too,
+                and launches the compiled kernels as one CUDA graph, on a GPU.
 
         Raises:
             EvlaError: "cudagraphs" without a GPU.
@@ -176,7 +176,7 @@ class CompiledGraph(Predictor):
 
     @own_torch_state()
     def exposing(self, stages: tuple[str, ...]) -> fx.GraphModule:
-        """Return the graph with `stages` as its outputs, made once for each choice.
+        """Return the graph with `stages` as its outputs; repeated calls return the same graph.
 
         Raises:
             PassError: the graph has no such stage.
@@ -223,12 +223,12 @@ class _TensorCall:
     def __call__(self, image: Tensor, input_ids: Tensor, text_length: Tensor, noise: Tensor) -> Tensor:
         with traceable_torch_state(image.device), torch.no_grad():
             samples = self._run(image, input_ids, text_length, noise)
-            # A CUDA graph writes every result to the same place.
+            # A CUDA graph writes every result to the same memory, so the next call would overwrite this one.
             return samples.clone() if self._copied else samples
 
 
 def stage_names(stages: str | Sequence[str]) -> tuple[str, ...]:
-    """Return names of stages as a tuple; a single name is not a sequence of letters."""
+    """Return names of stages as a tuple; a single string is one name."""
     return (stages,) if isinstance(stages, str) else tuple(stages)
 
 

@@ -164,7 +164,7 @@ def replace_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> None:
 
 @own_torch_state()
 def materialize(gm: fx.GraphModule) -> None:
-    """Replace the lazy weights of `gm` by their values; copies of `gm` keep the lazy ones."""
+    """Replace the deferred weights of `gm` by their values; copies of `gm` keep the deferred ones."""
     for name, tensor in list(weights(gm)):
         if isinstance(tensor, DeferredWeight):
             holder, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Lazy weights, computed when an operator reads them, then freed: for policies that are larger than memory."""
+"""Deferred (lazy) weights, computed when an operator reads them, then freed: for policies larger than memory."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class _Computation:
-    """How the value of a lazy weight is computed; its aliases share one, so that a written value reaches them all."""
+    """How the value of a deferred weight is computed; shared by its aliases, so that a written value reaches them all."""
 
     source: Tensor
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class _Computation:
 
 
 class DeferredWeight(Tensor):
-    """A lazy weight: computed when it is read, then freed.
+    """A deferred (lazy) weight: computed when it is read, then freed.
 
     Its value is a source tensor, mostly mapped from a file, cast to a dtype, with only some indices along one axis kept
     if so wanted. It has the shape, dtype and device of its value, and every operator that reads it computes the value,
@@ -73,7 +73,7 @@ class DeferredWeight(Tensor):
         return result
 
     def cut(self, dim: int, kept: Tensor) -> "DeferredWeight":
-        """Return the indices `kept` along `dim` of this weight, lazy too."""
+        """Return the indices `kept` along `dim` of this weight, deferred too."""
         if self._computation.kept is None:  # cut what is stored, then cast: less to cast
             return DeferredWeight(self._computation.source, dtype=self.dtype, dim=dim, kept=kept)
         return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
@@ -97,7 +97,7 @@ class DeferredWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch types its default as a function of no class
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operator on the values of its lazy arguments; aliases and views stay lazy."""
+        """Run an operator on the values of its deferred arguments; aliases and views stay deferred."""
         given = dict(kwargs or {})
         if func in (aten.detach.default, aten.alias.default) and type(args[0]) is DeferredWeight:
             return _alias(args[0])
@@ -118,7 +118,7 @@ class DeferredWeight(Tensor):
 
 
 class _View(DeferredWeight):
-    """A view of a lazy weight, computed when it is read; it cannot be written into."""
+    """A view of a deferred weight, computed when it is read; it cannot be written into."""
 
     def __new__(cls, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
         form = func(torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta"), *args, **kwargs)
@@ -154,7 +154,7 @@ _VIEWS = frozenset(
         aten.as_strided.default,
     }
 )
-"""Operators that return a view of their first argument; of a lazy weight it cannot be written into."""
+"""Operators that return a view of their first argument; of a deferred weight it cannot be written into."""
 
 
 def _alias(weight: DeferredWeight) -> DeferredWeight:
@@ -165,7 +165,7 @@ def _alias(weight: DeferredWeight) -> DeferredWeight:
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DeferredWeight]:
-    """Return the lazy weights that an operator writes into.
+    """Return the deferred weights that an operator writes into.
 
     Raises:
         TypeError: one of them is a view.
@@ -191,7 +191,7 @@ def cut(weight: Tensor, dim: int, kept: Tensor) -> DeferredWeight:
 
 
 def values_at(weight: Tensor, positions: Tensor) -> Tensor:
-    """Return the values of a weight at flat, row-major positions (int64 [K]); a lazy cast computes these alone."""
+    """Return the values of a weight at flat, row-major positions (int64 [K]), casting these alone where it can."""
     if type(weight) is DeferredWeight and weight._computation.kept is None:
         return values_at(weight._computation.source, positions).to(weight.dtype)
     value = materialized(weight)
@@ -199,5 +199,5 @@ def values_at(weight: Tensor, positions: Tensor) -> Tensor:
 
 
 def materialized(weight: Tensor) -> Tensor:
-    """Return `weight` as a plain tensor: its value if it is lazy, else itself."""
+    """Return `weight` as a plain tensor: its value if it is deferred, else itself."""
     return weight.compute() if isinstance(weight, DeferredWeight) else weight

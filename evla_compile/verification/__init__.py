@@ -1,1 +1,1 @@
-"""Proofs that an exported policy computes what it was made from."""
+"""Proofs that an exported policy computes what the graph computes that it was exported from."""

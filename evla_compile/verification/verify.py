@@ -1,4 +1,4 @@
-"""Proofs about an exported policy: intact files, static shapes, and the outputs of the graph that it was made from."""
+"""Verify an exported policy: intact files, static shapes, and the outputs of the graph that it was exported from."""
 
 import os
 from dataclasses import dataclass, replace
@@ -23,25 +23,25 @@ from evla_compile.runtime.linked_weights import read_checked
 from evla_compile.settings.tolerances import lowered_tolerance
 
 _FLOATS = {"float": "float32", "double": "float64"}
-"""Dtypes that ONNX names otherwise than numpy."""
+"""Dtypes whose names in ONNX differ from numpy's: ONNX name -> numpy name."""
 _DATA_DEPENDENT = ("Compress", "If", "Loop", "NonMaxSuppression", "NonZero", "Scan", "Unique")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What `verify` found; it raises when something does not hold."""
+    """What `verify` measured; it raises where a check fails."""
 
     nodes: int
     """Operators of the ONNX graphs, all outputs of which have static integer shapes."""
     cases: int
     """Recorded cases replayed."""
     stages: tuple[tuple[str, float], ...]
-    """Per stage and output, in data-flow order, how far the ONNX graphs are from what was recorded, relative to the
-    largest value recorded; the worst case."""
+    """Per stage and output, in data-flow order, the error of the ONNX graphs against the recorded values, relative to
+    the largest of these; the worst case."""
     errors: tuple[tuple[str, float], ...]
-    """The same of the outputs alone, as the runtime returns them."""
+    """The same for the outputs alone, as the runtime returns them."""
     tolerance: float
-    """What the error of the samples must stay within."""
+    """Largest error that the samples may have."""
 
 
 def verify(
@@ -49,20 +49,23 @@ def verify(
 ) -> Verification:
     """Verify an artifact against what the float32 torch graph returned for its recorded cases.
 
-    Its files match their hashes, `onnx.checker` accepts the graphs, every value in them has a static integer shape, and
-    on the recorded cases every stage of the ONNX graphs, run on a CPU, stays within the tolerance of the artifact's
-    precision (vision, projector, each decoder layer, cognition, each denoising step), and so does every output as the
-    runtime returns it.
+    It proves, in this order:
+
+    1. the files match their hashes, and the graphs read no file that the manifest does not list;
+    2. `onnx.checker` accepts the graphs, and every value in them has a static integer shape;
+    3. on the recorded cases, every stage of the ONNX graphs, run on a CPU, stays within the tolerance of the artifact's
+       precision (vision, projector, each decoder layer, cognition, each denoising step);
+    4. and so does every output as the runtime returns it.
 
     Args:
         path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, or the id of a Hugging
-            Face repository that holds an artifact's folder.
+            Face repository with an artifact's folder.
         threads: threads of ONNX Runtime; None leaves the number to it.
         provider: where the runtime computes; see `evla_compile.runtime.load`.
 
     Raises:
         ArtifactError: the artifact is missing or damaged, its graphs read files that its manifest does not list, or its
-            recorded cases are none of such a policy.
+            recorded cases are not those of such a policy.
         EvlaError: the runtime cannot compute where it was asked to.
         ValueError: `threads` is no whole number from 1 up.
         VerificationError: a shape is not static, inputs or outputs are not those of the manifest, or a stage or output
@@ -96,7 +99,7 @@ def verify(
 
 
 def _prove(folder: Path, part: Part, vocabulary: int) -> int:
-    """Prove what holds of one graph without running it; return the number of its operators."""
+    """Check one graph without running it; return the number of its operators."""
     path = folder / part.model.name
     check_external_data(part, folder)
     try:
@@ -132,7 +135,7 @@ def _describe(value: onnx.ValueInfoProto) -> str:
 def prove_static_shapes(path: Path) -> int:
     """Prove that every value of an ONNX graph has a shape of literal integers; return the number of its operators.
 
-    The shapes that the file itself declares for inner values are set aside and inferred anew by onnx.
+    The shapes that the file itself declares for inner values are ignored; onnx infers them.
 
     Raises:
         VerificationError: a value has no such shape, or an operator's output shape depends on data.
@@ -149,7 +152,7 @@ def prove_static_shapes_of(model: onnx.ModelProto, path: str) -> int:
     del model.graph.value_info[:]
     try:
         inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    except (shape_inference.InferenceError, ValueError) as error:  # the latter of a dtype that there is not
+    except (shape_inference.InferenceError, ValueError) as error:  # ValueError: a dtype that ONNX does not have
         raise VerificationError(f"{path}: its shapes cannot be inferred: {error}") from error
     graph = inferred.graph
     static = {value.name for value in (*graph.input, *graph.value_info, *graph.output) if _is_static(value)}
