@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class _Computation:
-    """How the value of a deferred weight is computed; shared by its aliases, so that a written value reaches them all."""
+    """How the value of a deferred weight is computed; its aliases share one, so a written value reaches all of them."""
 
     source: Tensor
     dtype: torch.dtype
