@@ -50,6 +50,13 @@ def test_the_readmes_python_runs_as_it_stands(place: Path) -> None:
     assert "median" in printed
 
 
+def test_the_tutorial_on_a_row_counts_it() -> None:
+    (snippet,) = blocks("docs/tutorials/reproduce-a-row.md", "python")
+    printed = run("-c", snippet)
+    assert 0.25 < float(printed.partition("%")[0]) / 100 < 0.30
+    assert "4.69 B parameters" in printed
+
+
 def test_the_examples_compile_and_drive_a_policy(place: Path) -> None:
     printed = run(str(ROOT / "examples" / "compile.py"), "CogACT-Base", "frames", "artifact", cwd=place)
     assert "verified on 1 recorded cases" in printed
