@@ -1,13 +1,14 @@
 """The measure of deviation, and the check that raises."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from evla_compile.errors import VerificationError
-from evla_compile.settings.tolerances import TOLERANCES, check, check_stages, relative_error
+from evla_compile.settings.config import Precision
+from evla_compile.settings.tolerances import TOLERANCES, check, check_stages, lowered_tolerance, relative_error
 
 REFERENCE = np.array([[2.0, -8.0], [0.0, 1.0]], np.float32)
 
@@ -61,3 +62,40 @@ def test_a_check_returns_the_error_up_to_the_tolerance_and_raises_beyond() -> No
 def test_the_table_cannot_be_loosened() -> None:
     with pytest.raises(FrozenInstanceError):
         TOLERANCES.samples = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "expected"),
+    [
+        ("float32", "layers.3", 1e-4),
+        ("float32", "denoising.0", 1e-4),
+        ("float32", "samples", 1e-4),
+        ("bfloat16", "layers.3", 1e-1),
+        ("bfloat16", "cognition", 1e-1),
+        ("bfloat16", "denoising.0", 3e-2),
+        ("bfloat16", "samples", 3e-2),
+        ("float16", "layers.3", 1e-2),
+        ("float16", "cognition", 1e-2),
+        ("float16", "denoising.0", 5e-3),
+        ("float16", "samples", 5e-3),
+    ],
+)
+def test_every_stage_has_the_tolerance_of_its_precision_and_side(
+    precision: Precision, stage: str, expected: float
+) -> None:
+    assert lowered_tolerance(precision, stage) == expected
+    check_stages("it", {stage: expected}, precision)
+    with pytest.raises(VerificationError, match=f"it: {stage} is .* tolerance {expected:.0e}; .*the first that is com"):
+        check_stages("it", {stage: expected * 1.001}, precision)
+
+
+def test_no_tolerance_is_so_wide_that_nothing_could_fail_it() -> None:
+    for name, tolerance in asdict(TOLERANCES).items():
+        assert 0 < tolerance <= (0.1 if "float16" in name else 1e-3), name
+
+
+def test_the_first_stage_that_leaves_its_tolerance_is_named_with_the_one_before() -> None:
+    errors = {"patches": 1e-6, "layers.0": 2e-4, "layers.1": 0.5, "samples": 1e-6}
+    with pytest.raises(VerificationError, match=r"it: layers\.0 is 2\.00e-04 .* behind patches, which is within it"):
+        check_stages("it", errors, "float32")
+    check_stages("it", {"patches": 1e-6, "samples": 1e-6}, "float32")
