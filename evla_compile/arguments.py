@@ -1,7 +1,7 @@
-"""Arguments of the public functions: what was meant becomes a plain Python value, what was not is named; no torch.
+"""Check arguments of the public functions and convert them to plain Python values; no torch.
 
-Callers hold numbers in numpy's types as often as in Python's, and booleans pass for whole numbers in both: every
-setting goes through here, so that both are treated alike everywhere.
+Callers pass numpy's numbers as often as Python's, and in both a boolean counts as a whole number. Every setting is
+checked here, so that all are treated alike.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 def whole_number(
     name: str, value: object, *, low: int, high: int | None = None, of: str = "", otherwise: str = ""
 ) -> int:
-    """Return a whole number as an int; numpy's integers will do, booleans and whole floats will not.
+    """Return a whole number as an int; numpy's integers are accepted, booleans and whole floats are not.
 
     Args:
         name: the argument's name, for the message.
@@ -35,7 +35,7 @@ def whole_number(
 
 
 def number(name: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
-    """Return a real number as a float; numpy's numbers will do, booleans will not.
+    """Return a real number as a float; numpy's numbers are accepted, booleans are not.
 
     Args:
         name: the argument's name, for the message.
@@ -54,19 +54,19 @@ def number(name: str, value: object, *, low: float, high: float, low_open: bool 
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Tell whether a value is a whole number of Python's or numpy's; booleans and whole floats are none."""
+    """Tell whether a value is a whole number of Python or numpy; booleans and whole floats are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Tell whether a value is a real number of Python's or numpy's; booleans are none, NaN and infinities are."""
+    """Tell whether a value is a real number of Python or numpy; NaN and infinities are, booleans are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def lone_surrogate(text: str) -> str | None:
-    """Return the first half of a character without its other half, which UTF-8 cannot write; None where all are whole.
+    """Return the first lone surrogate of a text, which UTF-8 cannot encode; None where there is none.
 
-    A decoder that hides undecodable bytes leaves such halves in a text, and JSON may spell them out.
+    Python's "surrogateescape" decoding leaves them in a text, and JSON escapes can spell them.
     """
     return next((character for character in text if "\ud800" <= character <= "\udfff"), None)
 

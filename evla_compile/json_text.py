@@ -1,4 +1,4 @@
-"""The one way in which the package writes JSON: numbers that JSON does not have are refused; no torch."""
+"""Write JSON, refusing numbers that JSON does not have; all JSON of the package is written here; no torch."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from typing import Any
 def to_json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
     """Return a value as JSON.
 
-    Python writes NaN and infinities by default, as words that no other reader of JSON takes.
+    By default Python writes NaN and infinities as words that other JSON readers refuse.
 
     Args:
-        value: whatever `json.dumps` takes.
+        value: any value that `json.dumps` accepts.
         indent: columns to indent by; None for a single line.
         sort_keys: whether the keys of objects are sorted, so that equal values give equal texts.
 

@@ -1,4 +1,4 @@
-"""What memory is free, and what a piece of work took; reads Linux's /proc, imports no torch."""
+"""Free memory of the machine, and the peak memory of this process, from Linux's /proc; no torch."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ BUILD_FACTOR = 3.2
 """Peak memory of an engine build over the bytes of its graph's weights, as measured with TensorRT-RTX 1.7."""
 
 BUILD_BASE_BYTES = 700_000_000
-"""Memory that such a build takes beside that."""
+"""Memory that such a build takes in addition, whatever the weights."""
 
 _MEMINFO, _STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 _SAMPLE_SECONDS = 0.02
@@ -18,10 +18,10 @@ _SAMPLE_SECONDS = 0.02
 
 @dataclass(slots=True)
 class PeakMemory:
-    """The most memory that this process held, in bytes; filled in when `watching_memory` ends."""
+    """Peak memory of this process in bytes; complete when `watching_memory` ends."""
 
     private: int = 0
-    """Memory of its own, mapped files excluded: what the machine must really have. Sampled every 20 ms."""
+    """Anonymous memory, without mapped files: what the machine must have at least. Sampled every 20 ms."""
     resident: int = 0
     """All resident pages, those of mapped files included, which the system takes back when it needs them."""
 
@@ -32,13 +32,13 @@ def build_bytes(weight_bytes: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that a program can still take without swapping; None where the system does not tell."""
+    """Return the bytes that a program can still take without swapping; None where the system does not report it."""
     return _field(_MEMINFO, "MemAvailable")
 
 
 @contextmanager
 def watching_memory() -> Iterator[PeakMemory]:
-    """Measure the peak memory of this process within a `with` block; stays 0 where the system does not tell."""
+    """Measure the peak memory of this process within a `with` block; stays 0 where the system does not report it."""
     peak, stop = PeakMemory(), threading.Event()
 
     def sample() -> None:

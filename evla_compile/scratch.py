@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all: written into a scratch folder beside their place, then renamed; no torch.
+"""Write files atomically: into a scratch folder beside their place, then by renaming; no torch.
 
-A scratch folder is locked as long as its process lives, however that ends, so that the next writer can tell one that
-was left behind from one in use. This protects from the death of a process, not from power loss: for that, the manifest
-has hashes.
+A scratch folder is locked as long as its process lives, so that the next writer can tell an abandoned one from one in
+use. This protects against the death of a process, not against power loss: for that, the manifest has hashes.
 """
 
 import fcntl
@@ -20,7 +19,7 @@ from types import FrameType
 from typing import IO, Literal
 
 JOURNAL = "journal.json"
-"""Describes a move of several files that is under way; a scratch folder that has one is needed to finish the move."""
+"""File that describes an unfinished move of several files; its scratch folder is needed to finish the move."""
 
 _LOCK = "lock"
 _NEW = "new"
@@ -31,10 +30,10 @@ _log = logging.getLogger(__name__)
 def scratch(place: Path) -> Iterator[Path]:
     """Yield a new folder `.NAME.partial-TOKEN` beside `place`; it is removed at the end, a SIGTERM included.
 
-    It stays where it holds a `JOURNAL`, without which a move that could not be undone could never be finished.
+    It is not removed while it contains a `JOURNAL`: a move that could not be undone still has to be finished.
 
     Raises:
-        OSError: the folder cannot be made or removed.
+        OSError: the folder cannot be created or removed.
     """
     with exiting_on_sigterm():
         folder, lock = _create(place)
@@ -48,9 +47,9 @@ def scratch(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file of the same name, which takes the place of `path` if the block succeeds.
+    """Yield a temporary path to write to, which is renamed to `path` if the block succeeds.
 
-    What earlier writers of `path` left behind when they were killed is removed.
+    What killed writers of `path` have left is removed.
 
     Raises:
         OSError: the file cannot be written; `path` is as it was.
@@ -64,14 +63,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def new_folder(folder: Path) -> Path:
-    """Return the folder inside a scratch folder that takes what is to be put in place."""
+    """Return the folder inside a scratch folder for the new files, which are then moved into place."""
     new = folder / _NEW
     new.mkdir(exist_ok=True)
     return new
 
 
 def partials(place: Path) -> list[Path]:
-    """Return the scratch folders beside `place`, those in use and those left behind."""
+    """Return the scratch folders beside `place`, in use or abandoned."""
     pattern = re.compile(rf"\.{re.escape(place.name)}\.partial-[0-9a-f]+")
     try:
         found = [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -83,11 +82,11 @@ def partials(place: Path) -> list[Path]:
 def remove_stale(place: Path, finish: Callable[[Path], None] | None = None) -> None:
     """Remove the scratch folders beside `place` whose process is dead, and log a warning for each.
 
-    One whose owner cannot be told, since the file system has no locks or it belongs to another user, is left alone.
+    Folders whose owner is unknown, because the file system has no locks or they belong to another user, are kept.
 
     Args:
-        place: what they were made for.
-        finish: called with each before it is removed, to finish the move that its `JOURNAL` describes.
+        place: path that they were created for.
+        finish: called with each folder before it is removed, to finish the move that its `JOURNAL` describes.
     """
     for folder in partials(place):
         try:
@@ -115,8 +114,8 @@ def remove_stale(place: Path, finish: Callable[[Path], None] | None = None) -> N
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep other processes from moving files into or out of a folder within this block.
 
-    Where the file system has no locks there is no such protection; a move still refuses to replace a file that it does
-    not know.
+    Where the file system has no locks there is no such protection; even then a move refuses to replace files that it
+    does not know.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -133,7 +132,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def exiting_on_sigterm() -> Iterator[None]:
     """Within this block SIGTERM raises SystemExit(143) as SIGINT raises KeyboardInterrupt, so that clean-ups run.
 
-    Only Python's main thread can receive signals, and a program that handles SIGTERM itself goes on doing so.
+    It applies to Python's main thread alone, which receives signals, and not where the program handles SIGTERM itself.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -152,21 +151,21 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 def _create(place: Path) -> tuple[Path, IO[str]]:
     while True:
-        # Not tempfile's mkdtemp: its mode 0700 would stay with what is moved out of it.
+        # Not tempfile.mkdtemp: a folder that is renamed into place would keep its mode 0700.
         folder = place.with_name(f".{place.name}.partial-{secrets.token_hex(4)}")
         folder.mkdir()
         try:
             lock = _take_lock(folder, "a")
         except FileNotFoundError:
             continue  # removed by a process that saw it before it was locked
-        except OSError:  # no locks on this file system: then nobody takes it for stale either
+        except OSError:  # no locks on this file system: then no process removes it as stale either
             lock = (folder / _LOCK).open("a")
         if lock is not None:
             return folder, lock
 
 
 def _remove(folder: Path) -> None:
-    """Remove a scratch folder, its lock last: one without lock is being made or removed, if it is empty."""
+    """Remove a scratch folder, its lock last: an empty folder without a lock is being created or removed."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -178,10 +177,10 @@ def _remove(folder: Path) -> None:
 
 
 def _take_stale(folder: Path) -> IO[str] | None:
-    """Return the lock of a scratch folder that was left behind; None where it is in use, or gone.
+    """Return the lock of an abandoned scratch folder; None where it is in use, or gone.
 
     Raises:
-        OSError: nobody can tell.
+        OSError: the file system cannot lock, or refuses access.
     """
     try:
         return _take_lock(folder, "r+")
@@ -196,11 +195,11 @@ def _take_stale(folder: Path) -> IO[str] | None:
 
 
 def _take_lock(folder: Path, mode: Literal["a", "r+"]) -> IO[str] | None:
-    """Return the lock of a scratch folder, which closing gives back; None where a living process has it.
+    """Return the lock of a scratch folder, released by closing it; None where a living process has it.
 
     Raises:
-        FileNotFoundError: the folder is gone, or has no lock and `mode` does not make one.
-        OSError: nobody can tell.
+        FileNotFoundError: the folder is gone, or has no lock and `mode` does not create one.
+        OSError: the file system cannot lock, or refuses access.
     """
     path = folder / _LOCK
     file = path.open(mode)

@@ -1,4 +1,4 @@
-"""What every text goes through on its way to a terminal: control characters become escapes; no torch."""
+"""Make every text safe to print on a terminal: control characters become escapes; no torch."""
 
 import os
 import re
@@ -14,12 +14,12 @@ PIPE_CLOSED = 141
 """Exit status where the reader of an output has gone: 128 and the number of SIGPIPE, which ends other tools then."""
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats such as bidirectional overrides, surrogates, separators
-_KEPT = "\n\t\u200c\u200d"  # the joiners are letters' business in Persian, in Indic scripts and in emoji
+_KEPT = "\n\t\u200c\u200d"  # joiners, which Persian, Indic scripts and emoji need
 _LINE_BREAKS = re.compile(r"[\n\t]")
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with what would steer a terminal, reorder a line or fail to encode as Python's escapes, `\x1b`.
+    r"""Return `text` with Python escapes such as `\x1b` for characters that control a terminal or cannot be encoded.
 
     Line breaks and tabs stay; see `in_one_line`.
     """
@@ -31,12 +31,12 @@ def printable(text: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """Return `printable` text whose line breaks and tabs are escapes too: a name cannot pass for lines of our own."""
+    """Return `printable` text with line breaks and tabs as escapes too, so that a name cannot imitate further lines."""
     return _LINE_BREAKS.sub(lambda found: _escaped(found[0]), printable(text))
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return a console that prints what it is given: brackets are no markup, control characters do nothing."""
+    """Return a console that prints text as it is: brackets are no markup, and control characters become escapes."""
     return _PlainConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -49,19 +49,19 @@ def _escaped(char: str) -> str:
 
 
 class _PlainConsole(Console):
-    """A console for texts of others; colours and progress are its own."""
+    """A console that makes untrusted text safe; colours and progress bars of rich still work."""
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Return a text as what `printable` makes of it; tables measure their columns by it."""
+        """Return `printable` text; tables measure their columns by it."""
         return super().render_str(printable(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield segments whose text is `printable`, from whatever it was made."""
+        """Yield segments with `printable` text, whatever is rendered."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Leave as other tools do where nobody reads on.
+        """Exit as other tools do when the reader of their output has gone.
 
         Raises:
             SystemExit: always, with `PIPE_CLOSED`.
@@ -72,7 +72,7 @@ class _PlainConsole(Console):
 
 
 def discard(descriptor: int) -> None:
-    """Send what is written to a file descriptor to nowhere: the interpreter's last flush would fail once more."""
+    """Redirect a file descriptor to the null device, since the interpreter's last flush would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     if nowhere != descriptor:

@@ -1,4 +1,4 @@
-"""Numbers with units as people read them; every size, count of operations and time that is printed comes from here.
+"""Format sizes, counts of operations and times with units for people; all printed ones are formatted here.
 
 A small policy has kilobytes and microseconds where CogACT has gigabytes and milliseconds, so units follow the values.
 """
@@ -45,7 +45,7 @@ def time_scale(values: Iterable[float]) -> Scale:
 
 
 def digits(value: float) -> str:
-    """Return three significant digits, and all that stand before the point; of what is not zero, never zero."""
+    """Return a value with three significant digits, but all digits before the point; only 0 is shown as "0"."""
     if value == 0:
         return "0"
     if abs(value) < 1e-3:

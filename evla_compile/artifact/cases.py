@@ -145,7 +145,7 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
 
 
 def _to_case(number: int, sides: Mapping[str, Mapping[str, NDArray[Any]]], manifest: Manifest) -> RecordedCase:
-    """Return the arrays of a case; refuse one that lacks any, or holds values that a policy never takes or returns."""
+    """Return the arrays of a case; refuse missing ones, and values that a policy never takes or returns."""
     for kind, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
         if sides[kind].keys() != {spec.name for spec in specs}:
             names = sorted(sides[kind])

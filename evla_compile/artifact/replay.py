@@ -13,7 +13,7 @@ from evla_compile.settings.config import Precision
 from evla_compile.settings.tolerances import check_stages, relative_error
 
 Run: TypeAlias = Callable[[GraphInputs], Mapping[str, NDArray[Any]]]
-"""A graph's inputs -> outputs and stages by name, whole."""
+"""A graph's inputs -> outputs and stages by name, as whole arrays."""
 
 
 def replay(

@@ -1,1 +1,1 @@
-"""What a machine lacks for a piece of work, and its remedy; no torch."""
+"""Find out what a machine lacks to compile, build or run a policy, and the remedy; no torch."""

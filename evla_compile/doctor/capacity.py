@@ -1,4 +1,4 @@
-"""The checks of `evla doctor` on room and on artifacts: memory, disk, hashes, an engine's GPU; no torch."""
+"""The checks of `evla doctor` on memory, disk, an artifact's files and an engine's GPU; no torch."""
 
 import math
 from pathlib import Path
@@ -14,22 +14,22 @@ from evla_compile.runtime.widening import FACTOR
 from evla_compile.units import bytes_text
 
 COMPILE_BYTES = 2_000_000_000
-"""Memory that compiling and exporting takes beside the mapped checkpoint, whatever its size; 1.3 GB were measured."""
+"""Memory for compiling and exporting, without the mapped checkpoint, of any size; 1.3 GB were measured."""
 
 _MOST_PARTS = 6
-"""In more, the largest part stays the same: vision, which is not cut."""
+"""More parts do not help: the largest is then the one with vision, which is not cut."""
 
 _NAME_IT = "name the policy: --artifact DIR, or --size base"
 
 
 def check_room(facts: Facts) -> Finding:
-    """What is free, whatever is going to be done."""
+    """Report free memory, swap and disk."""
     memory = "an unknown amount of" if facts.memory is None else bytes_text(facts.memory)
     return ok("room", f"free: {memory} memory, {bytes_text(facts.swap)} swap, {bytes_text(facts.disk)} disk")
 
 
 def check_memory(request: Request, facts: Facts) -> Finding:
-    """The memory that the work takes is free: on the GPU for what runs there, else on the machine."""
+    """Check that the work's memory is free: on the GPU for what runs there, else on the machine."""
     free, where = _free_memory(request, facts)
     if free is None:
         return warned("memory", f"what is free {where} is unknown", None)
@@ -50,7 +50,7 @@ def check_memory(request: Request, facts: Facts) -> Finding:
 
 
 def check_disk(request: Request, facts: Facts) -> Finding:
-    """There is room for what is written: every part's weights once."""
+    """Check that the disk has room for the files written: the weights of every part once."""
     if request.total_bytes is None:
         return warned("disk", f"{bytes_text(facts.disk)} free; what is needed is unknown", _NAME_IT)
     needed = request.total_bytes + ROOM_BYTES
@@ -61,7 +61,7 @@ def check_disk(request: Request, facts: Facts) -> Finding:
 
 
 def check_artifact(request: Request) -> Finding:
-    """The files that will be read are those that the manifest describes, byte by byte.
+    """Check that the files to be read have the hashes of the manifest.
 
     Raises:
         ValueError: no artifact was named.
@@ -82,7 +82,7 @@ def check_artifact(request: Request) -> Finding:
 
 
 def check_engine(request: Request, facts: Facts) -> Finding:
-    """There is an engine, for this GPU, library and platform.
+    """Check that there is an engine for this GPU, library and platform.
 
     Raises:
         ValueError: no artifact was named.
@@ -107,7 +107,7 @@ def _check_compile_memory(free: int) -> Finding:
 
 
 def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
-    """Hold a build's estimate against memory; `evla build` leaves swap out unless it is told how much it may take."""
+    """Compare a build's estimate with free memory; `evla build` ignores swap unless --memory-gb says otherwise."""
     weights, total = request.weight_bytes or 0, request.total_bytes or 0
     needed = build_bytes(weights)
     found = f"{bytes_text(needed)} are needed, {bytes_text(free)} free"
@@ -119,7 +119,7 @@ def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
         return warned("memory", f"{found}, {bytes_text(free + swap)} with swap: slow", insist)
     remedy = f"add {bytes_text(needed - free - swap)} of swap on a fast disk, and then {insist}"
     room = (free - BUILD_BASE_BYTES) / BUILD_FACTOR
-    # One part is the action head, and perception is cut into the others, about equal ones.
+    # One part is the action head; perception is cut into the others, which have about equal weights.
     parts = max(2, math.ceil(1.1 * total / room) + 1) if room > 0 else _MOST_PARTS + 1
     if parts <= _MOST_PARTS:
         remedy = f"compile again with evla compile --parts {parts}; or {remedy}"
@@ -127,7 +127,7 @@ def _check_build_memory(request: Request, free: int, swap: int) -> Finding:
 
 
 def _free_memory(request: Request, facts: Facts) -> tuple[int | None, str]:
-    """Return the bytes that the work can take, and where; a Jetson's GPU takes them from the machine's memory."""
+    """Return the free bytes for the work, and where; a Jetson's GPU uses the machine's memory."""
     if request.needs_gpu and request.work == "run" and facts.jetson is None:
         return (None if facts.gpu is None else facts.gpu.memory_bytes), "on the GPU"
     return facts.memory, "on the machine"

@@ -1,4 +1,4 @@
-"""The checks of `evla doctor` on what is installed: facts in, a finding out, each with its remedy; no torch."""
+"""The checks of `evla doctor` on installed software: from facts to a finding with its remedy; no torch."""
 
 import re
 
@@ -19,7 +19,7 @@ _CUDA_13_DRIVER = 580
 
 
 def check_python(facts: Facts) -> Finding:
-    """Python 3.11 or newer."""
+    """Check for Python 3.11 or newer."""
     version = ".".join(map(str, facts.python))
     if facts.python < (3, 11):
         return failed("Python", version, "install Python 3.11 or newer, and a virtual environment of it")
@@ -27,7 +27,7 @@ def check_python(facts: Facts) -> Finding:
 
 
 def check_torch(facts: Facts) -> Finding:
-    """PyTorch imports, is one of the versions that this package was written for, and fits the driver if there is one.
+    """Check that PyTorch imports, has a supported version, and fits the driver if there is one.
 
     A driver too old for it is a warning: compiling and exporting need no GPU.
     """
@@ -47,7 +47,7 @@ def check_torch(facts: Facts) -> Finding:
 
 
 def check_transformers(facts: Facts) -> Finding:
-    """Transformers' Llama imports, which a torchvision of another build than torch's prevents."""
+    """Check that transformers' Llama imports; a torchvision built for another torch prevents that."""
     tried = facts.imports["transformers"]
     if tried.found is not None:
         return ok("transformers", str(tried.found["version"]))
@@ -62,7 +62,7 @@ def check_transformers(facts: Facts) -> Finding:
 
 
 def check_export(facts: Facts) -> Finding:
-    """The packages that write ONNX files import."""
+    """Check that the packages import that write ONNX files."""
     tried = facts.imports["onnxscript"]
     if tried.found is None:
         return failed("ONNX export", tried.error or "not tried", "pip install onnx onnx_ir onnxscript")
@@ -70,7 +70,7 @@ def check_export(facts: Facts) -> Finding:
 
 
 def check_runtime_packages(request: Request, facts: Facts) -> Finding:
-    """One flavour of ONNX Runtime: several overwrite each other's files, and the last one installed wins."""
+    """Check that one package of ONNX Runtime is installed: several overwrite each other's files."""
     installed = [name for name in _RUNTIMES if name in facts.packages]
     if len(installed) > 1:
         return failed(
@@ -82,7 +82,7 @@ def check_runtime_packages(request: Request, facts: Facts) -> Finding:
 
 
 def check_provider(request: Request, facts: Facts) -> Finding:
-    """ONNX Runtime imports, offers the provider, and makes a session of it, for which its libraries must load."""
+    """Check that ONNX Runtime imports, offers the provider, and opens a session on it, which loads its libraries."""
     tried, session = facts.imports["onnxruntime"], facts.imports[f"session-{request.provider}"]
     wanted = _execution_provider(request).name
     if tried.found is None:
@@ -101,7 +101,7 @@ def check_provider(request: Request, facts: Facts) -> Finding:
 
 
 def check_widening(facts: Facts) -> Finding:
-    """A bfloat16 policy on a CPU runs in float32 arithmetic, and onnx, which rewrites its graphs for that, imports."""
+    """Check that onnx imports, which rewrites a bfloat16 policy to float32 arithmetic on a CPU."""
     tried = facts.imports["onnx"]
     if tried.found is None:
         found = f"it runs in float32 arithmetic on a CPU, for which onnx rewrites it: {tried.error or 'not tried'}"
@@ -111,7 +111,7 @@ def check_widening(facts: Facts) -> Finding:
 
 
 def check_tensorrt(flavour: Flavour, facts: Facts) -> Finding:
-    """The flavour of TensorRT imports, and is new enough."""
+    """Check that the flavour of TensorRT imports, and is new enough."""
     name, tried, oldest = FLAVOUR_NAMES[flavour], facts.imports[flavour], OLDEST_VERSIONS[flavour]
     if tried.found is None:
         return failed(name, _why_absent(flavour, facts), _mend_tensorrt(flavour, facts))
@@ -123,7 +123,7 @@ def check_tensorrt(flavour: Flavour, facts: Facts) -> Finding:
 
 
 def check_gpu(request: Request, facts: Facts) -> Finding:
-    """There is a GPU, and it can be called from Python; ONNX Runtime calls it by itself."""
+    """Check that there is a GPU which Python can call; ONNX Runtime calls it without Python."""
     if facts.gpu is not None:
         gpu = facts.gpu
         return ok("GPU", f"{gpu.name}, compute capability {gpu.compute_capability}, {bytes_text(gpu.memory_bytes)}")
@@ -145,10 +145,10 @@ def check_gpu(request: Request, facts: Facts) -> Finding:
 
 
 def check_driver(request: Request, facts: Facts) -> Finding:
-    """The driver supports the CUDA that the library was built with, of which the major version counts.
+    """Check that the driver supports the major version of CUDA that the library was built with.
 
     Raises:
-        ValueError: there is no GPU, about whose driver this is.
+        ValueError: there is no GPU.
     """
     if facts.gpu is None:
         raise ValueError("this check needs a GPU")
@@ -170,12 +170,12 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def _execution_provider(request: Request) -> ExecutionProvider:
-    """Return what ONNX Runtime computes with for a request; compiling verifies on the CPU."""
+    """Return the provider of ONNX Runtime for a request; compiling verifies on the CPU."""
     return PROVIDERS["cpu" if request.provider == "engine" else request.provider]
 
 
 def _cuda_of(request: Request, facts: Facts) -> tuple[str, str | None]:
-    """Return the library that will call CUDA, and the CUDA that it was built with, where it says."""
+    """Return the library that calls CUDA, and the CUDA version that it was built with, None if unknown."""
     if request.provider in ("cuda", "tensorrt"):
         tried = facts.imports["onnxruntime"]
         return "onnxruntime-gpu", tried.found.get("cuda") if tried.found is not None else None
@@ -187,7 +187,7 @@ def _cuda_of(request: Request, facts: Facts) -> tuple[str, str | None]:
 
 
 def _install(request: Request, facts: Facts) -> str:
-    """Return what leaves exactly the ONNX Runtime that is needed."""
+    """Return the command after which exactly the ONNX Runtime that is needed is installed."""
     installed = [name for name in _RUNTIMES if name in facts.packages]
     wanted = _execution_provider(request).package
     removal = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
@@ -195,7 +195,7 @@ def _install(request: Request, facts: Facts) -> str:
 
 
 def _libraries(request: Request, cuda: str | None) -> str:
-    """Return what brings the libraries that a provider loads."""
+    """Return the remedy for libraries that a provider could not load."""
     if request.provider not in ("cuda", "tensorrt"):
         return f"pip install --force-reinstall {_execution_provider(request).package}"
     names = f"CUDA {numbers(cuda)[0]}" if cuda is not None else "CUDA"
@@ -210,9 +210,9 @@ def _why_absent(flavour: Flavour, facts: Facts) -> str:
 
 
 def _mend_tensorrt(flavour: Flavour, facts: Facts) -> str:
-    """Return what installs a flavour that does not import, or mends an installation without its libraries.
+    """Return the command that installs a flavour, or repairs an installation without its libraries.
 
-    On PyPI the libraries of TensorRT are a stub that fetches them from NVIDIA, and may leave the rest without them.
+    On PyPI the package of TensorRT's libraries is a stub that downloads them from NVIDIA, and this may fail silently.
     """
     if facts.jetson is not None and flavour == "tensorrt":
         return (

@@ -1,4 +1,4 @@
-"""Whether the engines of an artifact run on this machine, and what builds them anew if not; no torch."""
+"""Check whether the engines of an artifact run on this machine, and name the command that rebuilds them; no torch."""
 
 import platform
 import re
@@ -13,15 +13,15 @@ from evla_compile.tensorrt.cuda import Gpu
 from evla_compile.units import bytes_text
 
 _ALSO_RUNS = {10: 11}
-"""Major versions of TensorRT whose version-compatible engines the given later one runs too, by NVIDIA's support matrix;
-all others run those of their own."""
+"""Major version of TensorRT -> later major version that also runs its version-compatible engines, by NVIDIA's support
+matrix; other engines run on their own major version alone."""
 
 _MEMORY_TOLERANCE = 0.2
-"""Share by which the memory of two modules of one kind may differ: a Jetson's firmware takes some of it."""
+"""Share by which the memory of two GPUs of one kind may differ: a Jetson's firmware reserves some of it."""
 
 
 def require_engine(manifest: Manifest, place: Path) -> EngineRecord:
-    """Return what the manifest says of its engines.
+    """Return the record of an artifact's engines.
 
     Raises:
         ArtifactError: there are none.
@@ -32,10 +32,10 @@ def require_engine(manifest: Manifest, place: Path) -> EngineRecord:
 
 
 def check_match(record: EngineRecord, version: str, gpu: Gpu | None, place: Path) -> None:
-    """Refuse engines that were built for something else than what is here.
+    """Refuse engines that were built for another library version, platform or GPU.
 
     Args:
-        record: what they were built for.
+        record: record of the engines, from the manifest.
         version: version of the library that is installed.
         gpu: the GPU; None where there is none.
         place: the artifact's manifest, for the message.
@@ -74,7 +74,7 @@ def check_match(record: EngineRecord, version: str, gpu: Gpu | None, place: Path
 
 
 def rebuild(record: EngineRecord, place: Path, gpu: Gpu | None = None) -> str:
-    """Return, in words, what builds the engines anew for this machine."""
+    """Return advice with the command that rebuilds the engines for this machine."""
     return f"build it for this machine: {build_command(record.flavour, place, gpu)}"
 
 
@@ -91,7 +91,7 @@ def build_command(flavour: Flavour, place: Path, gpu: Gpu | None = None) -> str:
 
 
 def _target(place: Path) -> str:
-    """Return what names an artifact on the command line."""
+    """Return the artifact's path as an argument for a shell."""
     return shlex.quote(str(place.parent if place.name == "manifest.json" else place))
 
 
@@ -116,12 +116,12 @@ def _runs_gpu(record: EngineRecord, gpu: Gpu) -> bool:
 
 
 def _size(processors: int, memory_bytes: int) -> str:
-    """Return the words that tell apart GPUs of one name."""
+    """Return the properties by which GPUs of one name differ, as a phrase."""
     return f" with {processors} multiprocessors and {bytes_text(memory_bytes)}"
 
 
 def _power_mode(record: EngineRecord, gpu: Gpu) -> str:
-    """Return a hint for a Jetson that differs in size alone from the one that built the engines."""
+    """Return a hint for a Jetson of the same kind, whose power mode changes the number of multiprocessors."""
     alike = gpu.name == record.gpu and gpu.compute_capability in record.compute_capabilities
     if not alike or not record.platform.endswith("aarch64"):
         return ""

@@ -1,4 +1,4 @@
-"""What a session of engines has on the GPU, and the order in which it is given back; no torch."""
+"""GPU and host resources of an engine session, and the order in which they are released; no torch."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -18,10 +18,10 @@ class EngineResources:
     """Engines, contexts, buffers, a stream and a graph.
 
     Attributes:
-        lock: taken by whoever uses them: one call at a time, since all calls share the buffers and the stream. A
-            thread may take it again, since the garbage collector may give resources back in the middle of anything.
+        lock: held during every use: one call at a time, since all calls share the buffers and the stream. It is
+            re-entrant, since the garbage collector may release resources at any point of a call.
         buffers: address on the GPU of every tensor of the chain, by name.
-        arrays: pinned host memory of the policy's own inputs and outputs, by name.
+        arrays: pinned host memory of the policy's inputs and outputs, by name.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -37,7 +37,7 @@ class EngineResources:
         self.arrays: dict[str, NDArray[Any]] = {}
 
     def allocate(self, parts: Iterable[Part], policy: Iterable[TensorSpec]) -> None:
-        """Make one buffer on the GPU for every tensor of the chain, and one on the host for each of the policy's own.
+        """Allocate a GPU buffer for every tensor of the chain, and pinned memory for the policy's inputs and outputs.
 
         Raises:
             EvlaError: memory is short.
@@ -50,17 +50,17 @@ class EngineResources:
             self.arrays[spec.name] = self.cuda.pinned(spec.shape, spec.dtype)
 
     def drain(self) -> None:
-        """Wait for what a failed call left in the stream; why it failed is already known, and errors are ignored."""
+        """Wait for the work that a failed call left in the stream; further errors are ignored."""
         with suppress(EvlaError):
             self.cuda.synchronize(self.stream)
 
     def release(self) -> None:
-        """Give everything back, once nothing runs any more: the graph before the contexts, these before their engines.
+        """Release everything, once the stream is idle: the graph before the contexts, these before their engines.
 
         Raises:
-            EvlaError: CUDA failed, or kernels could not be kept; everything was given back where that was possible.
+            EvlaError: CUDA failed, or kernels could not be saved; everything else has been released.
         """
-        with self.lock, ExitStack() as last:  # runs its callbacks in reverse, all of them even if one fails
+        with self.lock, ExitStack() as last:  # runs its callbacks in reverse, and all even if one fails
             if self.stream is not None:
                 last.callback(self.cuda.destroy_stream, self.stream)
             for array in self.arrays.values():

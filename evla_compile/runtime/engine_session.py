@@ -1,4 +1,4 @@
-"""The engines of an artifact, run by TensorRT or TensorRT-RTX: buffers, copies and an optional CUDA graph; no torch."""
+"""Run the engines of an artifact by TensorRT or TensorRT-RTX: buffers, copies, an optional CUDA graph; no torch."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,9 @@ from evla_compile.tensorrt.library import create, describe_tensor, import_flavou
 class EngineSession:
     """The engines of an artifact, loaded and ready to run.
 
-    Every tensor that is handed from one engine to the next stays on the GPU. Inputs and outputs of the policy go
-    through pinned host memory, in one stream with the engines. With a CUDA graph the whole call, copies included, is
-    recorded when the engines are loaded, and each call launches it as one piece of work. Threads may share a session:
-    it serves one call after the other.
+    Tensors that pass from one engine to the next stay on the GPU. Inputs and outputs of the policy go through pinned
+    host memory, in the stream of the engines. With a CUDA graph, the whole call, copies included, is recorded when the
+    engines are loaded, and each call is one launch. Threads may share a session: it runs one call at a time.
     """
 
     widened = False
@@ -36,11 +35,11 @@ class EngineSession:
         """Load the engines.
 
         Args:
-            place: the artifact's manifest; the engines lie beside it.
-            manifest: what it says.
+            place: path of the artifact's manifest; the engines are beside it.
+            manifest: its contents.
             cuda_graph: whether to launch each call as one CUDA graph; the engines then run once while they are loaded.
-            cache: folder in which TensorRT-RTX keeps the kernels that it compiles for this GPU, made if missing; None
-                for nowhere.
+            cache: folder in which TensorRT-RTX keeps the kernels that it compiles for this GPU, created if missing;
+                None keeps none.
 
         Raises:
             ArtifactError: the artifact has no engine, one for another GPU, version or platform, or a damaged one; the
@@ -58,14 +57,14 @@ class EngineSession:
             prepare_cache(cache)
         self._manifest = manifest
         self._resources = EngineResources(Cuda())
-        # Runs before the interpreter ends too: a graph that outlives its contexts hangs the process.
+        # It also runs at exit: a CUDA graph that outlives its contexts would hang the process.
         self.close = weakref.finalize(self, self._resources.release)
         try:
             self._load(trt, place, record, cache)
             if cuda_graph:
                 self._capture()
         except BaseException:
-            with suppress(EvlaError):  # what failed first is what is reported
+            with suppress(EvlaError):  # the first error is the one to report
                 self.close()
             raise
 
@@ -73,7 +72,7 @@ class EngineSession:
         resources = self._resources
         log = make_logger(trt)
         resources.runtime = create(trt.Runtime, log)
-        # Engines that run on later versions bring the code that runs them. Nothing else may: it is code all the same.
+        # A version-compatible engine contains host code, which runs in this process: allow it for such engines alone.
         resources.runtime.engine_host_code_allowed = record.version_compatible
         resources.stream = resources.cuda.create_stream()
         caches = [None if cache is None else cache / f"{file.name}.kernels" for file in record.files]
@@ -93,7 +92,7 @@ class EngineSession:
             _bind(context, part, resources)
 
     def _capture(self) -> None:
-        """Record a call as a CUDA graph, behind one that runs at once: the library's own preparations are no work."""
+        """Record a call as a CUDA graph, after a call that runs: the library's first-call set-up cannot be recorded."""
         resources = self._resources
         if not all(_can_capture(context, resources.stream) for context in resources.contexts):
             raise EvlaError("cuda_graph=True: an engine of this artifact cannot be captured; load it without")
@@ -109,7 +108,7 @@ class EngineSession:
             raise EvlaError(f"cuda_graph=True: the engines cannot be captured ({error}); load them without") from error
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the engines once: the policy's inputs by name -> its outputs by name, in memory of their own.
+        """Run the engines once: the policy's inputs by name -> its outputs by name, in new arrays.
 
         Raises:
             EvlaError: TensorRT or CUDA failed, or the session is closed.
@@ -132,7 +131,7 @@ class EngineSession:
             return {spec.name: resources.arrays[spec.name].copy() for spec in self._manifest.outputs}
 
     def _enqueue(self) -> None:
-        """Put a whole call into the stream."""
+        """Enqueue a whole call in the stream."""
         resources = self._resources
         read = {spec.name for part in self._manifest.parts for spec in part.inputs}
         for spec in self._manifest.inputs:
@@ -167,7 +166,7 @@ def _bind(context: Any, part: Part, resources: EngineResources) -> None:
 
 
 def _can_capture(context: Any, stream: Any) -> bool:
-    """Tell whether a context can be captured, which TensorRT-RTX says and TensorRT does not need to."""
+    """Tell whether a context can be captured; only TensorRT-RTX has contexts that cannot, and says so."""
     ask = getattr(context, "is_stream_capturable", None)
     return ask is None or bool(ask(int(stream)))
 

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiled for this GPU, kept in a file for the next time; no torch."""
+"""Keep the kernels that TensorRT-RTX compiles for this GPU in a file, for the next process; no torch."""
 
 import logging
 from pathlib import Path
@@ -11,15 +11,15 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_cache(folder: Path) -> None:
-    """Make the folder of a cache where there is none.
+    """Create the folder of a cache if it does not exist.
 
     Raises:
-        EvlaError: it cannot be one.
+        EvlaError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EvlaError(f"cache={folder} cannot be made: {error}; name a folder that can be written") from error
+        raise EvlaError(f"cache={folder} cannot be created: {error}; name a folder that can be written") from error
 
 
 class KernelCache:
@@ -29,19 +29,19 @@ class KernelCache:
         """Give TensorRT-RTX the kernels in a file, if there is one, and let it collect new ones.
 
         Kernels that it refuses, those of another GPU, driver or version for instance, are reported as a warning: it
-        compiles them anew, and they replace the file in the end.
+        compiles them again, and they replace the file in the end.
 
         Args:
             settings: the library's runtime configuration, of which the context is then created.
             file: where they are kept.
 
         Raises:
-            EvlaError: the file cannot be read, or the library keeps no kernels.
+            EvlaError: the file cannot be read, or the library has no cache of kernels.
         """
         self._file = file
         self._cache = settings.create_runtime_cache()
         if self._cache is None:
-            raise EvlaError(f"TensorRT-RTX cannot make a cache of kernels for {file}: load the policy without cache=")
+            raise EvlaError(f"TensorRT-RTX cannot create a cache of kernels for {file}: load the policy without cache=")
         try:
             known = file.read_bytes() if file.exists() else b""
         except OSError as error:
@@ -49,17 +49,17 @@ class KernelCache:
         if known and not self._cache.deserialize(known):
             logger.warning(
                 "TensorRT-RTX refuses the kernels in %s, which are of another GPU, driver or version, or damaged: it"
-                " compiles them anew, and they are replaced when the policy is closed",
+                " compiles them again, and they are replaced when the policy is closed",
                 file,
             )
         if not settings.set_runtime_cache(self._cache):
             raise EvlaError(f"TensorRT-RTX does not take a cache of kernels for {file}: load the policy without cache=")
 
     def keep(self) -> None:
-        """Write what was collected.
+        """Write the collected kernels to the file.
 
         Raises:
-            EvlaError: there is nothing to write, or the file cannot be written.
+            EvlaError: the library returns none, or the file cannot be written.
         """
         contents = self._cache.serialize()
         if contents is None:

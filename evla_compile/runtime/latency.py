@@ -1,4 +1,4 @@
-"""How long the calls of a loaded policy took: counters that cost next to nothing."""
+"""Latency of a loaded policy's calls, measured by counters of negligible cost."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -10,27 +10,27 @@ from time import perf_counter
 import numpy as np
 
 KEPT_CALLS = 1000
-"""Latest calls that a summary is of."""
+"""Number of latest calls that a summary covers."""
 
 INCLUDES = {
     "graph": "from arrays in host memory to raw samples in host memory, copies and waiting for the device included",
     "call": "from camera frame and instruction to actions: image, tokens, graph and un-normalisation",
 }
-"""What the time of each kind holds."""
+"""What the time of each kind of call includes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencySummary:
-    """Times of the latest calls of one kind, in milliseconds; the first call ever is kept apart."""
+    """Times of the latest calls of one kind, in milliseconds; the first call is reported separately."""
 
     kind: str
     """`graph` or `call`."""
     includes: str
-    """What the time holds."""
+    """What the time includes."""
     count: int
-    """Calls that the percentiles are of, at most `KEPT_CALLS`."""
+    """Calls that the percentiles cover, at most `KEPT_CALLS`."""
     first: float
-    """The first call, which warms everything up."""
+    """The first call, which includes warming up."""
     median: float
     """Median; that of the first call where there was no other."""
     p95: float
@@ -49,7 +49,7 @@ class LatencyCounter:
 
     @contextmanager
     def timing(self, kind: str) -> Iterator[None]:
-        """Count what happens within a `with` block as one call of a kind; a call that fails is not counted."""
+        """Time a `with` block as one call of a kind; a call that fails is not counted."""
         start = perf_counter()
         yield
         elapsed = 1e3 * (perf_counter() - start)

@@ -1,7 +1,7 @@
-"""Graphs whose weights lie behind links, as in Hugging Face's cache, where onnx and ONNX Runtime refuse them.
+"""Load graphs whose weight files are links, as in Hugging Face's cache; onnx and ONNX Runtime refuse such links.
 
-`evla_compile.artifact.files.check_files` says whether a link leads to the file that the manifest describes; what is
-done here comes after it. It needs the package onnx when it is called, not when it is imported.
+Call these functions after `evla_compile.artifact.files.check_files`, which compares the files behind links with the
+manifest. They need the package onnx when they are called, not when this module is imported.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 def read_checked(path: Path) -> "onnx.ModelProto":
     """Return a graph, without its weights, that `onnx.checker` accepts.
 
-    The checker refuses external data behind a link. A graph with such weights is checked with them as inputs, which
-    leaves out only whether the data file is long enough: its size is compared with the manifest's.
+    The checker refuses external data behind a link. A graph with such weights is checked with the weights as inputs:
+    so the checker does not see whether the data file is long enough, but its size is compared with the manifest's.
 
     Raises:
-        onnx.checker.ValidationError: it does not.
+        onnx.checker.ValidationError: the checker refuses the graph.
         google.protobuf.message.DecodeError: the file is no graph.
     """
     import onnx  # noqa: PLC0415 (a robot may lack it)
@@ -43,7 +43,7 @@ def read_checked(path: Path) -> "onnx.ModelProto":
 
 
 def follow_links(model: "onnx.ModelProto", folder: Path) -> Path:
-    """Let `model` name its data files as they are called where links lead, and return the folder they lie in.
+    """Rename the data files in `model` to the targets of their links, and return the folder of these targets.
 
     Raises:
         ArtifactError: links lead to several folders.

@@ -1,4 +1,4 @@
-"""A graph on ONNX Runtime: on the provider that was asked for, or not at all."""
+"""Run graphs on ONNX Runtime, on the provider that was asked for or not at all."""
 
 import logging
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class OnnxSession:
 
     Attributes:
         outputs: names of the graph's outputs.
-        widened: whether a bfloat16 graph runs in float32 arithmetic, which is all that a CPU has for it here.
+        widened: whether a bfloat16 graph runs in float32 arithmetic: ONNX Runtime has no bfloat16 on a CPU.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class OnnxSession:
             weight_bytes: size of the file and its external data.
             opset: that of the file, which decides on the advice where it is refused.
             precision: that of its products outside the action head.
-            cache: folder for the engines and timings of "tensorrt", made if missing; None keeps none.
+            cache: folder for the engines and timings of "tensorrt", created if missing; None keeps none.
             allow_cpu: whether operators that the provider does not take may run on the CPU; they are then reported as
                 a warning.
 
@@ -133,7 +133,7 @@ class OnnxSession:
 
 
 class OnnxChain:
-    """The ONNX files of an artifact, loaded one behind the other; what passes between them goes through the host."""
+    """The ONNX files of an artifact, run one after the other; values pass between them through host memory."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class OnnxChain:
         return {spec.name: values[spec.name] for spec in self._manifest.outputs}
 
     def close(self) -> None:
-        """Let the sessions go."""
+        """Release the sessions."""
         self._sessions = ()
 
 
@@ -202,7 +202,7 @@ def _check_memory(model: Path, weight_bytes: int) -> None:
 
 
 def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str, dict[str, str]]]:
-    """Return the providers to ask for, in order; what TensorRT cannot build goes to CUDA."""
+    """Return the providers to ask for, in order; operators that TensorRT does not take run on CUDA."""
     asked = PROVIDERS[provider]
     options = dict(asked.options)
     if provider == "tensorrt" and cache is not None:
@@ -215,7 +215,7 @@ def _provider_list(provider: OnnxProvider, cache: Path | None) -> list[tuple[str
 
 
 def _advice(provider: OnnxProvider, precision: Precision) -> str:
-    """Return what to do where a provider refuses a graph that its precision may be the reason for; else nothing."""
+    """Return advice for a graph that a provider may have refused for its precision; else an empty string."""
     if provider == "cpu" or precision == "float32":
         return ""
     return (
@@ -254,7 +254,7 @@ def _open(
         source, folder = read_widened(model)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if mapped:
-            disabled.append("ConstantFolding")  # it would keep every weight in float32
+            disabled.append("ConstantFolding")  # folded, every weight would be in memory as float32
     if provider != "cpu":
         prepare_placement(options, onnxruntime, allow_cpu=allow_cpu)
     try:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime raises, which of its versions runs which opset, and what to do where one refuses a file."""
+"""Errors of ONNX Runtime, the opsets that its versions run, and advice for a file that it refuses."""
 
 import re
 from collections.abc import Mapping
@@ -32,13 +32,13 @@ def import_onnxruntime(remedy: str) -> Any:
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:
-    """Return what ONNX Runtime raises; its errors have no common class of their own."""
+    """Return the exception classes of ONNX Runtime, which have no common base class."""
     names = vars(import_module("onnxruntime.capi.onnxruntime_pybind11_state")).values()
     return tuple(kind for kind in names if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 def refusal_advice(version: str, opset: int, package: str = "onnxruntime") -> str:
-    """Return what to do where ONNX Runtime refuses a file.
+    """Return advice for a file that ONNX Runtime refuses.
 
     Args:
         version: that of ONNX Runtime.

@@ -1,7 +1,7 @@
-"""Which operators ONNX Runtime puts on the CPU though another provider was asked for; no torch.
+"""Find operators that ONNX Runtime runs on the CPU although another provider was asked for; no torch.
 
-ONNX Runtime gives every operator that a provider does not take to the CPU, without a word: the policy then computes
-right, many times slower, and copies every value there and back.
+ONNX Runtime silently assigns operators that a provider does not take to the CPU: results are right, but the policy is
+many times slower, since values are copied to the CPU and back.
 """
 
 import logging
@@ -22,9 +22,9 @@ _ADVICE = (
 
 
 def prepare_placement(options: Any, onnxruntime: Any, *, allow_cpu: bool) -> None:
-    """Set up the options of a session that shall not, or not unnoticed, compute on the CPU.
+    """Set the options of a session for which operators on the CPU are an error, or a warning with `allow_cpu`.
 
-    Newer versions of ONNX Runtime list where each operator went; older ones can only refuse to open the session.
+    Newer versions of ONNX Runtime list the provider of each operator; older ones can only refuse to open the session.
     """
     if _lists_operators(onnxruntime):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -61,7 +61,7 @@ def check_placement(session: Any, model: Path, provider: OnnxProvider, onnxrunti
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether an error of ONNX Runtime's is its refusal to compute on the CPU."""
+    """Tell whether ONNX Runtime raised an error because operators would run on the CPU."""
     return _REFUSAL in str(error)
 
 

@@ -1,4 +1,4 @@
-"""An exported policy, ready to run: its graphs on ONNX Runtime or TensorRT between the host's two halves.
+"""Load and run an exported policy: its graphs on ONNX Runtime or TensorRT, and pre- and post-processing on the host.
 
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
@@ -30,13 +30,13 @@ from evla_compile.runtime.providers import Provider
 
 
 class Session(Protocol):
-    """A chain of graphs, loaded."""
+    """A loaded chain of graphs."""
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the chain once: the policy's inputs by name -> its outputs by name."""
 
     def close(self) -> object:
-        """Give back what is held; the session cannot run any more."""
+        """Release all resources; the session cannot run any more."""
 
     @property
     def widened(self) -> bool:
@@ -44,13 +44,13 @@ class Session(Protocol):
 
 
 class RuntimePolicy(Predictor):
-    """A compiled policy whose graphs have been loaded; made by `load`.
+    """A compiled policy whose graphs have been loaded; `load` returns it.
 
-    A `with` block closes it at its end. A pickle holds the path and the settings of `load` alone, so that unpickling,
-    in a worker process for instance, loads the artifact again; a copy is loaded again too, with memory of its own.
+    A `with` block closes it at its end. A pickle contains the path and the settings of `load` alone, so that
+    unpickling, in a worker process for instance, loads the artifact again; so does copying.
 
     Attributes:
-        manifest: what the artifact says of itself.
+        manifest: the artifact's manifest.
         config: settings of the compilation.
         processor: host-side tokenizer, image preparation and action statistics.
         latency: how long its calls took.
@@ -63,9 +63,9 @@ class RuntimePolicy(Predictor):
 
         Args:
             session: the graphs.
-            manifest: what the artifact says of itself.
-            processor: the host's side.
-            source: arguments of `load` that make the same policy again; None for one that cannot be pickled or copied.
+            manifest: the artifact's manifest.
+            processor: pre- and post-processing on the host.
+            source: arguments of `load` that load the same policy again; None for one that cannot be pickled or copied.
         """
         self.manifest = manifest
         self.config = manifest.config
@@ -76,12 +76,12 @@ class RuntimePolicy(Predictor):
         self._closed = False
 
     def close(self) -> None:
-        """Give back memory, on the GPU above all; the policy cannot run any more. Done on its own at the end.
+        """Release memory, on the GPU above all; the policy cannot run any more. It happens at exit anyway.
 
-        Another call does nothing.
+        Closing twice does nothing.
 
         Raises:
-            EvlaError: kernels that were to be kept cannot be written, or CUDA fails.
+            EvlaError: the kernels for `cache` cannot be written, or CUDA fails.
         """
         if not self._closed:
             self._closed = True
@@ -97,7 +97,9 @@ class RuntimePolicy(Predictor):
     def __reduce__(self) -> tuple[Any, ...]:
         self._refuse_closed()
         if self._source is None:
-            raise EvlaError("this policy was not made by evla_compile.runtime.load: load it where it is needed")
+            raise EvlaError(
+                "this policy was not loaded by evla_compile.runtime.load, so it cannot be pickled: load it where it is needed"
+            )
         return _load_again, (dict(self._source), _fingerprint(self.manifest))
 
     def _refuse_closed(self) -> None:
@@ -111,7 +113,7 @@ class RuntimePolicy(Predictor):
 
     @property
     def signature(self) -> InputSignature:
-        """Sizes of what the graph takes."""
+        """Sizes of the graph's inputs."""
         return self.manifest.signature
 
     def sample(
@@ -131,7 +133,7 @@ class RuntimePolicy(Predictor):
         text_length: NDArray[np.int64],
         noise: NDArray[np.float32],
     ) -> dict[str, NDArray[Any]]:
-        """Return every output of the graph by name: `samples`, and whatever else it was exported with.
+        """Return every output of the graph by name: `samples`, and the stages that were exported as outputs.
 
         Args:
             image: uint8 [B,S,S,3].
@@ -180,7 +182,7 @@ def load(
 
     Args:
         path: an artifact's folder, an `.onnx` or `.engine` file with its manifest beside it, that manifest, or the id
-            of a Hugging Face repository that holds an artifact's folder, such as "ORG/NAME": it is downloaded once.
+            of a Hugging Face repository with an artifact's folder, such as "ORG/NAME": it is downloaded once.
         provider: "engine" for the TensorRT engine in the artifact; or ONNX Runtime on the "cpu", with onnxruntime-gpu
             on "cuda" or "tensorrt", with onnxruntime-openvino on "openvino" (a CPU's). None is "engine" for an
             `.engine` file and "cpu" for all else. Where it cannot compute there is an error, never another provider.
@@ -188,13 +190,14 @@ def load(
             onnx must be installed.
         threads: threads within an operator on the CPU; None leaves the number to ONNX Runtime.
         check_hashes: whether to read every file through for its SHA-256 first.
-        mapped: leave the weights in their file, mapped, instead of copying them into the layout that the CPU likes
-            best: runs a policy larger than memory, loads at once, and makes every call slower. On the CPU only.
+        mapped: leave the weights in their file, mapped into memory, instead of copying them into the layout that is
+            fastest on the CPU: a policy may then be larger than memory, loads at once, and every call is slower. On the
+            CPU only.
         allow_cpu: whether ONNX Runtime may run on the CPU the operators that another provider does not take; each is
             named in a warning. Otherwise they are an error that names them.
         cuda_graph: whether to launch each call of an engine as one CUDA graph, captured while the policy is loaded.
         cache: folder for what is built at load time: engines and timings of "tensorrt", kernels of a TensorRT-RTX
-            engine; made if missing; None keeps nothing.
+            engine; created if missing; None keeps nothing.
 
     Raises:
         ArtifactError: the artifact is missing, damaged, or not what its manifest says, or its engine is for another
@@ -235,7 +238,7 @@ def load(
 
 
 def _load_again(source: Mapping[str, Any], fingerprint: str) -> RuntimePolicy:
-    """Load what a pickle is of; an ArtifactError says that another artifact has taken its place."""
+    """Load the policy of a pickle; an ArtifactError says that another artifact is in its place by now."""
     policy = load(**source)
     if _fingerprint(policy.manifest) != fingerprint:
         policy.close()

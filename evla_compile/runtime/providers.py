@@ -1,4 +1,4 @@
-"""ONNX Runtime's providers, each described once: its names, what installs it, and the options it is asked for with."""
+"""The table of ONNX Runtime's providers: their names, packages and options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ Provider: TypeAlias = Literal[OnnxProvider, "engine"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionProvider:
-    """One of ONNX Runtime's execution providers, as it is used here."""
+    """An execution provider of ONNX Runtime."""
 
     name: str
-    """What ONNX Runtime calls it."""
+    """Its name in ONNX Runtime."""
     package: str
-    """Distribution that brings it."""
+    """Distribution that contains it."""
     extra: str
     """Optional dependency of this package that installs that distribution."""
     options: Mapping[str, str]
-    """Options that it is asked for with."""
+    """Options that it is created with."""
     disabled_optimizers: tuple[str, ...] = ()
-    """ONNX Runtime's graph rewrites that it is better off without."""
+    """Graph optimizers of ONNX Runtime that make it slower."""
     behind: OnnxProvider | None = None
-    """The provider that takes what this one cannot compute, before the CPU does."""
+    """The provider for operators that this one does not take, ahead of the CPU."""
 
     @property
     def remedy(self) -> str:
@@ -44,14 +44,14 @@ PROVIDERS: Mapping[OnnxProvider, ExecutionProvider] = MappingProxyType(
             package="onnxruntime",
             extra="cpu",
             options=MappingProxyType({}),
-            # A bias added behind its product was up to 10 % faster, on two threads, than the fusion of the two.
+            # Adding the bias after the product was up to 10 % faster, on two threads, than the fused operator.
             disabled_optimizers=("MatMulAddFusion",),
         ),
         "cuda": ExecutionProvider(
             name="CUDAExecutionProvider",
             package="onnxruntime-gpu",
             extra="gpu",
-            # By default it rounds the factors of float32 products to 11 bits (TF32).
+            # By default it rounds the factors of float32 products to TF32, which has 11 significant bits.
             options=MappingProxyType({"use_tf32": "0"}),
         ),
         "tensorrt": ExecutionProvider(
@@ -65,14 +65,14 @@ PROVIDERS: Mapping[OnnxProvider, ExecutionProvider] = MappingProxyType(
             name="OpenVINOExecutionProvider",
             package="onnxruntime-openvino",
             extra="openvino",
-            # On CPUs with 16-bit matrix units it computes float32 graphs in 16 bits unless it is told otherwise.
+            # By default it computes float32 graphs in 16 bits on CPUs with 16-bit matrix units.
             options=MappingProxyType({"device_type": "CPU", "precision": "ACCURACY"}),
         ),
     }
 )
-"""The providers, by the names that they have here."""
+"""The providers by their names in this package."""
 
 
 def is_widened(provider: Provider, precision: Precision) -> bool:
-    """Tell whether a policy of a precision runs in float32 arithmetic: bfloat16 does on a CPU, which has none of it."""
+    """Tell whether a policy of a precision runs in float32 arithmetic: bfloat16 does on the "cpu"."""
     return provider == "cpu" and precision == "bfloat16"

@@ -1,4 +1,4 @@
-"""bfloat16 graphs in float32 arithmetic, for CPUs, where ONNX Runtime has no bfloat16; needs onnx when it is called."""
+"""Rewrite bfloat16 graphs to float32 for CPUs, where ONNX Runtime has no bfloat16; needs onnx when called."""
 
 from importlib import import_module
 from pathlib import Path
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import onnx
 
 FACTOR = 2
-"""Memory that bfloat16 weights take in float32, over their bytes in the file."""
+"""Memory of bfloat16 weights in float32, as a multiple of their bytes in the file."""
 
 REMEDY = "pip install onnx"
-"""What installs the package that rewrites such graphs; nothing else that the runtime does needs it."""
+"""Command that installs the package onnx, which the runtime needs for nothing else."""
 
 
 def read_widened(model: Path) -> tuple[bytes, Path]:
@@ -35,9 +35,9 @@ def read_widened(model: Path) -> tuple[bytes, Path]:
 
 
 def widen(model: "onnx.ModelProto") -> None:
-    """Make every bfloat16 value of `model` a float32 one; bfloat16 weights stay stored as they are, and are cast.
+    """Change every bfloat16 value of `model` to float32; weights stay stored in bfloat16, and are cast when read.
 
-    float32 holds them exactly. What this leaves out is the rounding of activations.
+    The casts are exact, so results differ only in that activations are not rounded to bfloat16.
     """
     onnx = import_module("onnx")
     narrow, wide = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT

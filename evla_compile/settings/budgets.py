@@ -1,6 +1,6 @@
-"""Budgets to numbers of one model: how many layers, MLP neurons and visual tokens stay; no torch.
+"""Turn budgets into counts for one model: how many layers, MLP neurons and visual tokens stay; no torch.
 
-A budget may be a share, and any may be more than a model has. Nothing else compares settings with sizes.
+A budget may be a share of what a model has, or a count that exceeds it. Settings are compared with sizes here alone.
 """
 
 from dataclasses import replace
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from evla_compile.settings.sizes import LanguageSizes, ModelSizes
 
 NEURON_MULTIPLE = 64
-"""MLP widths are cut to multiples of this, which suits the tiles of matrix units."""
+"""MLP widths are rounded to multiples of this, since matrix units of GPUs compute in tiles of such sizes."""
 
 _FEWEST_LAYERS = 3
-"""Fewest layers with a selection of visual tokens: two below it, which scores are taken from, and one above."""
+"""Layers that a selection of visual tokens needs at least: two in front of it for the scores, and one behind it."""
 
 
 def resolve(config: CompileConfig, sizes: "ModelSizes") -> CompileConfig:
     """Return the configuration with the counts that its shares are in a model of these sizes; None stays None.
 
-    A configuration of counts comes back as it was, so nothing changes where this is done twice.
+    A configuration of counts is returned unchanged, so the function may be applied twice.
 
     Raises:
         ValueError: a budget does not fit the sizes; the message names the setting, its value and one that fits.
@@ -83,7 +83,7 @@ def resolve_tokens(config: CompileConfig, patches: int) -> tuple[int, int]:
     """
     key_tokens = _count(config.key_tokens, patches)
     if config.visual_tokens is None:
-        return patches, key_tokens  # nothing is selected, so key tokens matter to nothing
+        return patches, key_tokens  # nothing is selected, so key tokens have no effect
     if config.visual_tokens > patches:
         raise ValueError(
             f"visual_tokens={config.visual_tokens}: the policy sees {patches} patches;"

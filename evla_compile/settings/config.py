@@ -32,20 +32,20 @@ PAPER_TEXT_TOKENS = 26
 """Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
-"""Dtype in which a file holds and multiplies the weights of vision, projector and decoder."""
+"""Dtype of the weights and matrix products of vision, projector and decoder in an exported file."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""All of them."""
+"""All values of `Precision`."""
 
 LayerRule: TypeAlias = Literal["importance", "greedy"]
-"""How calibration places a budget of decoder layers."""
+"""How calibration chooses the decoder layers that stay."""
 
 LAYER_RULES: tuple[LayerRule, ...] = get_args(LayerRule)
-"""All of them."""
+"""All values of `LayerRule`."""
 
 Share: TypeAlias = float
-"""A budget in proportion to what the model has, above 0 and below 1. A whole number is a count instead, so 1 is one
-layer; where everything may be kept, 1.0 does so, like None."""
+"""A budget as a share of what the model has, above 0.0 and below 1.0. An int is a count instead, so 1 is one layer; 1.0
+keeps everything, like None, where that is possible."""
 
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""

@@ -1,4 +1,4 @@
-"""What to build a TensorRT engine for; no torch, no TensorRT."""
+"""Settings of a TensorRT engine build; no torch, no TensorRT."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,17 @@ Flavour: TypeAlias = Literal["tensorrt", "tensorrt_rtx"]
 GPUs, on any machine."""
 
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
-"""Both of them, which are also the names of their Python modules."""
+"""All values of `Flavour`, which are also the names of the Python modules."""
 
 FLAVOUR_NAMES: Mapping[Flavour, str] = MappingProxyType({"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"})
-"""How NVIDIA spells them."""
+"""NVIDIA's names of the flavours."""
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-"""Compute capabilities that TensorRT-RTX builds for. It knows 7.5 too, without float32 matrix products: no policy of
-ours is free of them."""
+"""Compute capabilities that TensorRT-RTX builds for. It has 7.5 too, but without float32 matrix products, which every
+policy needs."""
 
 OLDEST_VERSIONS: Mapping[Flavour, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 3), "tensorrt_rtx": (1, 4)})
-"""Oldest versions with everything that is used here; TensorRT 10.3 is JetPack 6.2's."""
+"""Oldest versions that have all functions used here; TensorRT 10.3 is that of JetPack 6.2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +43,13 @@ class EngineSettings:
     workspace_bytes: int | None = None
     """Most GPU memory that one layer may take for intermediate results; None leaves it to the library."""
     memory_bytes: int | None = None
-    """Most memory that the builder may take, against which its estimate is held before it starts; None for what is free
-    on the machine."""
+    """Most memory that the builder may take: the build is refused if its estimate is larger; None for what is free on
+    the machine."""
     optimization_level: int | None = None
     """How long to look for fast kernels, 0 to 5; None leaves it to the library. TensorRT only."""
     timing_cache: Path | None = None
-    """File in which TensorRT keeps what it measured, so that the next build need not; made if missing. TensorRT-RTX
-    measures nothing when it builds."""
+    """File in which TensorRT keeps its timings of kernels, so that the next build is faster; created if missing.
+    TensorRT-RTX times nothing when it builds."""
     hardware_compatible: bool = False
     """Whether the engine shall run on every GPU from compute capability 8.0 on, at some cost in speed; TensorRT only,
     not on a Jetson."""
@@ -79,7 +79,7 @@ class EngineSettings:
             self.check_flavour(self.flavour)
 
     def check_flavour(self, flavour: Flavour) -> None:
-        """Refuse what `flavour` does not have.
+        """Refuse settings that `flavour` does not have.
 
         Raises:
             ValueError: the message names the setting and the reason.
@@ -103,7 +103,7 @@ class EngineSettings:
 
 
 def _capabilities(given: object) -> tuple[str, ...]:
-    """Return compute capabilities as texts; a single one, a list, and numbers such as 8.9 will do."""
+    """Return compute capabilities as texts; accepts a single one, a list, and numbers such as 8.9."""
     listed: Sequence[object] = given if is_listed(given) else [given]
     found = tuple(f"{value:.1f}" if isinstance(value, float) else value for value in listed)
     for value in found:

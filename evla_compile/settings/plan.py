@@ -1,4 +1,4 @@
-"""The frozen plan between calibration and rewrites: which decoder layers and MLP neurons stay; no torch."""
+"""The plan: which decoder layers and MLP neurons stay, as calibration decided for the rewrites; no torch."""
 
 import json
 import os

@@ -14,7 +14,7 @@ class DenoisingStep:
     """One DDIM step, x <- sample * x + noise * eps."""
 
     timestep: int
-    """Index on the training schedule that the network is given."""
+    """Index on the training schedule, an input of the network."""
     sample: float
     """Coefficient of the noisy actions."""
     noise: float
@@ -38,7 +38,7 @@ def cumulative_alphas() -> tuple[float, ...]:
 def ddim_timesteps(steps: int) -> tuple[int, ...]:
     """Return the visited indices in descending order: every s-th for the smallest stride s that yields `steps`.
 
-    One step is special, as upstream: it stands in the middle of the schedule.
+    A single step is a special case, as upstream: it is the middle of the schedule.
 
     Raises:
         ValueError: no integer stride yields `steps`; the message lists the valid counts.

@@ -1,4 +1,4 @@
-"""Sizes of every part of a CogACT policy, and those of the published ones; no torch."""
+"""Sizes of the components of a CogACT policy, and those of the published policies; no torch."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class TowerSizes:
     width: int
     """Channels of a token."""
     depth: int
-    """Blocks in the checkpoint; the policy taps the second-to-last, so `depth - 1` of them are built."""
+    """Blocks in the checkpoint; the features are those of the second-to-last, so `depth - 1` blocks are built."""
     heads: int
-    """Attention heads; not readable off shapes."""
+    """Attention heads; not derivable from shapes."""
     mlp_width: int
     """Hidden neurons of a block's MLP."""
     patches: int
@@ -45,7 +45,7 @@ class LanguageSizes:
     layers: int
     """Decoder layers."""
     heads: int
-    """Attention heads; not readable off shapes."""
+    """Attention heads; not derivable from shapes."""
     kv_heads: int
     """Key and value heads; equal to `heads` in every published CogACT."""
     mlp_width: int
@@ -63,7 +63,7 @@ class ActionSizes:
     depth: int
     """Transformer blocks."""
     heads: int
-    """Attention heads; not readable off shapes."""
+    """Attention heads; not derivable from shapes."""
     mlp_width: int
     """Hidden neurons of a block's MLP."""
     condition_width: int
@@ -78,7 +78,7 @@ class ActionSizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """Sizes of every part of a CogACT model."""
+    """Sizes of all components of a CogACT policy."""
 
     dino: TowerSizes
     """DINOv2 tower."""
@@ -123,7 +123,7 @@ _PUBLISHED_DITS = MappingProxyType({"small": (6, 384), "base": (12, 768), "large
 
 
 def published_sizes(name: PublishedName) -> ModelSizes:
-    """Return the sizes of a published CogACT, for what needs no checkpoint: counting and random weights.
+    """Return the sizes of a published CogACT, for uses without a checkpoint, such as estimates.
 
     Raises:
         ValueError: `name` is none of "small", "base" and "large".

@@ -1,4 +1,4 @@
-"""The one table of tolerances, and the one measure that they apply to; no torch."""
+"""The table of all tolerances, and the relative error that they apply to; no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,18 +29,18 @@ class Tolerances:
     actions: float = 1e-4
     """Un-normalised actions against CogACT's public code."""
     lowered: float = 1e-4
-    """A lowered graph against the graph that it was made from."""
+    """A lowered graph against the graph that was lowered."""
     bfloat16_features: float = 1e-1
-    """The same in bfloat16, factors of 8 bits, up to the cognition feature; one patch that is kept instead of another
-    counts for more than the rounding."""
+    """The same in bfloat16 (8 significant bits), up to the cognition feature; keeping another patch has more effect than
+    the rounding."""
     bfloat16_actions: float = 3e-2
     """The same of the denoising steps and samples."""
     float16_features: float = 1e-2
-    """The same in float16, 11 bits, up to the cognition feature."""
+    """The same in float16 (11 significant bits), up to the cognition feature."""
     float16_actions: float = 5e-3
     """The same of the denoising steps and samples."""
     second_consumer: float = 1e-3
-    """A runtime that nothing was tuned for against the graph."""
+    """The graph in a second, independent runtime, which was not used during development."""
 
 
 TOLERANCES = Tolerances()

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX as one library, and the CUDA calls around them; no torch."""
+"""One interface to TensorRT and TensorRT-RTX, and the CUDA calls that engines need; no torch."""

@@ -1,4 +1,4 @@
-"""The few CUDA calls of the runtime, through cuda-bindings, every one of them checked; no torch."""
+"""The CUDA calls of the runtime, through cuda-bindings, each with its status checked; no torch."""
 
 import ctypes
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from evla_compile.errors import EvlaError
 
 REMEDY = 'pip install "evla-compile[tensorrt]" or "evla-compile[rtx]", which bring cuda-bindings'
-"""How to install what calls CUDA."""
+"""How to install cuda-bindings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class Gpu:
     """The first GPU of this machine."""
 
     name: str
-    """Product name, as the driver gives it."""
+    """Product name, as the driver reports it."""
     compute_capability: str
     """Such as `8.9`."""
     memory_bytes: int
@@ -36,7 +36,7 @@ def find_gpu() -> Gpu | None:
     """Return the first GPU; None where there is no driver or no GPU.
 
     Raises:
-        EvlaError: cuda-bindings is not installed, so that nobody can tell, or the driver fails.
+        EvlaError: cuda-bindings is not installed, so that it is unknown, or the driver fails.
     """
     runtime = _runtime()
     status, count = runtime.cudaGetDeviceCount()
@@ -58,10 +58,10 @@ def find_gpu() -> Gpu | None:
 
 @dataclass(slots=True)
 class Recording:
-    """Work that was recorded from a stream; filled in when `Cuda.capturing` ends."""
+    """Work captured from a stream; complete when `Cuda.capturing` ends."""
 
     graph: Any = None
-    """CUDA's graph of it, which cannot be launched yet."""
+    """CUDA's graph of the work, which must be instantiated before it can be launched."""
 
 
 class Cuda:
@@ -92,11 +92,11 @@ class Cuda:
         return int(self.checked("cudaMalloc", size))
 
     def free(self, address: int) -> None:
-        """Give GPU memory back."""
+        """Free GPU memory."""
         self.checked("cudaFree", address)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return an array in host memory that stays where it is, which asynchronous copies need; see `free_pinned`."""
+        """Return an array in page-locked host memory, which asynchronous copies need; see `free_pinned`."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = int(self.checked("cudaMallocHost", size))
         contents = (ctypes.c_uint8 * size).from_address(address)
@@ -104,7 +104,7 @@ class Cuda:
         return array
 
     def free_pinned(self, array: NDArray[Any]) -> None:
-        """Give the memory of a `pinned` array back; the array must not be used any more."""
+        """Free the memory of a `pinned` array, which must not be used any more."""
         self.checked("cudaFreeHost", array.ctypes.data)
 
     def copy_in(self, address: int, array: NDArray[Any], stream: Any) -> None:
@@ -126,15 +126,15 @@ class Cuda:
         self.checked("cudaStreamSynchronize", stream)
 
     def destroy_stream(self, stream: Any) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self.checked("cudaStreamDestroy", stream)
 
     @contextmanager
     def capturing(self, stream: Any) -> Iterator["Recording"]:
-        """Record what is put into a stream within the block instead of running it; the stream runs again after it.
+        """Capture the work enqueued in a stream within the block, instead of running it.
 
         Raises:
-            EvlaError: CUDA does not begin or end it.
+            EvlaError: CUDA cannot begin or end the capture.
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.checked("cudaStreamBeginCapture", stream, mode)
@@ -142,7 +142,7 @@ class Cuda:
         try:
             yield recording
         except BaseException:
-            # Without this the stream would record for ever. What failed may have ended the recording itself.
+            # Otherwise the stream would stay in capture mode. The failure may have ended the capture already.
             with suppress(EvlaError):
                 self.checked("cudaGraphDestroy", self.checked("cudaStreamEndCapture", stream))
             raise
@@ -160,7 +160,7 @@ class Cuda:
         self.checked("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Any) -> None:
-        """Give recorded work back."""
+        """Destroy an instantiated graph."""
         self.checked("cudaGraphExecDestroy", graph)
 
 

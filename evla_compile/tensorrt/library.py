@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX as one library: which is installed, importing it, its log; no torch, no onnx."""
+"""One interface to TensorRT and TensorRT-RTX: find the one installed, import it, keep its log; no torch, no onnx."""
 
 import logging
 import re
@@ -75,7 +75,7 @@ def import_flavour(flavour: Flavour) -> Any:
 
 
 def describe_tensor(name: str, dtype: Any, shape: Iterable[int]) -> str:
-    """Return a tensor of a network or an engine as `str` of a `TensorSpec` has it; a dtype of none by its own name."""
+    """Return a tensor of a network or an engine in the form of `str(TensorSpec)`; other dtypes by TensorRT's name."""
     return f"{name} {_DTYPES.get(dtype.name, dtype.name.lower())}{list(shape)}"
 
 
@@ -95,12 +95,12 @@ def create(kind: Any, log: Any) -> Any:
         log: what `make_logger` returned.
 
     Raises:
-        EvlaError: the library makes none, most often for lack of a GPU or a driver that fits.
+        EvlaError: the library fails, mostly because there is no GPU or the driver does not fit.
     """
     try:
         return kind(log)
-    except TypeError as error:  # of its bindings, where the library returned nothing
-        raise EvlaError(f"no {kind.__name__} can be made: {reasons(log.errors)}; see evla doctor") from error
+    except TypeError as error:  # the bindings raise it where the library returns a null pointer
+        raise EvlaError(f"no {kind.__name__} can be created: {reasons(log.errors)}; see evla doctor") from error
 
 
 def reasons(errors: Sequence[str]) -> str:
@@ -109,12 +109,12 @@ def reasons(errors: Sequence[str]) -> str:
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a message that says something."""
+    """Return the first line of a message that is not blank."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
 
 
 def make_logger(trt: Any) -> Any:
-    """Return a logger for the library, which keeps what it reports as errors in `errors`, as warnings in `warnings`."""
+    """Return a logger for the library that collects messages in its lists `errors` and `warnings`."""
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the library is imported at run time
         def __init__(self) -> None:

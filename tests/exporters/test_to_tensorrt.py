@@ -400,7 +400,7 @@ def test_a_library_that_gives_no_builder_is_an_error_of_ours() -> None:
             log.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
             raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    with pytest.raises(EvlaError, match="no Builder can be made: CUDA initialization failure with error: 35"):
+    with pytest.raises(EvlaError, match="no Builder can be created: CUDA initialization failure with error: 35"):
         create(Builder, make_logger(trt))
 
 

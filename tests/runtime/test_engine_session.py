@@ -362,7 +362,7 @@ def test_a_folder_for_kernels_that_cannot_be_made_is_refused_at_once(
     gpu: FakeGpu, tmp_path: Path, tokenizer_json: str
 ) -> None:
     folder = write(tmp_path / "policy", replace(RECORD, **OF_RTX), tokenizer_json)
-    with pytest.raises(EvlaError, match=r"cache=.*manifest\.json/kernels cannot be made: .*name a folder"):
+    with pytest.raises(EvlaError, match=r"cache=.*manifest\.json/kernels cannot be created: .*name a folder"):
         load(folder, "engine", cache=folder / "manifest.json" / "kernels")
     assert gpu.log == []
 

@@ -147,7 +147,7 @@ def test_another_artifact_in_the_place_of_a_pickled_one_is_refused(tmp_path: Pat
 
 
 def test_a_policy_that_load_did_not_make_cannot_be_pickled(artifact: Path) -> None:
-    with pytest.raises(EvlaError, match=r"was not made by evla_compile\.runtime\.load"):
+    with pytest.raises(EvlaError, match=r"was not loaded by evla_compile\.runtime\.load"):
         pickle.dumps(with_session(artifact, CountingSession()))
 
 
