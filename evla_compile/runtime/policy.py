@@ -97,9 +97,7 @@ class RuntimePolicy(Predictor):
     def __reduce__(self) -> tuple[Any, ...]:
         self._refuse_closed()
         if self._source is None:
-            raise EvlaError(
-                "this policy was not loaded by evla_compile.runtime.load, so it cannot be pickled: load it where it is needed"
-            )
+            raise EvlaError("this policy was not loaded by evla_compile.runtime.load: load it where it is needed")
         return _load_again, (dict(self._source), _fingerprint(self.manifest))
 
     def _refuse_closed(self) -> None:

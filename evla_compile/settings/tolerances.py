@@ -31,7 +31,7 @@ class Tolerances:
     lowered: float = 1e-4
     """A lowered graph against the graph that was lowered."""
     bfloat16_features: float = 1e-1
-    """The same in bfloat16 (8 significant bits), up to the cognition feature; keeping another patch has more effect than
+    """The same in bfloat16 (8 significant bits), up to the cognition feature; keeping another patch counts more than
     the rounding."""
     bfloat16_actions: float = 3e-2
     """The same of the denoising steps and samples."""
