@@ -1,5 +1,6 @@
 """Layer importance, neuron scores, plans and calibration folders."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, fx, nn
 
 import evla_compile as evla
@@ -112,6 +114,25 @@ def test_greedy_measures_each_frame_relative_to_its_own_dense_feature(
     monkeypatch.setattr(calibration, "PruneLayers", lambda keep: lambda graph: (keep, None))
     frames = [Frame(Image.new("RGB", (4, 4)), "pick")] * 2
     assert calibration._greedy_layers(small_policy, frames, 3, progress=False) == expected
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
+    progress: bool, small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = io.StringIO()
+
+    def new_console(*, stderr: bool) -> Console:
+        assert stderr
+        return Console(file=drawn, force_terminal=True, width=120)
+
+    monkeypatch.setattr(calibration, "new_console", new_console)
+    monkeypatch.setattr(calibration, "_perception", lambda policy: small_perception)
+    config = CompileConfig(keep_layers=3, layer_rule="greedy")
+    calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], config, progress=progress)
+    shown = drawn.getvalue()
+    assert ("Calibrating" in shown) == ("Dropping layers" in shown) == ("4/4" in shown) == progress
+    assert shown.endswith("\x1b[2K") or not progress  # erased at the end
 
 
 def test_greedy_leaves_named_layers_alone(tiny_policy: CogACT, frames: list[Frame]) -> None:

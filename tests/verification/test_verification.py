@@ -125,6 +125,8 @@ def test_what_the_runtime_returns_is_compared_too(artifact: Path, monkeypatch: p
     """The graphs are right; only the runtime's outputs are not."""
 
     def load(*arguments: object, **options: object) -> SimpleNamespace:
+        assert arguments == (artifact, None, 1)
+        assert options == {"check_hashes": False, "mapped": True}  # hashed a moment ago: gigabytes at full size
         policy = evla.runtime.load(artifact, threads=1)
         return SimpleNamespace(outputs=lambda **inputs: {"samples": policy.outputs(**inputs)["samples"] * factor})
 
