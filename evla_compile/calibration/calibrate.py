@@ -1,6 +1,6 @@
-"""Frames to plan: which decoder layers and MLP neurons a policy can spare, measured on real observations.
+"""Calibrate: measure on real observations which decoder layers and MLP neurons a policy needs least, and make the plan.
 
-Both measures are one shot, on the unpruned model, without padding and without training.
+Both measures take one pass over the unpruned model, without padding and without training.
 """
 
 import math
@@ -38,15 +38,15 @@ def calibrate(
     Layer importance is EfficientVLA's equation 1: I(l) = 1 - mean over frames of the mean over positions of
     cos(layer input, layer output), residual included, the last layer before the final norm; the lowest go, the lower
     index among equals. With `layer_rule="greedy"`, which is not in the paper, layers go one after the other, each time
-    the one without which the cognition feature f moves least, by the mean over frames of |f - f_dense| / |f_dense|. To
-    drop d of L layers it runs about d (L - d/2) perceptions for every frame: at full size, give it few frames.
+    the one without which the cognition feature f changes least, by the mean over frames of |f - f_dense| / |f_dense|.
+    To drop d of L layers, perception runs about d (L - d/2) times for every frame: at full size, give it few frames.
 
     A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of the down projection.
-    On the way calibration notes the largest value in every layer that could be computed in half precision.
+    Calibration also records the largest value in every layer that could be computed in half precision.
 
     Args:
         policy: the dense policy.
-        frames: real observations of the robot's task, at least one; (image, instruction) pairs will do.
+        frames: real observations of the robot's task, at least one, as (image, instruction) pairs.
         config: the budgets; None for the defaults of `CompileConfig`.
         progress: whether to draw a progress bar on standard error.
 
@@ -94,7 +94,7 @@ def calibrate(
 
 
 class LayerObserver(fx.Interpreter):
-    """Runs a graph with decoder layers and measures the importance of each on the way, over all runs.
+    """Runs a graph with decoder layers, and measures the importance of each layer over all runs.
 
     Attributes:
         positions: which positions of the sequence are compared; the paper's score takes all.
@@ -115,8 +115,8 @@ class LayerObserver(fx.Interpreter):
         if n is self._first:
             self._hidden = result
         elif n in self._exits and self._hidden is not None:
-            before, after = (states[:, self.positions].float() for states in (self._hidden, result))
-            cosine = functional.cosine_similarity(before, after, dim=-1)
+            before, after = (states[:, self.positions].float() for states in (self._hidden, result))  # [B,S,D]
+            cosine = functional.cosine_similarity(before, after, dim=-1)  # [B,S]
             self._cosines[self._exits[n]].append(cosine.mean().item())
             self._hidden = result
         return result
@@ -127,7 +127,7 @@ class LayerObserver(fx.Interpreter):
 
 
 class _Observer(LayerObserver):
-    """Runs the perception half of the captured graph and takes both measures on the way."""
+    """Runs the perception half of the captured graph, and measures layers, neurons and activation ranges."""
 
     def __init__(self, policy: CogACT) -> None:
         graph = _perception(policy)
@@ -163,7 +163,7 @@ class _Observer(LayerObserver):
                 )
             self._largest[n] = max(self._largest[n], largest)
         if n in self._gated:
-            self._activity[self._gated[n]] += result[0].float().abs().sum(0).cpu()
+            self._activity[self._gated[n]] += result[0].float().abs().sum(0).cpu()  # [M] of [1,S,M]
         return result
 
     def ranges(self) -> tuple[tuple[str, float], ...]:
@@ -181,7 +181,7 @@ class _Observer(LayerObserver):
 
 
 def _greedy_layers(policy: CogACT, frames: Sequence[Frame], count: int, *, progress: bool) -> tuple[int, ...]:
-    """Drop one layer after the other until `count` are left; the lower index among equals."""
+    """Drop one layer after the other until `count` remain; among equals, the one with the lower index."""
     graph, inputs = _perception(policy), [_inputs(policy, *frame) for frame in frames]
     keep = tuple(range(policy.sizes.language.layers))
     dense = _features(graph, inputs)

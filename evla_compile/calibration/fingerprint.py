@@ -1,4 +1,4 @@
-"""Fingerprints of what a plan was measured on: the weights of a policy, by group, and the frames."""
+"""Fingerprints of the weights, by group, and of the frames that a plan was measured on."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,15 +10,15 @@ from evla_compile.errors import CalibrationError
 from evla_compile.graph.deferred import values_at
 from evla_compile.settings.plan import DIGEST_DIGITS, Plan
 
-_STRETCHES, _STRETCH = 4, 64  # values read of every tensor: few places, since each is a page of a file that is mapped
+_STRETCHES, _STRETCH = 4, 64  # read of every tensor: few runs of values, since each run reads a page of a mapped file
 _SOMETIMES = frozenset({"action_model.net.z_embedder.uncondition"})  # a graph without guidance does not hold it
 
 
 def fingerprint_weights(weights: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
     """Return a digest of the weights of each group (`vision_backbone`, `projector`, ...), by its name.
 
-    It covers the name and shape of every tensor, and 256 of its values at fixed places, so it is cheap for weights that
-    are mapped or deferred, and does not see a change of a few values elsewhere. The values are rounded to bfloat16: a
+    It covers the name and shape of every tensor, and 256 of its values at fixed positions: so it is cheap for mapped or
+    deferred weights, and does not notice a change of a few other values. The values are rounded to bfloat16, so that a
     checkpoint has the same fingerprint in every dtype that `load` offers.
 
     Args:
@@ -43,7 +43,7 @@ def fingerprint_weights(weights: Mapping[str, Tensor]) -> tuple[tuple[str, str],
 
 
 def check_checkpoint(plan: Plan, weights: Mapping[str, Tensor]) -> None:
-    """Refuse a plan that was measured on other weights; one that was measured on none fits all of its sizes.
+    """Refuse a plan that was measured on other weights; a plan without measurements fits any weights.
 
     Args:
         plan: the plan.

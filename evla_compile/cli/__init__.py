@@ -1,4 +1,4 @@
-"""The command line, `evla`: each command is a few calls of the public interface, and prints what they return."""
+"""The command line, `evla`: each command calls the public interface and prints the results."""
 
 import sys
 
@@ -19,10 +19,10 @@ app = typer.Typer(
     help="Compile CogACT robot policies by EfficientVLA's rewrites, and run them without torch.",
 )
 for _name, _command, _summary in (
-    ("demo", demo.demo, "Take the package's small policy through the whole path."),
+    ("demo", demo.demo, "Compile, export, verify and run the package's small policy."),
     ("compile", compile.compile_policy, "Compile a policy to an artifact."),
-    ("inspect", inspect.inspect, "Show what a checkpoint or an artifact holds."),
-    ("estimate", estimate.estimate, "Weigh budgets before downloading any weight."),
+    ("inspect", inspect.inspect, "Show what is in a checkpoint or an artifact."),
+    ("estimate", estimate.estimate, "Compare budgets before downloading any weight."),
     ("run", run.run, "Predict actions from camera frames, without torch."),
     ("build", build.build, "Build the TensorRT engines of an artifact."),
     ("verify", verify.verify, "Prove that an artifact is what torch computed."),
@@ -32,11 +32,11 @@ for _name, _command, _summary in (
 
 
 def main() -> None:
-    """Run the command line; what a user can mend ends in one message and exit status 2, without a traceback."""
+    """Run the command line; errors that a user can fix end in one message and exit status 2, without a traceback."""
     try:
         with exiting_on_sigterm(), standard_streams():
             app(prog_name="evla")
     except (EvlaError, ValueError, OSError) as error:
-        # Long words, paths among them, stay whole: they are there to be copied.
+        # Long words such as paths are not broken, so that they can be copied.
         new_console(stderr=True).print(f"error: {error}", overflow="ignore", crop=False)
         sys.exit(2)

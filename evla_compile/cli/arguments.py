@@ -7,10 +7,10 @@ import typer
 
 
 def read_place(text: str) -> str:
-    """Return what names a place: a path or an id on the Hugging Face hub.
+    """Return a path or an id on the Hugging Face hub.
 
     Raises:
-        typer.BadParameter: it is empty, as a shell makes it of a variable that is not set.
+        typer.BadParameter: it is empty, as an unset variable of a shell is.
     """
     if not text:
         raise typer.BadParameter("expected a path, found an empty text, which is no folder; is a shell variable unset?")

@@ -1,4 +1,4 @@
-"""`evla build`, and what it shows."""
+"""`evla build` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -53,7 +53,7 @@ def build(
         hardware_compatible=hardware_compatible,
         version_compatible=version_compatible,
     )
-    with step("build the engine", spinner=False):  # it draws bars of its own
+    with step("build the engine", spinner=False):  # it draws its own progress bars
         engine = build_engine(artifact, settings).engine
     if engine is not None:
         files = ", ".join(f"{record.name} ({bytes_text(record.size)})" for record in engine.files)
@@ -61,7 +61,7 @@ def build(
 
 
 def describe_engine(engine: EngineRecord) -> str:
-    """Return in a line what an artifact's engines run on."""
+    """Return one line about an artifact's engines: library, version and GPUs that they run on."""
     built_on = engine.gpu or engine.platform
     targets = ", ".join(engine.compute_capabilities) or "8.0, 8.6, 8.9 and 12.x"
     layers = " + ".join(f"{count:,}" for count in engine.layers)

@@ -1,4 +1,4 @@
-"""`evla compile`, and what it shows."""
+"""`evla compile` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 STAGES = ("cognition", "samples", "actions")
-"""The stages of which deviations are reported, in data-flow order."""
+"""The stages whose deviations are reported, in data-flow order."""
 
 
 @with_settings
@@ -67,9 +67,7 @@ def compile_policy(
     ] = "float32",
     parts: Annotated[int, typer.Option(min=1, help="Graphs to split it into: 2 are perception and action.")] = 1,
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = OPSET,
-    framing: Annotated[
-        Framing, typer.Option(help="What calibration sees of a frame: the same as evla run will be given.")
-    ] = "whole",
+    framing: Annotated[Framing, typer.Option(help="How calibration crops a frame: give evla run the same.")] = "whole",
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
     """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
@@ -83,7 +81,7 @@ def compile_policy(
     chosen = None if plan is None else read_plan(plan)
     with step("import torch"):
         from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
-    # Loading casts gigabytes of weights, and the compiler takes seconds to import: what shapes can refuse comes before.
+    # Check what shapes alone can show first: loading reads gigabytes, and importing the compiler takes seconds.
     sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
     config = resolve(config, sizes)
     if chosen is None and calibration is None:
@@ -103,13 +101,15 @@ def compile_policy(
             policy = evla.load(run_dir, tokenizer=tokenizer, use_ema=use_ema, deferred=True)
         for frame in frames or ():
             policy.processor.text(frame.instruction, config.text_tokens)
-        if frames is not None and framing != "whole":  # what is cut and has its size already is not changed again
+        if (
+            frames is not None and framing != "whole"
+        ):  # framed here, so that calibration finds images of the final size and does not change them
             frames = [evla.Frame(policy.processor.image(image, framing), text) for image, text in frames]
         if chosen is None and frames is not None:
             chosen = evla.calibrate(policy, frames, config)
         with step("capture and rewrite the graph"):
             compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
-        with step(f"export it to {out}", spinner=False):  # it draws a bar of its own
+        with step(f"export it to {out}", spinner=False):  # it draws its own progress bar
             compiled.export(out, opset=opset, precision=precision, parts=parts)
     _print_memory(peak)
     if check:
@@ -129,7 +129,7 @@ def _print_memory(peak: PeakMemory) -> None:
 
 
 def compile_summary(report: "CompileReport") -> RenderableType:
-    """Return what a compilation did."""
+    """Return the report of a compilation as tables."""
     if not report.deviations:
         advice = "Deviation from the dense policy: not measured. --calibration FRAMES measures it, beside --plan too."
         return Group("", pass_table(report), advice)
@@ -137,7 +137,7 @@ def compile_summary(report: "CompileReport") -> RenderableType:
 
 
 def pass_table(report: "CompileReport") -> Table:
-    """Return what every pass did."""
+    """Return the table of passes."""
     header, *rows = report.rows()
     table = new_table("What the passes did", *header[:2], right=header[2:])
     for row in rows:

@@ -1,4 +1,4 @@
-"""What every command prints with: progress, tables, JSON."""
+"""Progress, tables and JSON output for all commands."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ from evla_compile.terminal import new_console, printable
 
 @contextmanager
 def step(what: str, *, spinner: bool = True) -> Iterator[None]:
-    """Show on standard error what is being done, and after it how long it took."""
+    """Show on standard error what is being done, and at the end how long it took."""
     console, start = new_console(stderr=True), perf_counter()
     with console.status(Text(printable(what))) if spinner else nullcontext():
         yield
@@ -36,7 +36,7 @@ def print_json(value: Any) -> None:
     """Print a value as one line of JSON in ASCII.
 
     Raises:
-        ValueError: it holds a number that is not finite, which JSON cannot say.
+        ValueError: it contains a number that is not finite, which JSON does not have.
     """
     text = to_json_text(value).replace("\x7f", "\\u007f")
     new_console().out(text)

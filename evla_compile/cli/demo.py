@@ -1,4 +1,4 @@
-"""`evla demo`, and what it shows."""
+"""`evla demo` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -33,7 +33,7 @@ def demo(
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each backend.")] = 20,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each backend.")] = 1,
 ) -> None:
-    """Take the small policy that the package carries through the whole path, and time it. Needs no network."""
+    """Compile, export, verify and run the small policy that the package contains, and time it. Needs no network."""
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: expected a folder that does not exist yet, in one that does; choose another")
     if out is not None:
@@ -53,7 +53,7 @@ def demo(
 
 
 def demo_summary(result: "DemoResult") -> RenderableType:
-    """Return what the demo found."""
+    """Return the demo's results as tables."""
     deviations, sizes = [], {}
     for variant in result.variants:
         deviations.append((f"{variant.name} graph, from the dense policy", deviations_by_stage(variant.report)))

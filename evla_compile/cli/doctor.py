@@ -1,4 +1,4 @@
-"""`evla doctor`, and what it shows."""
+"""`evla doctor` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @with_settings
 def doctor(
     work: Annotated[
-        Literal["compile", "run", "build"] | None, typer.Argument(help="What is going to be done on this machine.")
+        Literal["compile", "run", "build"] | None, typer.Argument(help="What this machine is to do.")
     ] = None,
     artifact: Annotated[
-        Path | None, typer.Option(parser=read_path, metavar="DIR", help="The compiled policy that it is about.")
+        Path | None, typer.Option(parser=read_path, metavar="DIR", help="The compiled policy to run or build.")
     ] = None,
     size: Annotated[
         str | None,
@@ -46,12 +46,12 @@ def doctor(
     flavour: Annotated[Flavour | None, typer.Option(help="For build and to run an engine: the library.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check whether this machine can do a piece of work, and say what to do about what it lacks.
+    """Check whether this machine can compile, run or build, and how to fix what it lacks.
 
-    How large the policy is, an artifact says, or --size with the settings that it would be compiled by.
+    The size of the policy is that of the artifact, or of --size with the settings to compile it by.
 
-    Exit status 0: it can. 1: it cannot. 2: the question was wrong. Without a piece of work it shows everything that is
-    here and what can be done with it, and 1 says that something installed is broken.
+    Exit status 0: it can. 1: it cannot. 2: the options are wrong. Without a kind of work, it shows what is installed
+    and what can be done with it, and status 1 means that something installed is broken.
     """
     from evla_compile.doctor.request import make_request
     from evla_compile.doctor.survey import examine, stored_bytes
@@ -89,7 +89,7 @@ def doctor(
 
 
 def _survey(*, as_json: bool) -> None:
-    """Print what is on this machine and what can be done with it."""
+    """Print what is installed on this machine, and what can be done with it."""
     from evla_compile.doctor.survey import survey_machine
 
     with step("look at this machine"):
@@ -114,7 +114,7 @@ def _print_remedies(findings: Iterable["Finding"]) -> None:
 
 
 def findings_table(findings: Iterable["Finding"]) -> Table:
-    """Return what the doctor found."""
+    """Return the findings as a table."""
     table = new_table(None, "check", "", "found")
     table.columns[0].no_wrap = True
     for finding in findings:
@@ -123,7 +123,7 @@ def findings_table(findings: Iterable["Finding"]) -> Table:
 
 
 def remedies(findings: Iterable["Finding"]) -> tuple[str, ...]:
-    """Return what to do about what the doctor found, a line each: commands in them are there to be copied whole."""
+    """Return the remedies of findings, a line each, unbroken so that commands in them can be copied."""
     checks: dict[str, list[str]] = {}
     for finding in findings:
         if finding.remedy is not None:
@@ -132,8 +132,8 @@ def remedies(findings: Iterable["Finding"]) -> tuple[str, ...]:
 
 
 def works_table(found: "Survey") -> Table:
-    """Return what can be done on a machine, and what stands in the way of the rest."""
-    table = new_table(None, "evla doctor ...", "", "what stands in the way")
+    """Return a table of what can be done on a machine, and of the failed checks that prevent the rest."""
+    table = new_table(None, "evla doctor ...", "", "failed checks")
     table.columns[0].no_wrap = True
     for request, lacks in found.lacks:
         table.add_row(request.arguments(), "cannot" if lacks else "can", ", ".join(lacks))

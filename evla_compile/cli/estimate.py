@@ -1,4 +1,4 @@
-"""`evla estimate`, and what it shows."""
+"""`evla estimate` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -39,10 +39,11 @@ def estimate(
     ] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Weigh budgets before downloading any weight: size, operations and roofline of a policy and of its presets.
+    """Compare budgets before downloading any weight: size, operations and roofline of a policy and of its presets.
 
-    Without --preset and --dense it shows all of them. Budgets change those that are named, else the default. Upstream's
-    way of running the policy is always the first row. Text has 26 tokens, the paper's, unless --text-tokens says so.
+    Without --preset and --dense it shows all presets and the dense policy. Budgets change the presets that are named,
+    else the default. The policy as upstream runs it is always the first row. The text has 26 tokens, as in the paper,
+    without --text-tokens.
     """
     if settings["text_tokens"] is None:
         settings = {**settings, "text_tokens": PAPER_TEXT_TOKENS}
@@ -59,11 +60,11 @@ def estimate(
 
 
 def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig) -> RenderableType:
-    """Return what policies hold and compute, as a whole and by component, and how fast devices could run them at best.
+    """Return sizes and operations of policies, in total and by component, and their rooflines, as tables.
 
     Args:
         estimates: estimates by name, in one dtype; the one that the others are compared with is named `upstream`.
-        config: the batch size, text tokens and denoising steps that all of them were counted with.
+        config: the batch size, text tokens and denoising steps of all estimates.
     """
     dtype = estimates["upstream"].dtype
     return Group(
@@ -80,7 +81,7 @@ def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig)
 
 
 def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
-    """Return what each policy holds and computes, and its share of the operations of the one named `upstream`."""
+    """Return size and operations of each policy, and its share of the operations of the one named `upstream`."""
     totals = [estimate.total for estimate in estimates.values()]
     size, work = byte_scale(total.weight_bytes for total in totals), flop_scale(total.flops for total in totals)
     table = new_table(
@@ -101,11 +102,11 @@ def estimate_table(estimates: "Mapping[str, Estimate]") -> Table:
 
 
 def component_table(estimates: "Mapping[str, Estimate]") -> Table:
-    """Return what each component of each policy holds and computes."""
+    """Return size and operations of each component of each policy."""
     footprints = [footprint for estimate in estimates.values() for footprint in estimate.components.values()]
     work, size = flop_scale(each.flops for each in footprints), byte_scale(each.weight_bytes for each in footprints)
     columns = (f"{name}\n{unit}" for unit in (work.unit, size.unit) for name in ("vision", "language", "action"))
-    table = new_table("By module", "policy", right=tuple(columns))
+    table = new_table("By component", "policy", right=tuple(columns))
     for name, estimate in estimates.items():
         components = estimate.components.values()
         flops, weights = [each.flops for each in components], [each.weight_bytes for each in components]

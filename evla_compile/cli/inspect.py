@@ -1,4 +1,4 @@
-"""`evla inspect`, and what it shows."""
+"""`evla inspect` and its output."""
 
 # ruff: noqa: PLC0415 - torch takes seconds to import, so a command imports what it needs.
 
@@ -30,7 +30,7 @@ def inspect(
         str, typer.Argument(parser=read_place, metavar="PATH", help="A RUN_DIR, or the DIR of a compiled policy.")
     ],
 ) -> None:
-    """Show what a checkpoint or a compiled policy holds, without reading its weights."""
+    """Show what is in a checkpoint or a compiled policy, without reading its weights."""
     console = new_console()
     place = Path(path)
     if place.suffix in (".onnx", ".json") or (place / "manifest.json").is_file():
@@ -45,7 +45,7 @@ def inspect(
 
 
 def checkpoint_summary(checkpoint: "Checkpoint") -> RenderableType:
-    """Return what a run directory holds."""
+    """Return the contents of a run directory."""
     side, found = checkpoint.sizes.image_side, (checkpoint.run / "tokenizer.json").is_file()
     return Group(
         checkpoint_table(checkpoint),
@@ -85,7 +85,7 @@ def checkpoint_table(checkpoint: "Checkpoint") -> Table:
 
 
 def manifest_table(manifest: Manifest) -> Table:
-    """Return what an artifact says of itself."""
+    """Return the contents of a manifest as a table."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""What to do with a compiled policy, printed as commands."""
+"""Print the commands to use a compiled policy with."""
 
 import shlex
 from collections.abc import Collection
@@ -20,9 +20,9 @@ def print_next(
     framing: Framing = "whole",
     precision: Precision = "float32",
 ) -> None:
-    """Print where an artifact is, and what verifies and runs it: commands, but Python for a batch of several frames.
+    """Print where an artifact is, and the commands that verify and run it; for a batch of several frames, Python code.
 
-    A precision that a CPU does not have is named, beside the command that builds what has it.
+    For a precision that a CPU does not have, the command that builds an engine is printed too.
     """
     key = f" --unnorm-key {shlex.quote(min(datasets))}" if len(datasets) > 1 else ""
     if framing != "whole":

@@ -1,4 +1,4 @@
-"""`evla run`, and what it shows."""
+"""`evla run` and its output."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,7 +35,7 @@ def run(
         Path | None,
         typer.Option(parser=read_path, metavar="FILE|DIR", help="Camera frame, 8-bit RGB, or a folder of them."),
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="What the robot shall do, with --image.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The task in words, with --image.")] = None,
     frames: Annotated[
         Path | None,
         typer.Option(
@@ -75,7 +75,7 @@ def run(
     ] = False,
     framing: Annotated[
         Framing,
-        typer.Option(help="What the policy sees of a frame: all, or a cut as CogACT's server for robots has it."),
+        typer.Option(help="What the policy sees of a frame: all, or a crop as in CogACT's server for robots."),
     ] = "whole",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -139,10 +139,10 @@ def action_table(actions: NDArray[np.float64], title: str) -> Table:
 
 
 def call_table(latency: Sequence["LatencySummary"]) -> RenderableType:
-    """Return how long calls of a loaded policy took, and what the times hold."""
+    """Return the latencies of a loaded policy's calls, and what they include."""
     table = new_table("Latency, ms", "time", right=("calls", "median", "p95", "p99", "first call"))
     for summary in latency:
         times = (f"{value:.2f}" for value in (summary.median, summary.p95, summary.p99, summary.first))
         table.add_row(summary.kind, str(summary.count), *times)
     notes = [f"{summary.kind}: {summary.includes}." for summary in latency]
-    return Group(table, *notes, "The first call, which warms everything up, is in none of the other figures.")
+    return Group(table, *notes, "The first call, which includes warming up, is not part of the other figures.")

@@ -23,7 +23,7 @@ def list_observations(image: Path | None, instruction: str | None, frames: Path 
             raise ValueError("--instruction beside --frames: its frames.jsonl has the instructions; leave one out")
         return list_frames(frames)
     if image is None or instruction is None:
-        raise ValueError("--image without --instruction: say what the robot shall do, as in --instruction 'open it'")
+        raise ValueError("--image without --instruction: give the task in words, as in --instruction 'open it'")
     return list_images(image, instruction)
 
 
@@ -48,10 +48,10 @@ def read_noise(file: Path, frames: int) -> list[NDArray[np.floating]]:
 
 
 def check_actions_file(out: Path | None) -> None:
-    """Refuse a place for the actions that could not be written after all calls.
+    """Refuse, before any call, a file for the actions that cannot be written.
 
     Raises:
-        ValueError: it does not end in .npy, or lies in no folder.
+        ValueError: it does not end in .npy, or its folder does not exist.
     """
     if out is not None and (out.suffix != ".npy" or not out.parent.is_dir() or out.is_dir()):
         raise ValueError(f"--out {out}: expected a file that ends in .npy, in a folder that exists")

@@ -1,4 +1,4 @@
-"""The options that describe a compilation, the same in every command that takes them: one for each setting."""
+"""The options for settings of a compilation, shared by all commands that have them: one for each setting."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -11,7 +11,7 @@ import typer
 from evla_compile.settings.config import PRESETS, LayerRule
 
 Settings: TypeAlias = Mapping[str, Any]
-"""What was given for each setting of `CompileConfig`, by its name; None where nothing was."""
+"""Value of the option of each setting of `CompileConfig`, by name; None where the option was not given."""
 
 Preset = Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(PRESETS))}.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")]
@@ -41,7 +41,7 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that has the options of all settings in place of its parameter `settings`, which gets them."""
+    """Replace a command's parameter `settings` by the options of all settings; the command gets their values in it."""
     parameters: list[Parameter] = []
     for parameter in signature(command).parameters.values():
         if parameter.name != "settings":
@@ -57,7 +57,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         settings = {name: arguments.pop(name) for name in OPTIONS}
         command(**arguments, settings=settings)
 
-    # typer makes its options of what these two say
+    # typer reads these two attributes to create the options
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]  # of inspect
     return run

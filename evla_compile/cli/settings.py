@@ -1,4 +1,4 @@
-"""Options of the command line to settings and plans; imports no torch."""
+"""Turn options of the command line into settings and plans; imports no torch."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -17,13 +17,14 @@ _OF_EVERY_ROW = ("ddim_steps", "cfg_scale", "text_tokens", "batch_size")  # sett
 def read_configs(settings: Settings, *, presets: Collection[str], dense: bool) -> dict[str, CompileConfig]:
     """Return the configurations to compare, by name.
 
-    Without budgets they are the presets and the dense policy, those named or else all. Budgets change each that is
-    named, else the default, which the dense policy is then shown beside.
+    1. Without budgets: the presets and the dense policy that are named, or all.
+    2. With budgets and nothing named: the default with these budgets, and the dense policy beside it.
+    3. With budgets and names: each of those that are named, with these budgets.
 
     Args:
-        settings: what was given for each setting.
-        presets: names of presets, "all" among them for all.
-        dense: whether the policy with exact rewrites alone is asked for.
+        settings: values of the options of all settings.
+        presets: names of presets; "all" for all.
+        dense: whether the policy with exact rewrites alone is named.
 
     Raises:
         ValueError: there is no such preset, the options contradict each other, or one is malformed or out of its range.
@@ -32,7 +33,7 @@ def read_configs(settings: Settings, *, presets: Collection[str], dense: bool) -
     budgets = [name for name, value in settings.items() if value is not None and name not in _OF_EVERY_ROW]
     named = list(PRESETS) if "all" in presets else list(presets)
     starts = [*(["dense"] if dense else []), *named]
-    if budgets and not starts:
+    if budgets and not starts:  # 2
         return {
             "dense": read_config(shared, preset=None, dense=True),
             "custom": read_config(settings, preset=None, dense=False),
@@ -68,7 +69,7 @@ def read_config(settings: Settings, *, preset: str | None, dense: bool) -> Compi
 
 
 def _refuse_idle(config: CompileConfig, given: Mapping[str, Any]) -> None:
-    """Refuse options that decide nothing beside the others: whoever gave them expects something else.
+    """Refuse options that have no effect together with the others, since the user must expect an effect.
 
     Raises:
         ValueError: there is one.
@@ -83,7 +84,7 @@ def _refuse_idle(config: CompileConfig, given: Mapping[str, Any]) -> None:
     for name, reason in idle.items():
         if name in given and reason is not None:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {given[name]} would decide nothing, since {reason}, or leave {option} out")
+            raise ValueError(f"{option} {given[name]} would have no effect, since {reason}, or leave {option} out")
 
 
 def read_plan(path: Path) -> Plan:
@@ -91,7 +92,7 @@ def read_plan(path: Path) -> Plan:
 
     Raises:
         ArtifactError: the path is a folder or an ONNX file that is no compiled policy.
-        CalibrationError: the file cannot be read or holds no plan.
+        CalibrationError: the file cannot be read or is no plan.
     """
     if path.is_dir() or path.suffix == ".onnx":
         return read_manifest(find_manifest(path)).plan

@@ -1,4 +1,4 @@
-"""The standard streams as a command line needs them: closed, full and broken ones end in a message or a status."""
+"""Prepare the standard streams: closed, full and broken ones end in a message or an exit status."""
 
 import io
 import sys
@@ -11,13 +11,13 @@ from evla_compile.terminal import PIPE_CLOSED, discard
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Make standard output and standard error fit to print any text, and leave without a word where a reader has gone.
+    """Let standard output and error print any text, and exit silently where the reader of an output has gone.
 
     Raises:
         ValueError: standard output is closed.
         SystemExit: the reader of an output has gone.
     """
-    if sys.stderr is None:  # the next file that is opened would get its number, and be written into
+    if sys.stderr is None:  # otherwise the next file that is opened gets its descriptor, and errors are written into it
         sys.stderr = _nowhere(2)
     if sys.stdout is None:
         sys.stdout = _nowhere(1)
@@ -44,7 +44,7 @@ def _nowhere(descriptor: int) -> TextIO:
 
 
 def _give_up_unwritten(stream: TextIO) -> None:
-    """Empty the buffer of a stream that cannot be written to: the interpreter would complain of it once more."""
+    """Discard the buffer of a stream that cannot be written to: the interpreter would report it again at exit."""
     try:
         stream.flush()
     except OSError:

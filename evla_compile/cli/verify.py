@@ -1,4 +1,4 @@
-"""`evla verify`, and what it shows."""
+"""`evla verify` and its output."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +23,7 @@ def verify(
     ] = None,
     stages: Annotated[bool, typer.Option("--stages", help="Show every stage.")] = False,
 ) -> None:
-    """Prove that an artifact is intact and static, and that every stage is what its float32 torch graph returned."""
+    """Prove that an artifact is intact, has static shapes, and computes what its float32 torch graph computed."""
     with step("verify on ONNX Runtime" if provider in (None, "cpu") else f"verify on {provider}"):
         found = evla.verify(artifact, threads=threads, provider=provider)
     if stages:
@@ -36,7 +36,7 @@ def verify(
 
 
 def stage_table(found: "Verification") -> Table:
-    """Return how far every stage of an artifact is from the float32 torch graph."""
+    """Return the error of every stage of an artifact against the float32 torch graph."""
     table = new_table("Against float32 torch", "stage", right=("relative error",))
     for name, error in found.stages:
         table.add_row(name, f"{error:.1e}")

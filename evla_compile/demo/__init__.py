@@ -1,1 +1,1 @@
-"""The small trained policy of the package, through the whole path."""
+"""The demo of the package's small trained policy: compile, export, verify and run it."""

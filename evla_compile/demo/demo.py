@@ -1,6 +1,6 @@
-"""The demo: a small trained policy through the whole path, each lowering verified, each backend timed.
+"""The demo: compile, export, verify and time a small trained policy.
 
-It shows that the path works and what it costs; whether a robot still does its task is measured by
+It shows that all steps work and how long they take; whether a robot still does its task is measured by
 benchmarks/closed_loop.
 """
 
@@ -45,7 +45,7 @@ WARM_UP_CALLS = 3
 """Calls of each backend before the measured ones."""
 
 Step: TypeAlias = Callable[[str], AbstractContextManager[object]]
-"""Takes what is going to be done, and returns a context to do it in: a progress display, a stopwatch."""
+"""Called with a description of a step; returns a context to run it in, such as a progress display or a stopwatch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,16 +67,16 @@ class DemoVariant:
     name: str
     """`dense` or `compiled`."""
     report: CompileReport
-    """What its passes did, and how far its graph is from the dense policy."""
+    """Reports of its passes, and the deviation of its graph from the dense policy."""
     verification: Verification
-    """How far ONNX Runtime is from its graph."""
+    """Errors of ONNX Runtime against its graph."""
     onnx_bytes: int
     """Size of the ONNX file, external data included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoResult:
-    """What the demo found."""
+    """Results of the demo."""
 
     variants: tuple[DemoVariant, ...]
     """The dense and the compiled policy."""
@@ -85,7 +85,7 @@ class DemoResult:
     conditions: str
     """What a latency includes, and what it was measured on."""
     instruction: str
-    """What the robot shall do."""
+    """The task in words."""
     kept_tokens: NDArray[np.int64]
     """Patches of the demo's frame that the compiled policy keeps, ascending, [K]."""
     patches: int
@@ -102,15 +102,14 @@ def run_demo(
     step: Step,
     config: CompileConfig = DEMO_CONFIG,
 ) -> DemoResult:
-    """Take the policy that the package carries through the whole path.
+    """Compile, export, verify and time the policy that the package contains.
 
     Args:
-        folder: an existing folder, in which the artifacts `dense` and `compiled` and the picture `kept-tokens.png` are
-            made.
+        folder: an existing folder for the artifacts `dense` and `compiled` and the picture `kept-tokens.png`.
         runs: measured calls of each backend, at least 1.
         threads: threads of torch and of ONNX Runtime.
         step: entered around each long step.
-        config: settings of the compiled variant; its sampler settings and text budget serve the dense one too.
+        config: settings of the compiled variant; the dense one has the same sampler settings and text budget.
 
     Raises:
         OSError: the picture cannot be written.
@@ -156,7 +155,7 @@ def run_demo(
 
 
 def measure_latencies(calls: Mapping[str, Callable[[], object]], runs: int) -> tuple[Latency, ...]:
-    """Time calls in turn, so that whatever else the machine does meets them alike.
+    """Time calls in turn, so that other load on the machine affects all alike.
 
     Raises:
         ValueError: `runs` is below 1.
@@ -173,7 +172,7 @@ def measure_latencies(calls: Mapping[str, Callable[[], object]], runs: int) -> t
 
 
 def describe_machine(threads: int) -> str:
-    """Return in a line what a time depends on: the machine, the threads used of it, the versions."""
+    """Return one line with the conditions of a time: machine, threads, versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime"))
     return (
         f"{threads} of {os.cpu_count()} CPUs ({cpu_field('model name')}), {platform.system()} {platform.machine()},"
@@ -182,7 +181,7 @@ def describe_machine(threads: int) -> str:
 
 
 def cpu_field(name: str) -> str:
-    """Return what Linux says of the first CPU under `name`; platform.processor() is empty there."""
+    """Return a field of the first CPU in /proc/cpuinfo; platform.processor() is empty on Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "unknown")

@@ -1,4 +1,4 @@
-"""The trained policy that the package carries, and the frames that belong to it.
+"""The trained policy that the package contains, and its frames.
 
 It has CogACT's architecture at 15 M parameters, and solves tasks of Meta-World in simulation; its model card is
 `data/demo_policy/README.md`.

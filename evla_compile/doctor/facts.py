@@ -1,4 +1,4 @@
-"""What `evla doctor` looks at: versions, imports tried in processes of their own, GPU, memory and disk; no torch."""
+"""Facts for `evla doctor`: versions, imports tried in separate processes, GPU, memory and disk; no torch."""
 
 import json
 import platform
@@ -31,12 +31,12 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
         *(f"tensorrt-rtx-cu{major}{kind}" for major in (12, 13) for kind in ("", "-bindings", "-libs")),
     ),
 }
-"""Packages that bring each of `PROGRAMS`."""
+"""Packages that each of `PROGRAMS` needs."""
 
 PACKAGES = (*sorted({name for names in DISTRIBUTIONS.values() for name in names}), "torchvision", "cuda-bindings")
 """Packages whose versions matter."""
 
-# An ONNX file of one Identity, in full since the package that writes such files is not on a robot.
+# An ONNX file of one Identity operator, as bytes: a robot lacks the package that could write it.
 _IDENTITY = (
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a"
     "0a08080112040a020801620f0a0179120a0a08080112040a02080142021011"
@@ -60,13 +60,13 @@ PROGRAMS: Mapping[str, str] = {
     ),
     "tensorrt": "import tensorrt; found = {'version': tensorrt.__version__}",
     "tensorrt_rtx": "import tensorrt_rtx; found = {'version': tensorrt_rtx.__version__}",
-    # ONNX Runtime offers a provider whose own libraries do not load, and computes on the CPU: only a session tells.
+    # ONNX Runtime lists a provider even if its libraries cannot be loaded: only opening a session shows it.
     **{
         f"session-{key}": _SESSION.format(model=_IDENTITY, provider=provider.name)
         for key, provider in PROVIDERS.items()
     },
 }
-"""What is run to see whether something can be imported and works, by a name for it."""
+"""Python programs that test whether a library can be imported and works, by name."""
 
 _TIMEOUT = 180
 _JETSON = Path("/etc/nv_tegra_release")
@@ -77,19 +77,19 @@ _MISSING = re.compile(r"(\S+\.so\S*): cannot open shared object file")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Import:
-    """An import that was tried."""
+    """Result of a tried import."""
 
     error: str | None = None
     """Last line of its error; None where it worked."""
     found: Mapping[str, str | None] | None = None
-    """What it says of itself."""
+    """What the program printed, its version for instance; None where it failed."""
     missing: tuple[str, ...] = ()
-    """Shared libraries that the loader did not find on the way."""
+    """Shared libraries that the loader did not find."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What there is on this machine."""
+    """Facts about this machine."""
 
     python: tuple[int, int]
     """Version of Python."""
@@ -104,11 +104,11 @@ class Facts:
     gpu: Gpu | None
     """The first GPU."""
     gpu_error: str | None
-    """Why it could not be looked for; None where it could."""
+    """Why the search for a GPU failed; None where it did not."""
     driver: str | None = None
     """Version of NVIDIA's kernel driver, such as `580.65.06`; None where none is loaded."""
     memory: int | None
-    """Bytes of memory that can be taken; None where the system does not tell."""
+    """Bytes of free memory; None where the system does not report it."""
     swap: int = 0
     """Bytes of swap that are free."""
     disk: int
@@ -116,7 +116,7 @@ class Facts:
 
 
 def collect(imports: Sequence[str], folder: Path) -> Facts:
-    """Look at this machine.
+    """Collect the facts about this machine.
 
     Args:
         imports: names of `PROGRAMS` to try; a second or more each.
@@ -143,7 +143,7 @@ def collect(imports: Sequence[str], folder: Path) -> Facts:
 
 
 def try_import(name: str) -> Import:
-    """Import something in a process of its own, which a broken library may crash or hang."""
+    """Run one of `PROGRAMS` in a separate process, since a broken library may crash or hang it."""
     program = f"import json\n{PROGRAMS[name]}\nprint(json.dumps(found, allow_nan=False))"
     try:
         done = subprocess.run(  # noqa: S603 (our own interpreter and program)
@@ -163,7 +163,7 @@ def try_import(name: str) -> Import:
 
 
 def driver_version(text: str) -> str | None:
-    """Return the version in the file that NVIDIA's kernel driver shows of itself; None if it is not there."""
+    """Return the version in the text of /proc/driver/nvidia/version; None if there is none."""
     found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
     return found.group() if found else None
 

@@ -1,4 +1,4 @@
-"""What `evla doctor` is asked, and what it answers; no torch."""
+"""The request to `evla doctor`, and its findings; no torch."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +12,18 @@ from evla_compile.settings.config import Precision
 from evla_compile.settings.engine_settings import FLAVOUR_NAMES, Flavour
 
 Work: TypeAlias = Literal["compile", "run", "build"]
-"""What is going to be done here."""
+"""Kind of work: compile a policy, run it, or build its engines."""
 
 Status: TypeAlias = Literal["ok", "warning", "failed", "absent"]
-"""Outcome of a check: only a failed one stands in the way; what is absent does so where some work needs it."""
+"""Outcome of a check. Only "failed" prevents the work; in a survey, "absent" is software that is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What is asked: whether some work can be done here."""
+    """The question whether some work can be done on this machine."""
 
     work: Work
-    """What."""
+    """Kind of work."""
     provider: Provider = "cpu"
     """For `run`: where to compute."""
     flavour: Flavour = "tensorrt"
@@ -35,8 +35,8 @@ class Request:
     place: Path | None = None
     """Its manifest's file."""
     weight_bytes: int | None = None
-    """Bytes of the weights that the work handles at a time: of the largest part for `build`, of all of them for other
-    work; None if unknown."""
+    """Bytes of the weights that are in memory at a time: of the largest part for `build`, of all parts for other work;
+    None if unknown."""
     total_bytes: int | None = None
     """Bytes of the weights of all parts; None if unknown."""
 
@@ -49,12 +49,12 @@ class Request:
 
     @property
     def is_widened(self) -> bool:
-        """Whether the policy will run in float32 arithmetic though it is of bfloat16."""
+        """Whether this is a bfloat16 policy that will run in float32 arithmetic."""
         return self.work == "run" and is_widened(self.provider, self.precision)
 
     @property
     def imports(self) -> tuple[str, ...]:
-        """What must be importable for it."""
+        """Names of `PROGRAMS` that must succeed."""
         if self.work == "compile":
             return "torch", "transformers", "onnxscript", "onnxruntime", "session-cpu"
         if self.work == "build" or self.provider == "engine":
@@ -62,7 +62,7 @@ class Request:
         return ("onnxruntime", f"session-{self.provider}", *(("onnx",) if self.is_widened else ()))
 
     def describe(self) -> str:
-        """Return what is asked, in words."""
+        """Return the request in words."""
         about = "policies" if self.place is None else str(self.place.parent)
         if self.work == "run":
             return f"run {about} " + ("as an engine" if self.provider == "engine" else f"on {self.provider}")
@@ -71,7 +71,7 @@ class Request:
         return "compile policies"
 
     def arguments(self) -> str:
-        """Return what asks `evla doctor` it, of no policy in particular."""
+        """Return the arguments of `evla doctor` for this request, without a policy."""
         provider = f" --provider {self.provider}" if self.work == "run" else ""
         engine = self.work == "build" or self.provider == "engine"
         return f"{self.work}{provider}" + (f" --flavour {self.flavour}" if engine else "")
@@ -79,16 +79,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What one check found."""
+    """Result of one check."""
 
     check: str
-    """What was looked at."""
+    """Name of the check."""
     status: Status
-    """Whether it stands in the way."""
+    """Outcome."""
     found: str
-    """What is there."""
+    """What the check found."""
     remedy: str | None = None
-    """What to do: a command where one does it."""
+    """What to do about it, as a command where possible."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as JSON-ready values."""
@@ -96,17 +96,17 @@ class Finding:
 
 
 def ok(check: str, found: str) -> Finding:
-    """Return a finding that stands in nobody's way."""
+    """Return a finding of a check that passed."""
     return Finding(check=check, status="ok", found=found)
 
 
 def warned(check: str, found: str, remedy: str | None) -> Finding:
-    """Return a finding that one should know of."""
+    """Return a finding that does not prevent the work."""
     return Finding(check=check, status="warning", found=found, remedy=remedy)
 
 
 def failed(check: str, found: str, remedy: str) -> Finding:
-    """Return a finding that stands in the way."""
+    """Return a finding that prevents the work."""
     return Finding(check=check, status="failed", found=found, remedy=remedy)
 
 
@@ -119,15 +119,15 @@ def make_request(
     weight_bytes: int | None = None,
     precision: Precision = "float32",
 ) -> Request:
-    """Return a request, completed by what an artifact says of itself.
+    """Return a request, completed from the manifest of an artifact.
 
     Args:
-        work: what is going to be done.
-        provider: for "run"; None for the one that `evla run` would take.
+        work: kind of work.
+        provider: for "run"; None for the one that `evla run` would use.
         flavour: for "build" and to run engines; None for that of the artifact's engine, or TensorRT.
         artifact: the policy to run or to build an engine of.
         weight_bytes: without an artifact, size of the policy in one part.
-        precision: likewise its precision.
+        precision: without an artifact, precision of the policy.
 
     Raises:
         ArtifactError: there is no artifact where one was named, or its manifest is damaged.

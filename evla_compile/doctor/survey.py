@@ -1,4 +1,4 @@
-"""`evla doctor`: falsifiable checks of what a piece of work needs on this machine, each with its remedy; no torch."""
+"""`evla doctor`: check what some work needs on this machine, and name the remedies; no torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +27,12 @@ from evla_compile.settings.engine_settings import FLAVOURS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Survey:
-    """What is on a machine, and what can be done there."""
+    """What is installed on a machine, and what can be done there."""
 
     findings: tuple[Finding, ...]
-    """What every check found; what is not installed is absent, and only what is broken has failed."""
+    """Findings of every check; what is not installed is "absent", and only what is broken has "failed"."""
     lacks: tuple[tuple[Request, tuple[str, ...]], ...]
-    """Each kind of work, and the checks that stand in its way: none where it can be done."""
+    """Each kind of work with the checks that prevent it; no checks where it can be done."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the survey as JSON-ready values."""
@@ -46,7 +46,7 @@ class Survey:
 
 
 def examine(request: Request) -> list[Finding]:
-    """Look at this machine, and return what stands in the way of a piece of work and what does not.
+    """Check this machine for some work, and return the findings.
 
     Disk space is that of the artifact's folder, or of the current one.
     """
@@ -55,7 +55,7 @@ def examine(request: Request) -> list[Finding]:
 
 
 def findings(request: Request, facts: Facts) -> Iterator[Finding]:
-    """Yield what each check finds that the work needs, from facts alone."""
+    """Yield the findings of all checks that the work needs, from facts alone."""
     yield check_python(facts)
     if request.work == "compile":
         yield check_torch(facts)
@@ -82,12 +82,12 @@ def findings(request: Request, facts: Facts) -> Iterator[Finding]:
 
 
 def survey_machine() -> Survey:
-    """Look at everything on this machine, and return what can be done here."""
+    """Check everything on this machine, and return what can be done here."""
     return survey(collect(tuple(PROGRAMS), Path()))
 
 
 def survey(facts: Facts) -> Survey:
-    """Return what every check finds, and what can be done, from facts alone."""
+    """Return the findings of every check, and what can be done, from facts alone."""
     lacks = []
     for request in _kinds_of_work():
         stands = (finding.check for finding in findings(request, facts) if finding.status == "failed")
@@ -106,7 +106,7 @@ def _kinds_of_work() -> Sequence[Request]:
 
 
 def _inventory(facts: Facts) -> Iterator[Finding]:
-    """Yield what is installed, broken or absent."""
+    """Yield a finding for everything that can be installed: ok, broken or absent."""
     yield check_python(facts)
     cpu = Request(work="run")
     for name, finding in (
@@ -125,7 +125,7 @@ def _inventory(facts: Facts) -> Iterator[Finding]:
 
 
 def _installed_provider(facts: Facts) -> Request:
-    """Return a run on what the installed ONNX Runtime is there for; without a GPU, that is the CPU."""
+    """Return a request to run on the provider of the installed ONNX Runtime package; without a GPU, the CPU."""
     if "onnxruntime-gpu" in facts.packages and facts.gpu is not None:
         return Request(work="run", provider="cuda")
     return Request(work="run", provider="openvino" if "onnxruntime-openvino" in facts.packages else "cpu")
@@ -140,7 +140,7 @@ def stored_bytes(size: str, config: CompileConfig, precision: Precision) -> int:
         precision: of everything outside the action head.
 
     Raises:
-        CheckpointError: the run directory is none.
+        CheckpointError: there is no such run directory, or it is damaged.
         ValueError: the size is unknown, or a budget does not fit it.
     """
     import torch  # noqa: PLC0415  (this module must be importable without it)

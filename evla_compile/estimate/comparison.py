@@ -1,4 +1,4 @@
-"""Upstream's policy beside compiled ones, without a weight: what `evla estimate` and `evla inspect` show."""
+"""Compare upstream's policy with compiled ones, without weights, for `evla estimate`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ def sizes_of(size: str) -> ModelSizes:
 
     Raises:
         CheckpointError: `size` is neither, or the checkpoint is refused; see `read_sound_checkpoint`.
-        UnsupportedModelError: the architecture of the checkpoint is.
+        UnsupportedModelError: the architecture of the checkpoint is refused.
     """
     published = _PUBLISHED.get(size.lower())
     return read_sound_checkpoint(size).sizes if published is None else published_sizes(published)
@@ -44,7 +44,7 @@ def compare(
         sizes: sizes of the dense policy.
         configs: at least one configuration by name.
         dtype: torch.float32 or torch.bfloat16, of vision and language.
-        step: told what is being done, as a context around it.
+        step: called with a description of each step; returns a context to run the step in.
 
     Raises:
         ValueError: a configuration's budget does not fit the sizes, or `dtype` is another.

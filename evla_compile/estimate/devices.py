@@ -1,4 +1,4 @@
-"""Named devices and their rooflines: how fast a policy could run at best, from datasheets alone."""
+"""Devices and their rooflines: lower bounds of a policy's run time, from datasheets alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Device:
     bandwidth: float
     """Memory bandwidth in bytes/s."""
     float32_flops: float
-    """Peak FLOP/s of float32 arithmetic on CUDA cores: TF32, which rounds float32 to 11 bits, is not meant."""
+    """Peak FLOP/s of float32 arithmetic on CUDA cores: without TF32, which rounds float32 to 11 bits."""
     bfloat16_flops: float
     """Peak FLOP/s of dense bfloat16 products on tensor cores with float32 accumulation, which PyTorch and TensorRT use.
 
@@ -25,13 +25,13 @@ class Device:
     gpu_names: tuple[str, ...] = ()
     """What `torch.cuda.get_device_name` returns for it; empty where several modules of one family share a name."""
     source: str
-    """Document that the numbers are from, and how those that it does not print follow from those it does."""
+    """Document with the numbers, and how the others are derived from them."""
 
     def roofline_seconds(self, *, flops: float, weight_bytes: float, dtype: str) -> float:
-        """Return a lower bound of the time of some arithmetic: the larger of computing it and of reading its weights.
+        """Return a lower bound of the time of some arithmetic: the longer of computing it and reading its weights.
 
-        Every weight is read once and activations cost nothing, so that no implementation is faster and real ones are
-        slower. What runs one after the other is bounded more tightly by the sum of its parts' bounds.
+        Every weight is read once and activations cost nothing, so that no implementation is faster, and real ones are
+        slower. For parts that run one after the other, the sum of their bounds is a tighter bound.
 
         Args:
             flops: floating-point operations, two per multiply-accumulate.

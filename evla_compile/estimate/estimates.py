@@ -1,8 +1,8 @@
-"""Parameters, operations, bytes and rooflines of a policy that nobody has downloaded: everything on meta tensors.
+"""Estimate parameters, operations, bytes and rooflines of a policy without its weights: everything on meta tensors.
 
-The numbers are counted on graphs that `capture` and the passes made, for weights of which only the shapes exist.
-`estimates` takes the whole policy through them: a minute at full size. `quick_estimates` takes one block of every kind
-through them and counts it as often as the policy has it: the same numbers in seconds.
+The numbers are counted on graphs from `capture` and the passes. `estimates` runs them on the whole policy: a minute at
+full size. `quick_estimates` runs them on a policy with one block of every kind, and multiplies the counts of each block
+by the number of such blocks: the same numbers in seconds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
 
 Rewritten: TypeAlias = tuple[str, fx.GraphModule, tuple[PassReport, ...]]
-"""Name of a configuration, its finished graph, and what each pass did."""
+"""Name of a configuration, its finished graph, and the reports of its passes."""
 
 _SHORT_LAYERS, _TYPICAL_LAYER = 5, 3
 """Decoder layers of the shortest stack with one that no rewrite treats on its own, and the index of that one: scores
@@ -39,7 +39,7 @@ are taken from layer 1, tokens selected in front of 2, and 4 is the last."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What a policy holds and computes for one call, by component."""
+    """Weights and operations of a policy for one call, by component."""
 
     dtype: str
     """Dtype of vision and language, "bfloat16" or "float32"; the action head is always float32."""
@@ -63,7 +63,7 @@ class Estimate:
         return self.vision + self.language + self.action
 
     def fits(self, device: Device) -> bool:
-        """Tell whether the memory of `device` holds the weights; activations need room beside them."""
+        """Tell whether the weights fit into the memory of `device`; activations need memory too."""
         return self.total.weight_bytes <= device.memory_bytes
 
     def roofline_seconds(self, device: Device) -> float:
@@ -88,7 +88,7 @@ class Estimate:
 def skeleton(sizes: ModelSizes, *, dtype: torch.dtype = torch.bfloat16) -> CogACT:
     """Return a policy without weights, on the meta device, in the dtypes of `load`: the action head float32.
 
-    Its tokenizer knows no word: it is for capturing and counting, never for running.
+    Its tokenizer has no words: the policy is for capturing and counting, never for running.
 
     Raises:
         ValueError: `dtype` is neither torch.float32 nor torch.bfloat16.
@@ -103,7 +103,7 @@ def skeleton(sizes: ModelSizes, *, dtype: torch.dtype = torch.bfloat16) -> CogAC
 
 
 def estimate(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = torch.bfloat16) -> Estimate:
-    """Return what the policy that `compile` would make of these sizes holds and computes; see `estimates`."""
+    """Return the estimate of a policy of these sizes, compiled by a configuration; see `estimates`."""
     return estimates(sizes, {"": config}, dtype=dtype)[""]
 
 
@@ -111,14 +111,14 @@ def estimate(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = t
 def estimates(
     sizes: ModelSizes, configs: Mapping[str, CompileConfig], *, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Estimate]:
-    """Return what the policies that `compile` would make of these sizes hold and compute, by name.
+    """Return the estimates of a policy of these sizes, compiled by several configurations, by name.
 
-    Captures are shared, and so are the passes that several configurations begin with. Operators count as on the meta
-    device, where export copies each decoder layer's attention output; on a CPU it sees that no copy is needed.
+    Captures are shared, and so are passes that several configurations begin with. Operators are counted on the meta
+    device, where export copies the attention output of each decoder layer; on a CPU it omits this copy.
 
     Args:
         sizes: sizes of the dense policy.
-        configs: configurations by a name of the caller's.
+        configs: configurations by name.
         dtype: torch.float32 or torch.bfloat16, of vision and language.
 
     Raises:
@@ -141,7 +141,7 @@ def quick_estimates(
 
     Args:
         sizes: sizes of the dense policy.
-        configs: configurations by a name of the caller's.
+        configs: configurations by name.
         dtype: torch.float32 or torch.bfloat16, of vision and language.
 
     Raises:
@@ -160,9 +160,9 @@ def quick_estimates(
 
 @own_torch_state()
 def estimate_upstream(sizes: ModelSizes, config: CompileConfig, *, dtype: torch.dtype = torch.bfloat16) -> Estimate:
-    """Return what the policy as upstream runs it holds and computes, counted on one block of every kind.
+    """Return the estimate of the policy as upstream runs it, counted on one block of every kind.
 
-    It holds the whole checkpoint, what it never runs included.
+    Its weights are the whole checkpoint, unused ones included.
 
     Args:
         sizes: sizes of the policy.
@@ -208,7 +208,7 @@ def _cast(model: CogACT | UpstreamCogACT, dtype: torch.dtype) -> None:
 
 
 def _rewrite(sizes: ModelSizes, configs: Mapping[str, CompileConfig], dtype: torch.dtype) -> Iterator[Rewritten]:
-    """Yield the finished graph of every configuration, those that begin alike behind each other."""
+    """Yield the finished graph of every configuration; those with the same first passes follow each other."""
     pipelines: dict[tuple[int, int, float], dict[str, tuple[GraphPass, ...]]] = {}
     for name, config in configs.items():
         captured = (config.batch_size, config.text_tokens, config.cfg_scale)
@@ -221,7 +221,7 @@ def _rewrite(sizes: ModelSizes, configs: Mapping[str, CompileConfig], dtype: tor
 def _branches(
     gm: fx.GraphModule, reports: tuple[PassReport, ...], pipelines: Mapping[str, tuple[GraphPass, ...]]
 ) -> Iterator[Rewritten]:
-    """Yield what each pipeline makes of `gm`, running once a pass that several begin with."""
+    """Yield the result of each pipeline on `gm`; a pass that several begin with runs once."""
     following: dict[GraphPass, dict[str, tuple[GraphPass, ...]]] = {}
     for name, passes in pipelines.items():
         if passes:

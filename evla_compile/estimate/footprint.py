@@ -1,4 +1,4 @@
-"""What a graph holds and computes, by component of the policy."""
+"""Weights and operations of a graph, by component of the policy."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """What some nodes of a graph hold and compute for one call."""
+    """Weights and operations of some nodes of a graph for one call."""
 
     ops: int
     """Operator nodes."""
@@ -26,11 +26,11 @@ class Footprint:
     paper_flops: int
     """Floating-point operations as EfficientVLA counts them: convention `paper` of `flops`."""
     parameters: int
-    """Numbers held, folded constants included."""
+    """Number of weights, folded constants included."""
     weight_bytes: int
-    """Bytes of these."""
+    """Bytes of the weights."""
     read_bytes: int
-    """Bytes that a call must read of them: of an embedding table, its tokens' rows alone."""
+    """Bytes of the weights that a call must read: of an embedding table, the rows of its tokens alone."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
@@ -40,7 +40,7 @@ class Footprint:
 
 
 def footprint(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Footprint:
-    """Return what operator nodes of `gm` compute, and the tensors held that nothing but these nodes reads."""
+    """Return the operations of operator nodes of `gm`, and the weights that these nodes alone read."""
     inside, tensors, read = set(nodes), dict[int, Tensor](), dict[int, int]()
     for node in nodes:
         for source in node.all_input_nodes:

@@ -1,1 +1,1 @@
-"""The robot's side of a policy: frames and instructions in, actions out; no torch."""
+"""Pre- and post-processing on the host: frames and instructions to a graph's inputs, samples to actions; no torch."""

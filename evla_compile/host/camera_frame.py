@@ -1,4 +1,4 @@
-"""A camera frame as 8-bit RGB pixels, the right way up and cut as the policy was trained to see it; no torch.
+"""Turn a camera frame into the policy's image: 8-bit RGB, upright, cropped and resized as in training; no torch.
 
 Shape legend: H, W frame size in pixels, S image side.
 """
@@ -31,7 +31,7 @@ it. Calibrate with the same framing.
 """
 
 MOST_PIXELS = 8192 * 8192
-"""Pixels of the largest frame that is taken; a larger one is a mistake, or made to exhaust memory."""
+"""Pixels of the largest frame accepted; a larger one is a mistake, or meant to exhaust memory."""
 
 FRAME_RANK = 3
 """Axes of a frame that is an array: height, width and colour."""
@@ -52,14 +52,14 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # wherever Pillow looks for an orientation
+_METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for an orientation
 
 
 def rgb_image(image: CameraFrame) -> Image.Image:
     """Return a camera frame as an upright PIL image of mode RGB.
 
     An orientation in the image's metadata (EXIF or XMP) is applied, as every viewer does; `PIL.Image` itself does not.
-    Whoever has turned an image's pixels by hand should have used `ImageOps.exif_transpose`, which drops the note.
+    To turn an image's pixels yourself, use `ImageOps.exif_transpose`, which also removes the orientation.
 
     Args:
         image: PIL image of mode RGB, or uint8 [H,W,3] in RGB order.
@@ -78,7 +78,7 @@ def rgb_image(image: CameraFrame) -> Image.Image:
         _check_size(image.width, image.height)
         return upright(image)
     if not isinstance(image, np.ndarray):
-        raise ValueError(_describe_stranger(image))
+        raise ValueError(_describe_other_type(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(
             f"the image is an array of {image.dtype} {list(image.shape)}: expected uint8 [H,W,3] in RGB order with at"
@@ -97,14 +97,14 @@ def _check_size(width: int, height: int) -> None:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an image turned as the orientation in its metadata says, or the image itself where it says nothing.
+    """Return an image turned by the orientation in its metadata, or the image itself where there is none.
 
     Raises:
-        ValueError: the metadata is damaged, so that nobody knows which side is up.
+        ValueError: the metadata is damaged, so that the orientation is unknown.
     """
-    image.load()  # first: of a TIFF, Pillow turns the pixels here, and drops the note
+    image.load()  # first: for a TIFF, Pillow turns the pixels here, and removes the orientation
     try:
-        # Parsed apart: Pillow parses it once for its own ends, swallows the error, and then calls it empty.
+        # Parsed separately: Pillow's own parser ignores errors, and then reports empty metadata.
         Image.Exif().load(image.info.get("exif", b""))
         orientation = image.getexif().get(_ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error) as error:
@@ -115,7 +115,7 @@ def upright(image: Image.Image) -> Image.Image:
         return image
     turned = image.transpose(_UPRIGHT[orientation])
     for key in _METADATA:
-        turned.info.pop(key, None)  # else it would be turned once more
+        turned.info.pop(key, None)  # otherwise it would be turned again
     return turned
 
 
@@ -135,12 +135,12 @@ def fit(image: CameraFrame, side: int, framing: Framing = "whole") -> NDArray[np
     pixels = rgb_image(image)
     if framing == "deploy":
         pixels = _deployed(pixels, side)
-    # Of an image that has this size already, PIL's resize is a copy.
+    # PIL's resize to the same size is a copy.
     return np.array(pixels.resize((side, side), Image.Resampling.BICUBIC), dtype=np.uint8)
 
 
 def _deployed(image: Image.Image, side: int) -> Image.Image:
-    """Cut and resize as CogACT's server does, its roundings included; it takes wide frames only, this any."""
+    """Crop and resize as CogACT's server does, with its rounding; unlike it, also for frames that are not wide."""
     square = min(image.size)
     left, top = (image.width - square) // 2, (image.height - square) // 2
     image = image.crop((left, top, left + square, top + square)).resize((side, side), Image.Resampling.LANCZOS)
@@ -150,7 +150,7 @@ def _deployed(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def _describe_stranger(image: object) -> str:
+def _describe_other_type(image: object) -> str:
     found, remedy = f"the image is a {type(image).__name__}", ""
     if isinstance(image, str | os.PathLike):
         found += f", {image!r:.80}"

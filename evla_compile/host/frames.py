@@ -1,4 +1,4 @@
-"""Observations of a robot's task, as files: a folder with `frames.jsonl`, or images with one instruction; no torch."""
+"""Read observations from files: a folder with `frames.jsonl`, or images with one instruction; no torch."""
 
 import json
 import os
@@ -22,7 +22,7 @@ class Frame(NamedTuple):
     image: CameraFrame
     """Camera frame, 8-bit RGB of any size."""
     instruction: str
-    """What the robot was doing."""
+    """The task in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +32,16 @@ class FrameFile:
     image: Path
     """The image file."""
     instruction: str
-    """What the robot was doing."""
+    """The task in words."""
     place: str = ""
-    """Line of the listing that names it."""
+    """File and line of the listing; empty without one."""
 
     def read(self, *, convert: bool = False) -> Frame:
         """Read the image; see `read_image`.
 
         Raises:
-            CalibrationError: it is refused, and stands in a listing; the message names the line.
-            ValueError: it is refused.
+            CalibrationError: the image of a listing is refused; the message names the line.
+            ValueError: an image without a listing is refused.
         """
         try:
             return Frame(read_image(self.image, convert=convert), self.instruction)
@@ -52,10 +52,10 @@ class FrameFile:
 
 
 def as_frames(frames: Iterable[Frame]) -> list[Frame]:
-    """Return observations as a list; pairs that are no `Frame` become one.
+    """Return observations as a list of `Frame`; other (image, instruction) pairs are converted.
 
     Raises:
-        ValueError: it is the path of a folder, or one of them is no (image, instruction) pair.
+        ValueError: `frames` is a path, or an element is no (image, instruction) pair.
     """
     if isinstance(frames, str | bytes | os.PathLike):
         raise ValueError(f"the frames are {frames!r}: expected observations; evla_compile.read_frames(path) reads them")
@@ -72,7 +72,7 @@ def read_frames(folder: str | os.PathLike[str], *, convert: bool = False) -> lis
 
     Args:
         folder: the folder, or its `frames.jsonl`.
-        convert: take greyscale, palette and opaque RGBA files too; see `read_image`.
+        convert: accept greyscale, palette and opaque RGBA files too; see `read_image`.
 
     Raises:
         CalibrationError: the folder or an image is missing or unreadable, or a line is malformed; the message names it.
@@ -104,7 +104,7 @@ def list_images(place: Path, instruction: str) -> list[FrameFile]:
     """Return an image file, or every image of a folder in the order of their names, with one instruction for all.
 
     Raises:
-        ValueError: the folder holds no image.
+        ValueError: the folder has no image.
     """
     if not place.is_dir():
         return [FrameFile(image=place, instruction=instruction)]

@@ -1,4 +1,4 @@
-"""Image files as camera frames: whole, upright, 8-bit RGB and of a sensible size, or an error; no torch."""
+"""Read image files as camera frames: complete, upright, 8-bit RGB and not too large, or an error; no torch."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ from PIL import Image
 from evla_compile.host.camera_frame import MOST_PIXELS, upright
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of the files that are taken for camera frames where a folder is given."""
+"""Suffixes of the files that are read as camera frames from a folder."""
 
 _SAME_COLOURS = {
     "1": "black and white",
@@ -18,7 +18,7 @@ _SAME_COLOURS = {
     "PA": "of a palette with transparency",
     "RGBA": "RGB with transparency",
 }
-"""What PIL's modes are whose colours RGB can say exactly."""
+"""PIL modes whose colours RGB represents exactly, with a description."""
 
 
 def read_image(path: str | os.PathLike[str], *, convert: bool = False) -> Image.Image:
@@ -26,7 +26,7 @@ def read_image(path: str | os.PathLike[str], *, convert: bool = False) -> Image.
 
     Args:
         path: the file.
-        convert: take greyscale, palette and opaque RGBA files too, their colours as RGB says them.
+        convert: accept greyscale, palette and opaque RGBA files too, and convert them to RGB.
 
     Raises:
         ValueError: the file is missing, damaged or no image, has more than `MOST_PIXELS`, is not 8-bit RGB, or has
@@ -39,12 +39,12 @@ def read_image(path: str | os.PathLike[str], *, convert: bool = False) -> Image.
             with Image.open(path) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"image {path} has {image.width} x {image.height} pixels, {crowd}")
-                # Pillow opens a 16-bit RGB file as 8-bit RGB, the high bytes alone.
+                # Pillow opens a 16-bit RGB file as 8-bit RGB, keeping the high bytes alone.
                 deep = any(";16" in str(tile[3]) for tile in image.tile)
                 image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {path} has {crowd}") from error
-    except (OSError, SyntaxError) as error:  # Pillow's SyntaxError is a damaged chunk
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a damaged chunk
         raise ValueError(f"image {path} cannot be read ({error}): expected an image file such as a PNG") from error
     if deep:
         raise ValueError(f"image {path} has 16 bits a channel: expected 8; scale and save it as 8-bit RGB")

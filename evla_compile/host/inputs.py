@@ -1,4 +1,4 @@
-"""The four inputs of a finished graph: what they are, and how frames, instructions and noise become them; no torch.
+"""The four inputs of a finished graph, and how they are prepared from frames, instructions and noise; no torch.
 
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
@@ -41,7 +41,7 @@ class InputSignature:
 
     @classmethod
     def of(cls, sizes: ModelSizes, *, batch_size: int, text_tokens: int) -> Self:
-        """Return what a policy of these sizes takes at a batch size and text budget."""
+        """Return the signature of a policy of these sizes at a batch size and text budget."""
         return cls(
             batch_size=batch_size,
             image_side=sizes.image_side,
@@ -72,7 +72,7 @@ class InputSignature:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class GraphInputs:
-    """What a finished graph takes for one call, in host memory; fields in the order of the graph's inputs."""
+    """The inputs of one call of a finished graph, in host memory; fields in the order of the graph's inputs."""
 
     image: NDArray[np.uint8]
     """Squashed frames, [B,S,S,3]."""
@@ -99,9 +99,9 @@ class GraphInputs:
 
         Args:
             processor: the policy's host side.
-            image: B frames, a sequence of them or one array [B,H,W,3]; a single frame will do where B is 1.
-            instruction: B instructions; a single one will do where B is 1.
-            signature: what the graph takes.
+            image: B frames, as a sequence or one array [B,H,W,3]; or a single frame where B is 1.
+            instruction: B instructions; or a single one where B is 1.
+            signature: sizes of the graph's inputs.
             noise: see `action_noise`.
             seed: see `action_noise`.
             framing: what the policy sees of a frame; see `evla_compile.host.camera_frame.Framing`.
@@ -110,7 +110,7 @@ class GraphInputs:
             ValueError: the number of frames or of instructions is another, one of them is refused by the processor, or
                 the noise or the seed is refused.
         """
-        # Each is prepared before all are counted: what is no frame at all would else be called a wrong number of them.
+        # Each is prepared before they are counted, so that an argument of a wrong type is not called a wrong number.
         images: Sequence[Any] = image if is_batch(image) else [image]
         texts: Sequence[Any] = instruction if is_listed(instruction) else [instruction]
         frames = [processor.image(frame, framing) for frame in images]
@@ -128,7 +128,7 @@ class GraphInputs:
 
     @classmethod
     def blank(cls, signature: InputSignature) -> Self:
-        """Return zeros of the right form, the prompts as short as may be: for capturing, never for an action."""
+        """Return zeros of the right dtypes and shapes, shortest prompts: for capturing, never for an action."""
         arrays = {form.name: np.zeros(signature.shapes[form.name], dtype=form.dtype) for form in COGACT.inputs}
         inputs = cls(**arrays)
         inputs.text_length[...] = SHORTEST_TEXT
@@ -145,7 +145,7 @@ class GraphInputs:
         return dict(zip(COGACT.input_names, self.arrays, strict=True))
 
     def check(self, signature: InputSignature) -> None:
-        """Refuse what a graph with static shapes does not take, or would read a wrong position for without complaint.
+        """Refuse inputs that a graph with static shapes cannot take, or would silently read wrong positions for.
 
         Raises:
             ValueError: an input is not a numpy array of its dtype and shape, a token id has no row in the embedding, or

@@ -1,4 +1,4 @@
-"""Which visual tokens a policy keeps, drawn on the camera frame: as a picture and as text for a terminal; no torch."""
+"""Show which visual tokens a policy keeps, as a picture of the camera frame or as text for a terminal; no torch."""
 
 import math
 
@@ -10,7 +10,7 @@ from evla_compile.host.camera_frame import CameraFrame, rgb_image
 from evla_compile.terminal import in_one_line
 
 _DIMMED = 0.25  # brightness of a patch that is dropped
-_TINT = np.array((0, 10, 50))  # added to its grey: blue, which tells it from what is grey or dark in the camera's frame
+_TINT = np.array((0, 10, 50))  # added to its grey: blue, to tell it from grey or dark pixels of the frame
 _FRAME_COLOUR = (255, 200, 0)
 _LINE, _MARGIN, _SWATCH = 22, 8, 14  # pixels of the legend
 _INSTRUCTION_LINES = 3
@@ -28,7 +28,7 @@ def draw_kept_tokens(
         image: PIL image of mode RGB or uint8 [H,W,3].
         kept: indices of the kept patches, row by row; see `CompiledPolicy.kept_tokens`.
         patches: all patches, a square number.
-        instruction: what the robot shall do; with it, a legend below says that, the count and what the colours mean.
+        instruction: the task in words; with it, a legend shows the instruction, the count and the colours' meaning.
         side: side of the frame's picture in pixels, rounded down to a multiple of the patches in a row.
 
     Raises:
@@ -106,7 +106,7 @@ def _with_legend(picture: Image.Image, count: int, patches: int, instruction: st
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Return a text in lines of at most `width` pixels, the end of a long one cut off."""
+    """Return a text in lines of at most `width` pixels; a long text is cut off at its end."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""Between a camera frame and an action chunk: the host work that every backend shares; no torch.
+"""From a camera frame to an action chunk: the host work that all backends share; no torch.
 
 Shape legend: B batch, S image side in pixels, T text budget, A action steps, F action dimensions.
 """
@@ -34,11 +34,11 @@ def predict_action(
     """Run a backend from frames and instructions to actions in the units of a dataset.
 
     Args:
-        call: the backend.
+        call: runs the graph.
         processor: the policy's host side.
         image: see `GraphInputs.prepare`.
         instruction: see `GraphInputs.prepare`.
-        signature: what the graph takes.
+        signature: sizes of the graph's inputs.
         unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
         noise: see `action_noise`.
         seed: see `action_noise`.
@@ -50,14 +50,14 @@ def predict_action(
     Raises:
         ValueError: an argument is refused, or the backend's samples are not finite.
     """
-    processor.statistics_for(unnorm_key)  # a wrong name should not cost a run of the policy
+    processor.statistics_for(unnorm_key)  # refuse a wrong name before the policy runs
     inputs = GraphInputs.prepare(processor, image, instruction, signature, noise=noise, seed=seed, framing=framing)
     actions = processor.actions(call(inputs), unnorm_key)
     return actions if is_batch(image) else actions[0]
 
 
 class Predictor(ABC):
-    """A policy with a static batch, whatever runs its graph: frames and instructions in, action chunks out."""
+    """A policy with a static batch, on any backend: frames and instructions in, action chunks out."""
 
     processor: Processor
     """Host-side tokenizer, image preparation and action statistics."""
@@ -98,7 +98,7 @@ class Predictor(ABC):
 
         Args:
             image: a PIL image of mode RGB or uint8 [H,W,3]; for a batch, a sequence of B of them or uint8 [B,H,W,3].
-            instruction: what the robot shall do; for a batch, a sequence of B of them.
+            instruction: the task in words; for a batch, a sequence of B of them.
             unnorm_key: name of the dataset whose statistics scale the actions; None where only one is known.
             noise: float array [A,F] or [B,A,F] from which the sampler starts; None draws it from `seed`.
             seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.

@@ -1,4 +1,4 @@
-"""The host's side of the policy: frame to pixels, instruction to token ids, raw samples to robot actions; no torch.
+"""Pre- and post-processing: frame to pixels, instruction to token ids, raw samples to robot actions; no torch.
 
 Shape legend: H, W frame size in pixels, S image side, T text budget, A action steps.
 """
@@ -19,17 +19,17 @@ from evla_compile.host.camera_frame import CameraFrame, Framing, fit
 from evla_compile.settings.sizes import ACTION_WIDTH
 
 GRIPPER = 6
-"""Place of the gripper in an action."""
+"""Index of the gripper in an action."""
 PROMPT = "In: What action should the robot take to {instruction}?\nOut:"
 """The prompt that CogACT was trained with."""
 BOS_ID = 1
 """Id that starts every prompt."""
 BLANK_ID = 29871
-"""Id of Llama-2's lone word-boundary piece, appended to every prompt: training saw it before the end token."""
+"""Id of Llama-2's word-boundary piece alone, appended to every prompt in front of the end token, as in training."""
 EOS_ID = 2
 """Id appended last; the hidden state at its position conditions the action head (the cognition token)."""
 WORD_BOUNDARY = "\u2581"
-"""The piece that stands for the start of a word."""
+"""The piece that marks the start of a word."""
 PAD_ID = 32000
 """Id that fills a prompt up to the text budget: CogACT's extra row behind Llama-2's vocabulary."""
 
@@ -41,7 +41,7 @@ _REFUSED_MARKERS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 class ActionStatistics:
     """The range onto which one dataset's normalised actions are mapped.
 
-    Lists and arrays become the tuples that the annotations name.
+    Lists and arrays are converted to tuples.
 
     Raises:
         ValueError: a field has not 7 values of its type, a low exceeds its high, or the span between them is infinite.
@@ -94,10 +94,10 @@ class Processor:
         tokenizer_json: contents of Llama-2's tokenizer.json.
         statistics: action statistics by dataset name.
         image_side: side in pixels of the square image that the vision towers take.
-        pad_id: token id that fills a prompt up to its budget; any row of the embedding will do.
+        pad_id: token id that fills a prompt up to its budget; any row of the embedding.
         vocabulary: pieces of the tokenizer, special ones included.
-        largest_id: the largest token id that a prompt may hold; the embedding must have a row for it.
-        blank_id: the tokenizer's id of the lone word-boundary piece, which stands before the end token.
+        largest_id: the largest token id of a prompt; the embedding must have a row for it.
+        blank_id: the tokenizer's id of the word-boundary piece alone, which precedes the end token.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Processor:
         """Parse the tokenizer; the arguments become the attributes.
 
         Raises:
-            CheckpointError: the tokenizer cannot be parsed, or numbers the start and the end otherwise than Llama-2's.
+            CheckpointError: the tokenizer cannot be parsed, or its ids of start and end are not Llama-2's.
             ValueError: `image_side` or `pad_id` is out of range.
         """
         self.tokenizer_json = tokenizer_json
@@ -122,7 +122,7 @@ class Processor:
         self.vocabulary = self._tokenizer.get_vocab_size()
         blank = self._tokenizer.token_to_id(WORD_BOUNDARY)
         self.blank_id = BLANK_ID if blank is None else blank
-        # Pieces may be numbered with gaps, so that their count says nothing of their ids.
+        # Ids may have gaps, so the largest one does not follow from the number of pieces.
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.largest_id = max(self.blank_id, EOS_ID, BOS_ID, *ids)
 
@@ -142,7 +142,7 @@ class Processor:
     def prompt_ids(self, instruction: str) -> list[int]:
         """Return the token ids of the prompt, BOS first, the word-boundary and EOS ids last.
 
-        The instruction is lower-cased and otherwise left alone, spaces around it included, as in training.
+        The instruction is lower-cased and otherwise unchanged, spaces around it included, as in training.
 
         Raises:
             ValueError: the instruction is no text, is empty, or contains a special token or a lone surrogate.
@@ -169,7 +169,7 @@ class Processor:
         """Return the prompt's ids right-padded to int64 [T], and how many of them are real.
 
         Args:
-            instruction: what the robot shall do, in a few words.
+            instruction: the task in a few words.
             budget: T, the `text_tokens` for which the policy is compiled.
 
         Raises:
@@ -242,7 +242,7 @@ class Processor:
 
 
 def _plain(values: Any) -> Any:
-    """Return a list or array of numbers or booleans as a tuple of Python's own; anything else as it is."""
+    """Return a list or array of numbers or booleans as a tuple of Python values; anything else unchanged."""
     if not is_listed(values):
         return values
     return tuple(value.item() if isinstance(value, np.generic) else value for value in values)
@@ -253,7 +253,7 @@ def _is_vector(values: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    # Compared rather than tested with isfinite: JSON's integers may be too large for a float.
+    # Compared, not tested with isfinite: JSON's integers may be too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -273,9 +273,9 @@ def _read_tokenizer(text: str) -> Tokenizer:
     advice = "give Llama-2's tokenizer.json, as in openvla/openvla-7b"
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"the tokenizer cannot be parsed ({error}): {advice}") from error
-    # A file may carry the settings of its last use; the budget is enforced by `Processor.text`.
+    # A file may have truncation and padding switched on; the budget is enforced by `Processor.text` instead.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     start = tokenizer.encode("").ids[:1]

@@ -25,7 +25,7 @@ class SimplerRobot:
     horizon: int
     """Action chunks that the ensembler looks back on, the newest included."""
     sticky_repeat: int
-    """Control steps for which a gripper command is held; 1 where it is absolute and need not be held."""
+    """Control steps for which a gripper command is repeated; 1 where it is absolute and need not be."""
 
 
 WIDOWX = SimplerRobot(unnorm_key="bridge_orig", horizon=7, sticky_repeat=1)
@@ -52,10 +52,10 @@ class RobotCommand:
 
 
 class AdaptiveEnsembler:
-    """Averages what the last chunks predict for the present step, those that agree with the newest one counting more.
+    """Averages what the last chunks predict for the present step, weighted by their agreement with the newest chunk.
 
-    With p_j the prediction of the chunk made j steps ago, the weight of p_j is proportional to
-    exp(alpha * cos(p_j, p_0)), cos being the cosine similarity (CogACT, arXiv 2411.19650).
+    With p_j the prediction of the chunk from j steps ago, the weight of p_j is proportional to
+    exp(alpha * cos(p_j, p_0)), where cos is the cosine similarity (CogACT, arXiv 2411.19650).
     """
 
     def __init__(self, horizon: int, alpha: float = 0.1) -> None:
@@ -73,7 +73,7 @@ class AdaptiveEnsembler:
         self._chunks: deque[NDArray[np.float64]] = deque(maxlen=self.horizon)
 
     def add(self, chunk: ArrayLike) -> NDArray[np.float64]:
-        """Take the newest chunk [A,7] of actions, with A no less than the horizon, and return the action [7] for now.
+        """Add the newest chunk [A,7] of actions, A at least the horizon, and return the action [7] of this step.
 
         Raises:
             ValueError: the chunk has another shape, a number that is not finite, or numbers so large that their
@@ -114,15 +114,15 @@ class WidowXPostprocessor:
         return _command(values, 1.0 if values[GRIPPER] > 0.5 else -1.0)
 
     def reset(self) -> None:
-        """Do nothing: this robot's commands have no memory."""
+        """Do nothing: this robot's commands do not depend on earlier ones."""
 
 
 class GoogleRobotPostprocessor:
     """Turns actions into commands of the Google robot, whose gripper takes changes: positive closes, negative opens.
 
-    A change of more than 0.5 is latched and repeated for `GOOGLE_ROBOT.sticky_repeat` steps. The opening that changes
-    are measured from moves only when one is latched, as in CogACT and unlike SIMPLER's own policies: otherwise a slow
-    change would never add up to a command.
+    A change of more than 0.5 is latched and repeated for `GOOGLE_ROBOT.sticky_repeat` steps. Changes are measured from
+    the opening at the last latched change, as in CogACT and unlike SIMPLER's own policies: so slow changes add up to a
+    command.
     """
 
     def __init__(self) -> None:

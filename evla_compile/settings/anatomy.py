@@ -1,4 +1,4 @@
-"""What there is in a policy of a family, by the names that its graphs use; no torch."""
+"""Anatomy of a policy family: the names, dtypes and axes that its graphs use; no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class InputForm:
     dtype: str
     """Dtype, by numpy's name."""
     axes: tuple[Axis, ...]
-    """What its sizes are, in order."""
+    """Meaning of its axes, in order."""
 
     def shape(self, sizes: Mapping[Axis, int]) -> tuple[int, ...]:
         """Return its shape, given the size of every axis."""
@@ -29,7 +29,7 @@ class InputForm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
-    """What there is in a policy of one family."""
+    """Description of one policy family."""
 
     inputs: tuple[InputForm, ...]
     """Inputs of a finished graph, in the order in which it takes them."""

@@ -1,8 +1,8 @@
 """`torch.compile(policy, backend="evla")`: the pipeline's passes on the graph that Dynamo captured.
 
-Dynamo hands over a graph of torch calls with the parameters as inputs. The call of a policy in it is traced to ATen
-operators, its parameters become constants under their names in the checkpoint, and from there on it is a graph like
-that of `capture`, its sampler unrolled already. What a compiled function computes around the policy runs as it stands.
+Dynamo passes the backend a graph of torch calls with the parameters as inputs. The call of a policy in it is traced to
+ATen operators, and its parameters become constants under their names in the checkpoint: then it is a graph like that of
+`capture`, but with its sampler unrolled already. Anything else that the compiled function computes runs eagerly.
 """
 
 import weakref
@@ -40,7 +40,7 @@ Mode: TypeAlias = Literal["inductor", "eager"]
 """What runs the rewritten graph."""
 
 Compiled: TypeAlias = Callable[..., Sequence[Tensor]]
-"""What Dynamo calls instead of its own graph, with all its inputs."""
+"""The function that Dynamo calls instead of its graph, with all inputs of the graph."""
 
 aten = torch.ops.aten
 
@@ -48,17 +48,17 @@ aten = torch.ops.aten
 def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Compiled:
     """Compile the whole sampler of a `CogACT`, as Dynamo captured it; the backend `evla` of `torch.compile`.
 
-    The graph holds one call of the policy. Its inputs may be computed within the graph, and its samples read there:
-    this runs operator by operator, as without a compiler. The policy runs under settings of its own, see
-    `own_torch_state`, whatever those around the call are.
+    The graph has one call of the policy. Its inputs may be computed within the graph, and its samples used there: that
+    runs operator by operator, as without a compiler. The policy itself runs under its own torch settings, see
+    `own_torch_state`, not under those of the caller.
 
-    Dynamo keeps one graph for all policies of the same form, while the rewrites cut and fold weights: every set of
-    weights is compiled by itself, at its first call, and anew when it was changed in place. A change through
-    `parameter.data` alone leaves no trace and does not arrive; `torch._dynamo.reset()` makes it.
+    Dynamo keeps one graph for all policies with the same modules and shapes, while the rewrites slice and fold weights.
+    So every set of weights is compiled separately, at its first call, and again after it was changed in place. A change
+    through `parameter.data` cannot be noticed; call `torch._dynamo.reset()` after it.
 
     Args:
-        gm: Dynamo's graph of a call of `CogACT`, batch and text budget those of the first call.
-        inputs: what it was captured with.
+        gm: the Dynamo graph of a call of `CogACT`, batch and text budget those of the first call.
+        inputs: the inputs that it was captured with.
         options: `config`, a `CompileConfig`, by default `CompileConfig()`; `plan`, that of an earlier `calibrate`, for
             budgets that need one; `mode`, "inductor" (default) or "eager".
 
@@ -79,7 +79,7 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
             plan = plan_without_calibration(sizes.language, config)
         check_plan(plan, config, sizes)
         _check_call(found.graph, config)
-        passes = tuple(  # the loop was unrolled as it was captured
+        passes = tuple(  # the loop was unrolled when it was captured
             rewrite for rewrite in build_passes(config, plan, sizes) if not isinstance(rewrite, UnrollDiffusion)
         )
         compiled = _Compiled(found, plan, passes, mode, config.text_tokens)
@@ -93,13 +93,13 @@ class _Compiled:
     def __init__(
         self, captured: DynamoGraph, plan: Plan, passes: Sequence[GraphPass], mode: Mode, text_tokens: int
     ) -> None:
-        """Take the graph before its rewrites."""
+        """Keep the graph, not rewritten yet."""
         self._captured, self._plan, self._passes = captured, plan, passes
         self._mode, self._text_tokens = mode, text_tokens
         self._runs: dict[tuple[int, ...], _WeightedRun] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
-        """Run the policy on four inputs, behind them its weights and the numbers that it was captured with.
+        """Run the policy on four inputs, followed by its weights and the numbers that it was captured with.
 
         Raises:
             ValueError: an input is not of the shape that was compiled, or a number is another.
@@ -135,7 +135,7 @@ class _Compiled:
             )
 
     def prepare(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-        """Return what runs the policy with these weights as they are now, compiled if it is not yet."""
+        """Return the policy compiled with the present values of these weights; compile it if needed."""
         key, state = tuple(map(id, tensors)), tuple(map(_state, tensors))
         run = self._runs.get(key)
         if run is None or not run.alive or run.state != state:
@@ -160,9 +160,9 @@ class _WeightedRun:
     """A policy compiled with one set of weights."""
 
     tensors: tuple["weakref.ref[Tensor]", ...]
-    """The weights; once one is gone, another tensor may get its identity."""
+    """The weights; once one is deleted, another tensor may get its `id`."""
     state: tuple[tuple[int, int | None], ...]
-    """What tells that they are as they were."""
+    """Address and version of each weight, to notice changes."""
     call: Callable[..., Any]
     """Image, input ids, text length and noise -> samples."""
 
@@ -173,7 +173,7 @@ class _WeightedRun:
 
 
 def _state(tensor: Tensor) -> tuple[int, int | None]:
-    """Return where a weight's values are and how often they were written; inference tensors do not count the latter."""
+    """Return the address of a weight's values and the number of writes; inference tensors have no such number."""
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
@@ -190,7 +190,7 @@ def _read_options(options: Mapping[str, Any]) -> tuple[CompileConfig, Plan | Non
 
 
 def _check_modes(graph: fx.Graph) -> None:
-    """Refuse a policy that was captured while modes intercepted torch functions: what they did is in the graph.
+    """Refuse a policy that was captured while modes intercepted torch functions: their effect is in the graph.
 
     Raises:
         UnsupportedModelError: there was one other than a default device, which a policy does not read.

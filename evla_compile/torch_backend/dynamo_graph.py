@@ -1,4 +1,4 @@
-"""Dynamo's graph of a policy in the form of `capture`: ATen operators, the policy's own names, weights as tensors."""
+"""Turn Dynamo's graph of a policy into one like `capture`'s: ATen operators, the checkpoint's names, weights inside."""
 
 import operator
 import re
@@ -34,43 +34,43 @@ from evla_compile.settings.sizes import ModelSizes
 aten = torch.ops.aten
 
 _ROOTS = r"(?:vision_backbone|projector|llm_backbone|action_model)(?:\.|$)"
-"""What paths within a policy begin with."""
+"""Pattern of the first module of paths within a policy."""
 
 
 class Number(NamedTuple):
-    """A number that Dynamo passes and that a captured graph holds as a constant."""
+    """A number among Dynamo's inputs that is a constant in the captured graph."""
 
     name: str
     """Dynamo's name for it."""
     position: int
     """Position among the inputs that Dynamo passes."""
     value: float
-    """What it was when the graph was captured."""
+    """Its value when the graph was captured."""
 
 
 class DynamoGraph(NamedTuple):
-    """What Dynamo captured of a policy."""
+    """A policy as Dynamo captured it."""
 
     graph: fx.GraphModule
     """The whole sampler, unrolled, with the inputs of a finished graph: the values that reach the policy."""
     weights: dict[str, int]
     """Positions of the weights among the inputs that Dynamo passes, by their names in the state dict."""
     numbers: tuple[Number, ...]
-    """Numbers that the graph holds as constants."""
+    """Numbers that are constants in the graph."""
 
 
 def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
     """Return the policy in Dynamo's graph in the form of `capture`.
 
-    What computes the policy's inputs and what reads its samples is left out; see `replace_policy_call`.
+    The operators that compute the policy's inputs, or use its samples, are left out; see `replace_policy_call`.
 
     Args:
-        gm: Dynamo's graph of torch calls, which takes the weights beside its other inputs.
-        inputs: what it was captured with.
+        gm: Dynamo's graph of torch calls, with the weights among its inputs.
+        inputs: the inputs that it was captured with.
 
     Raises:
         PassError: the text length was captured as a constant.
-        UnsupportedModelError: it has no whole call of a `CogACT`, or the call is none that can be compiled.
+        UnsupportedModelError: it has no whole call of a `CogACT`, or one that cannot be compiled.
     """
     call = find_policy_call(gm.graph)
     entering = [node.meta["example_value"] for node in call.inputs]
@@ -97,7 +97,7 @@ def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
 
     with torch.no_grad(), mode:
         traced = make_fx(interpreted, pre_dispatch=True)(*fakes)
-    remove_dead_nodes(traced.graph)  # steps that were counted out by a variable, for instance
+    remove_dead_nodes(traced.graph)  # of a step counter, for instance
     captured = _captured(traced, {names[node]: inputs[positions[node]] for node in names})
     used = {name for name, _ in weights(captured)}
     return DynamoGraph(
@@ -108,7 +108,7 @@ def read_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> DynamoGraph:
 
 
 def _check_inputs(entering: Sequence[Any]) -> None:
-    """Refuse values that the policy would read otherwise once it is compiled."""
+    """Refuse inputs of other dtypes or ranks than a compiled policy takes, and a constant text length."""
     for form, value in zip(COGACT.inputs, entering, strict=True):
         dtype, ndim = getattr(torch, form.dtype), len(form.axes)
         if not isinstance(value, Tensor) or value.dtype != dtype or value.ndim != ndim:
@@ -133,7 +133,7 @@ def _is_number(node: fx.Node, given: Any) -> bool:
 def _number(given: Any) -> float:
     if isinstance(given, Tensor):
         return float(given.item())
-    return given if isinstance(given, int | float) else given.node.hint  # a SymInt; asking it would restrict it
+    return given if isinstance(given, int | float) else given.node.hint  # of a SymInt; comparing it would add a guard
 
 
 def _core(
@@ -141,7 +141,7 @@ def _core(
 ) -> fx.GraphModule:
     """Return the policy's own part of Dynamo's graph: the four inputs, then the weights `names` -> the samples.
 
-    Numbers become constants, but for the text length, which is read off the input ids.
+    Numbers become constants, except the text length, which is the size of the input ids.
     """
     graph, values = fx.Graph(), dict[fx.Node, Any]()
     given = [graph.placeholder(name) for name in COGACT.input_names]
@@ -179,7 +179,7 @@ def _offset(size: Any, text: torch.SymInt) -> int | None:
 
 
 def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
-    """Return a fake tensor of the form of `value` in its first call, its sizes static but for the text length."""
+    """Return a fake tensor with the dtype and shape of `value` in its first call, static except the text length."""
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
     sizes = [DimDynamic.STATIC] * len(shape)
     if name == INPUT_IDS:
@@ -192,7 +192,7 @@ def _fake(mode: FakeTensorMode, name: str, value: Tensor) -> Tensor:
 
 
 def _captured(traced: fx.GraphModule, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    """Return the traced graph with its weights as tensors, cleaned as `capture`'s; it takes them behind its inputs."""
+    """Return the traced graph, whose inputs end with the weights, with these as tensors and cleaned as `capture`'s."""
     root, graph = torch.nn.Module(), fx.Graph()
     values: dict[fx.Node, Any] = {}
     given = list(traced.graph.find_nodes(op="placeholder"))
@@ -231,7 +231,7 @@ def _register(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
 def _name(node: fx.Node) -> str:
     """Return the name of one of Dynamo's inputs: of a parameter in the policy's state dict, or an argument's own.
 
-    Dynamo joins what leads to a parameter, L['self']._modules['projector']._parameters['bias'], to a single word.
+    Dynamo joins the path of a parameter, L['self']._modules['projector']._parameters['bias'], into a single word.
     """
     word = re.sub(r"^[lL]_", "", str(node.target)).removesuffix("_")
     _, *modules = word.split("_modules_")
@@ -242,13 +242,13 @@ def _name(node: fx.Node) -> str:
 
 
 def _below_policy(path: str) -> str:
-    """Return a path as it is below the policy, whatever holds that; "" for one of something else."""
+    """Return the part of a path that is within the policy; "" for a path outside of it."""
     found = re.search(rf"(?:^|\.){_ROOTS}", path)
     return path[found.start() :].removeprefix(".") if found else ""
 
 
 def _stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
-    """Return a node's module stack with paths as they are below the policy: "L['self'].projector" -> "projector"."""
+    """Return a node's module stack with paths relative to the policy: "L['self'].projector" -> "projector"."""
     stack = node.meta.get("nn_module_stack") or {}
     return {key: (_below_policy(path), kind) for key, (path, kind) in stack.items()}
 
@@ -274,7 +274,7 @@ def find_sizes(gm: fx.GraphModule) -> ModelSizes:
     """Read a policy's sizes off the shapes of its tensors and attention heads.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing.
+        CheckpointError: a tensor that shows a size is missing.
         UnsupportedModelError: a part has no attention.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights(gm)}

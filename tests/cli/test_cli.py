@@ -272,7 +272,7 @@ def test_estimate_shows_a_run_directory_and_the_configurations_asked_for(tiny_ch
     assert not outcome.status
     for expected in (
         "Size and operations",
-        "By module",
+        "By component",
         "Roofline, us",
         "% of upstream",
         "lower bound",

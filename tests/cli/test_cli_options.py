@@ -70,10 +70,10 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
 @pytest.mark.parametrize(
     ("given", "dense", "expected"),
     [
-        ({"key_tokens": "99"}, True, "--key-tokens 99 would decide nothing, since every visual token is kept"),
-        ({"task_share": 0.5}, True, "--task-share 0.5 would decide nothing"),
+        ({"key_tokens": "99"}, True, "--key-tokens 99 would have no effect, since every visual token is kept"),
+        ({"task_share": 0.5}, True, "--task-share 0.5 would have no effect"),
         ({"visual_tokens": "all", "key_tokens": "4"}, False, "leave --key-tokens out"),
-        ({"layer_rule": "greedy"}, True, "--layer-rule greedy would decide nothing, since no layer is left to a rule"),
+        ({"layer_rule": "greedy"}, True, "--layer-rule greedy would have no effect, since no layer is left to a rule"),
         ({"keep_layers": "0,1,4", "layer_rule": "importance"}, False, "give --keep-layers a count"),
     ],
 )

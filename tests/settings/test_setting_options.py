@@ -130,6 +130,6 @@ def test_settings_are_refused_before_torch_is_imported(
     for arguments, message in (
         (("--keep-layers", "4.5"), "keep_layers=4.5: expected a count from 1 up, or a share above 0.0 and below 1.0"),
         (("--preset", "l9"), "unknown preset 'l9'; expected one of l22-t112"),
-        (("--dense", "--key-tokens", "9"), "--key-tokens 9 would decide nothing"),
+        (("--dense", "--key-tokens", "9"), "--key-tokens 9 would have no effect"),
     ):
         assert message in refused(evla(*command, *arguments))

@@ -1,4 +1,4 @@
-"""CogACT's official checkpoints, unchanged, to a policy: strict keys, sizes from shapes, tensors cast one at a time."""
+"""Load CogACT's official checkpoints, unchanged: strict keys, sizes from shapes, tensors cast one at a time."""
 
 import logging
 from collections.abc import Mapping
@@ -41,9 +41,9 @@ class Checkpoint:
     file: Path
     """The .pt file."""
     tensors: Mapping[str, Tensor]
-    """Tensors by "group.key", mapped from the file; the action head that was chosen is `action_model`."""
+    """Tensors by "group.key", mapped from the file; the chosen action head is `action_model`."""
     sizes: ModelSizes
-    """Sizes of the model, read off the shapes."""
+    """Sizes of the model, derived from the shapes."""
     statistics: Mapping[str, ActionStatistics]
     """Action statistics by name of the datasets whose actions are as wide as the policy's."""
     pad_id: int
@@ -67,32 +67,32 @@ def load(
 ) -> CogACT:
     """Load a CogACT policy from its official, unchanged files, ready for inference, with gradients off.
 
-    The file is mapped: on a CPU, tensors that need no cast stay in it, so leave it as it is while the policy is in use.
-    All others are cast one at a time. The action head stays float32 whatever `dtype` is.
+    The file is mapped: on a CPU, tensors that need no cast are read from it, so do not change it while the policy is in
+    use. All others are cast one at a time. The action head is float32 for every `dtype`.
 
-    Weights may be written into, by `load_state_dict`, an optimizer or in place: what is written goes to memory of this
-    process, page by page, never to the file. So a LoRA fine-tune is merged before compiling, for every layer it has::
+    Weights may be written into, by `load_state_dict`, an optimizer or in place: pages that are written are copied to
+    memory, and the file never changes. So a LoRA fine-tune can be merged before compiling, for every layer it has::
 
         with torch.no_grad():
             for name, (a, b) in lora.items():  # a [R,inputs], b [outputs,R], scale = lora_alpha / R
                 policy.get_parameter(name).add_(scale * (b @ a))
 
-    What was compiled earlier does not follow in all its parts: compile again.
+    A policy that was compiled earlier contains some weights in changed form, so compile it again.
 
     Args:
         path: run directory (config.json, dataset_statistics.json and exactly one checkpoints/*.pt), a checkpoints/*.pt
             in such a directory, or a Hugging Face id such as "CogACT/CogACT-Base".
-        tokenizer: Llama-2's tokenizer.json, or a folder that holds it; None takes the run directory's, else the one of
+        tokenizer: Llama-2's tokenizer.json, or its folder; None for the run directory's, else that of
             openvla/openvla-7b on the hub.
         dtype: torch.float32 or torch.bfloat16, for the vision towers, the projector and the decoder.
         device: where the policy runs.
         use_ema: take the moving average of the action head, `ema_diffusion`, which some training runs save.
-        deferred: cast each tensor where it is read and let go of the result, instead of casting all of them now: for
+        deferred: cast each tensor when it is read and then free the result, instead of casting all tensors now: for
             compiling and exporting a policy that does not fit into memory in `dtype`. On a CPU only.
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or the hub cannot be reached.
-        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or derived from shapes.
         ValueError: `dtype` or `device` cannot be used.
         EvlaError: the cast tensors would not fit into the memory that is free.
     """
@@ -132,16 +132,16 @@ def load(
 
 
 def read_checkpoint(path: str | Path, *, use_ema: bool | None = False) -> Checkpoint:
-    """Read what a checkpoint holds without building the policy or casting a weight; its keys are not checked.
+    """Read a checkpoint without building the policy or casting a weight; its keys are not checked.
 
     Args:
         path: see `load`.
-        use_ema: see `load`; None takes the moving average where it is the only action head, for looking at shapes.
+        use_ema: see `load`; None takes the moving average where it is the only action head, to inspect shapes.
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or the hub cannot be reached.
-        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be told from shapes, its actions
-            have not 7 numbers, or its base model has another prompt.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be derived from shapes, its actions
+            do not have 7 numbers, or its base model has another prompt.
     """
     file = find_checkpoint(path)
     run = file.parent.parent
@@ -154,14 +154,14 @@ def read_checkpoint(path: str | Path, *, use_ema: bool | None = False) -> Checkp
         tensors = read_groups(read_archive(file), use_ema=use_ema)
         sizes = infer_sizes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, settings.get("heads", {}))
         pad_id = _pad_id(settings.get("pad_id"), sizes.language.vocabulary)
-        check_action_width(sizes)  # before the statistics, which are as wide, and would be found faulty one by one
+        check_action_width(sizes)  # before the statistics, which would have the same wrong width
     with naming(run / "dataset_statistics.json"):
         statistics = _fitting_statistics(statistics_json)
     return Checkpoint(file=file, tensors=tensors, sizes=sizes, statistics=statistics, pad_id=pad_id)
 
 
 def read_sound_checkpoint(path: str | Path) -> Checkpoint:
-    """Return what a checkpoint holds, its weights unread, once its parts are known to fit together; see `load`.
+    """Read a checkpoint without its weights, and check that its modules fit together; see `load`.
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or its parts do not fit together.
@@ -196,14 +196,14 @@ def _action_width(entry: object) -> int | None:
 
 
 def _check_base_model(config: Mapping[str, Any]) -> None:
-    """Refuse a vision-language model with another prompt or resize, which nothing else in the files would tell."""
+    """Refuse a vision-language model with another prompt or resize, which nothing else in the files shows."""
     vla = config.get("vla", {})
     base = vla.get("base_vlm", _BASE_MODELS[0]) if isinstance(vla, Mapping) else None
     if not isinstance(base, str):
         raise CheckpointError(
             f'expected "vla" to be an object with the name of a model as "base_vlm", found {vla!r:.100}'
         )
-    if not set(_BASE_MODELS) & set(PurePosixPath(base).parts):  # a run may name a folder of the model
+    if not set(_BASE_MODELS) & set(PurePosixPath(base).parts):  # a run may name the path of the model's folder
         raise UnsupportedModelError(
             f"vla.base_vlm is {base!r}: expected {' or '.join(_BASE_MODELS)}, whose prompt and resize are the ones"
             " built in here, and with others the policy would act wrongly; if yours has the same two, name"
@@ -212,7 +212,7 @@ def _check_base_model(config: Mapping[str, Any]) -> None:
 
 
 def _check_memory(stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuse casts whose results the machine cannot hold, before they take it down."""
+    """Refuse casts whose results do not fit into free memory, before the machine runs out of it."""
     needed = sum(
         tensor.numel() * dtypes[name].itemsize for name, tensor in stored.items() if tensor.dtype != dtypes[name]
     )
@@ -235,7 +235,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
 
 
 def _read_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what config.json says for this package alone: `heads` by part and `pad_id`, both optional."""
+    """Return this package's own object in config.json: `heads` by component and `pad_id`, both optional."""
     settings = config.get("evla_compile", {})
     if (
         not isinstance(settings, dict)
@@ -250,7 +250,7 @@ def _read_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_vocabulary(processor: Processor, vocabulary: int) -> None:
-    """Refuse a tokenizer that numbers pieces otherwise than the policy's: nothing else would tell."""
+    """Refuse a tokenizer with other ids than the policy's, which would silently give other prompts."""
     blank = processor.blank_id
     if vocabulary > BLANK_ID and blank != BLANK_ID:
         raise CheckpointError(

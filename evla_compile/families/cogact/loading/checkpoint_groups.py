@@ -1,4 +1,4 @@
-"""The contents of a checkpoint file to tensors by "group.key": which groups, which action head, strict keys."""
+"""Turn the contents of a checkpoint file into tensors by "group.key": its groups, its action head, strict keys."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _LOG = logging.getLogger(__name__)
 _HEAD, _AVERAGED_HEAD = "action_model", "ema_diffusion"  # the latter is a moving average of the former
 _GROUPS = ("vision_backbone", "projector", "llm_backbone", _HEAD)
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")
-"""Names that DistributedDataParallel, torch.compile and FSDP put in front of what they wrap."""
+"""Prefixes that DistributedDataParallel, torch.compile and FSDP add to the names of what they wrap."""
 _STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMED_KEYS = 20
 
@@ -24,10 +24,11 @@ _NAMED_KEYS = 20
 def read_groups(contents: object, *, use_ema: bool | None = False) -> dict[str, Tensor]:
     """Return the tensors that make up the policy by "group.key".
 
-    A prefix of a training wrapper that all group names, or all keys of a group, share is left out, with a warning.
+    A prefix of a training wrapper that is common to all group names, or to all keys of a group, is removed, with a
+    warning.
 
     Args:
-        contents: what torch.load gives for a checkpoint, {"model": {group: {key: tensor}}}.
+        contents: contents of a checkpoint as torch.load returns them, {"model": {group: {key: tensor}}}.
         use_ema: take the moving average `ema_diffusion` as `action_model`; None takes it where it is the only one.
 
     Raises:
@@ -79,7 +80,7 @@ def _with_chosen_head(groups: Mapping[str, Any], *, use_ema: bool | None) -> dic
 
 
 def _unwrapped(named: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-    """Return a mapping by text without the prefix of training wrappers that all its names share."""
+    """Return a mapping whose names lack the prefixes of training wrappers that are common to all of them."""
     if foreign := [name for name in named if not isinstance(name, str)]:
         raise CheckpointError(f"{owner}: expected names in text, found {foreign[0]!r:.60}")
     prefix = ""
@@ -100,7 +101,7 @@ def _unwrapped(named: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
 
 
 def check_keys(model: CogACT, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly those of `model`, but for some that official files hold and nothing reads.
+    """Refuse tensors that are not exactly those of `model`, except some unused ones of the official files.
 
     Raises:
         CheckpointError: the message lists missing and unexpected names, other shapes and other dtypes.
@@ -132,7 +133,7 @@ def check_keys(model: CogACT, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _ignored_prefixes(sizes: ModelSizes) -> tuple[str, ...]:
-    """Return the beginnings of the names of tensors that official files hold and the policy never reads."""
+    """Return prefixes of the names of tensors that are in official files and that the policy never reads."""
     towers = (("dino", sizes.dino.depth), ("siglip", sizes.siglip.depth))
     return (
         "llm_backbone.llm.lm_head.",
@@ -146,6 +147,6 @@ def _ignored_prefixes(sizes: ModelSizes) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names joined by commas, the first of them alone where they are many."""
+    """Return names joined by commas; of many, the first ones and the number of the others."""
     more = f" and {len(names) - _NAMED_KEYS} more" if len(names) > _NAMED_KEYS else ""
     return ", ".join(names[:_NAMED_KEYS]) + more

@@ -1,4 +1,4 @@
-"""The tensors of a torch archive, mapped from the file: read where they are used, copied where they are written."""
+"""Map the tensors of a torch archive from the file: read from disk when used, copied to memory when written."""
 
 import logging
 import mmap
@@ -34,28 +34,28 @@ _FOREIGN = MappingProxyType(
     }
 )
 """Advice by the first byte of a file that is no torch archive."""
-# What zipfile and torch's restricted unpickler raise on damaged bytes, depending on where the damage is.
+# Exceptions that zipfile and torch's restricted unpickler raise on damaged bytes, depending on the place.
 _DAMAGE = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
     *(zipfile.BadZipFile, zlib.error, struct.error, OverflowError),
 )
 _PICKLE = "data.pkl"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra fields
-_UNTYPED_ALIGNMENT = 8  # a storage without a dtype may be read as any of them
+_UNTYPED_ALIGNMENT = 8  # a storage without a dtype may be read as any dtype
 
 
 def read_archive(file: Path) -> Any:
-    """Return what torch.save wrote to a file, its tensors mapped from it.
+    """Return the object that torch.save wrote to a file, with its tensors mapped from the file.
 
-    The places of the tensors are read from the headers of the zip's members, one by one: other tools than torch write
-    members in other orders and to other places. A tensor that is not aligned to its dtype is copied into memory, since
-    compiled loops may not read it where it is.
+    The offset of each tensor is read from the header of its zip member, since other tools than torch write members in
+    another order and at other offsets. A tensor that is not aligned to its dtype is copied into memory, since compiled
+    loops need aligned data.
 
-    Writing into a tensor changes a private copy of the pages it lies on, never the file.
+    Writing into a tensor changes a private copy of its pages, never the file.
 
     Raises:
-        CheckpointError: it is no such file, is damaged, compressed or of the other byte order, holds other Python
-            objects beside tensors, or has tensors to copy that do not fit into the memory that is free.
+        CheckpointError: it is no such file, is damaged, compressed or of the other byte order, contains other Python
+            objects than tensors, or has tensors to copy that do not fit into free memory.
     """
     with file.open("rb") as stream:
         start = stream.read(2)
@@ -79,11 +79,11 @@ def read_archive(file: Path) -> Any:
 
 
 def _map(file: Path) -> mmap.mmap:
-    """Map a file privately and writable, without setting memory aside for what might be written.
+    """Map a file privately and writable, without reserving memory for pages that might be written.
 
-    With memory set aside, as torch's own mapping wants it, 30 GB cannot be mapped where 24 GB are installed.
+    With such a reservation, as in torch's own mapping, 30 GB cannot be mapped on a machine with 24 GB of memory.
     """
-    # Python names the flag on some systems only; where the constant is missing, Linux has it at this value.
+    # Not every Python version has the constant; this is its value on Linux.
     unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
     with file.open("rb") as stream:
         try:
@@ -99,7 +99,7 @@ def _map(file: Path) -> mmap.mmap:
 
 
 class _Members:
-    """The members of an archive, found by their own headers."""
+    """The members of a zip archive, located by their own headers."""
 
     def __init__(self, archive: zipfile.ZipFile, mapping: mmap.mmap) -> None:
         self._archive, self._mapping = archive, mapping
@@ -163,7 +163,7 @@ class _Members:
                 f" {bytes_text(self._copied)} copied so far; {_RESAVE}"
             )
         if not self._copied:
-            _LOG.info("%s is not aligned to its dtype: it is copied into memory, like all that follow so", name)
+            _LOG.info("%s is not aligned to its dtype: it is copied into memory, as all further such tensors", name)
         self._copied += stored.nbytes
         return stored.clone()
 
@@ -183,7 +183,7 @@ class _Members:
         return info
 
     def _place(self, name: str) -> int:
-        """Return where the contents of a member begin, by its own header, whose extra fields the directory lacks."""
+        """Return the offset of a member's contents; its own header has extra fields that the directory lacks."""
         info = self._info(name)
         start = info.header_offset
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(self._mapping[start : start + _LOCAL_HEADER.size])

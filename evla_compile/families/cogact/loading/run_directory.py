@@ -1,4 +1,4 @@
-"""The files of a CogACT run: where they are, on disk or on the Hugging Face hub, and what their text says."""
+"""Find and read the files of a CogACT run directory, on disk or on the Hugging Face hub."""
 
 import json
 import re
@@ -11,13 +11,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-# The hub's client re-raises what its HTTP library raises, and which library that is changes with its version.
+# The hub's client re-raises errors of its HTTP library, which differs between versions of the client.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from evla_compile.errors import CheckpointError, UnsupportedModelError
 
 TOKENIZER_REPOSITORY = "openvla/openvla-7b"
-"""Hub repository whose ungated tokenizer.json is Llama-2's; CogACT's own repositories carry none."""
+"""Hub repository whose ungated tokenizer.json is Llama-2's; CogACT's own repositories have none."""
 
 _CONVERT = (
     "expected a .pt file of a CogACT training run, {'model': {group: {key: tensor}}}; convert its tensors to that with"
@@ -29,7 +29,7 @@ _OTHER_FORMATS = MappingProxyType(
         ".bin": f"the format of older models of Hugging Face is not read: {_CONVERT}",
     }
 )
-"""What to do with files of weights in other formats, by their suffix."""
+"""Advice for files of weights in other formats, by suffix."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -70,7 +70,7 @@ def find_tokenizer(tokenizer: str | Path | None, run: Path) -> Path:
     """Return the tokenizer.json that was given (itself or its folder), else the run directory's, else the hub's.
 
     Raises:
-        CheckpointError: the given path holds none, or the hub cannot be reached.
+        CheckpointError: there is none at the given path, or the hub cannot be reached.
     """
     if tokenizer is not None:
         given = Path(tokenizer)
@@ -102,7 +102,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
+        CheckpointError: the file is missing, is no JSON, or is no JSON object.
     """
     try:
         contents = json.loads(read_text(file))
@@ -115,7 +115,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Put the name of a file in front of the message of an error that its contents raise."""
+    """Prefix the message of an error within the block with the name of a file."""
     try:
         yield
     except (CheckpointError, UnsupportedModelError) as error:
@@ -131,7 +131,7 @@ def _only_checkpoint(run: Path) -> Path:
 
 
 def _instead(run: Path) -> str:
-    """Return what stands in the place of a missing checkpoint, and what to do with it."""
+    """Return the file that was found instead of a checkpoint, with advice, as the end of a message."""
     others = [file for pattern in ("*", "checkpoints/*") for file in sorted(run.glob(pattern)) if file.is_file()]
     for suffix, advice in _OTHER_FORMATS.items():
         if names := [str(file.relative_to(run)) for file in others if file.suffix == suffix]:
@@ -142,7 +142,7 @@ def _instead(run: Path) -> str:
 
 
 def _meant(missing: Path) -> str:
-    """Return a question after the entry of a folder that a missing one resembles most."""
+    """Return a question with the most similar name in the folder, for a missing path."""
     parent = missing.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     close = get_close_matches(missing.name, names, n=1)
@@ -154,5 +154,5 @@ def _download(repository: str, patterns: Sequence[str], advice: str, otherwise: 
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except (OSError, HTTPError, HFValidationError) as error:
         raise CheckpointError(
-            f"{repository}: {otherwise}cannot be had from the Hugging Face hub ({error}); {advice}"
+            f"{repository}: {otherwise}cannot be downloaded from the Hugging Face hub ({error}); {advice}"
         ) from error

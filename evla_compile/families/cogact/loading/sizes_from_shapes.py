@@ -1,6 +1,6 @@
-"""Sizes of a CogACT model, read off the shapes of its checkpoint's tensors.
+"""Derive the sizes of a CogACT model from the shapes of its checkpoint's tensors.
 
-Only head counts cannot be read off: they come from the table of the published sizes, else from the run's config.json.
+Head counts alone do not follow from shapes: they come from the table of published sizes, else from config.json.
 Tensors are named "group.key" after the checkpoint, for instance "projector.projector.0.weight".
 """
 
@@ -32,11 +32,11 @@ def infer_sizes(shapes: Shapes, heads: Mapping[str, object]) -> ModelSizes:
 
     Args:
         shapes: shape of every tensor by its name "group.key".
-        heads: attention heads by part (dino, siglip, llm, dit) as config.json gives them; empty for published sizes.
+        heads: attention heads by component (dino, siglip, llm, dit) as in config.json; empty for published sizes.
 
     Raises:
-        CheckpointError: a tensor that tells a size is missing or has an impossible shape, or `heads` is malformed.
-        UnsupportedModelError: the head count of a part is unknown, or this package cannot build the architecture.
+        CheckpointError: a tensor that shows a size is missing or has an impossible shape, or `heads` is malformed.
+        UnsupportedModelError: the head count of a component is unknown, or this package cannot build the architecture.
     """
     if unknown := sorted(set(heads) - set(_PARTS)):
         raise CheckpointError(f"config.json, evla_compile.heads: unknown {unknown}; expected among {list(_PARTS)}")
@@ -50,10 +50,10 @@ def infer_sizes(shapes: Shapes, heads: Mapping[str, object]) -> ModelSizes:
 
 
 def check_joints(sizes: ModelSizes) -> None:
-    """Refuse parts that do not fit together.
+    """Refuse modules that do not fit together.
 
     Raises:
-        CheckpointError: a part's output is not as wide as the next part's input.
+        CheckpointError: a module's output is not as wide as the next module's input.
         UnsupportedModelError: the towers cut a frame into different patches, or an action has not 7 numbers.
     """
     towers, width = sizes.dino.width + sizes.siglip.width, sizes.language.width
@@ -76,7 +76,7 @@ def check_joints(sizes: ModelSizes) -> None:
 
 
 def check_action_width(sizes: ModelSizes) -> None:
-    """Refuse an action head of another width than every dataset statistic and the gripper rule are made for.
+    """Refuse an action head of another width than 7, which dataset statistics and the gripper rule have.
 
     Raises:
         UnsupportedModelError: an action has not 7 numbers.
@@ -188,7 +188,7 @@ def _action(shapes: Shapes, heads: Mapping[str, object]) -> ActionSizes:
 def _heads(part: str, size: str, width: int, heads: object) -> int:
     if heads is None:
         raise UnsupportedModelError(
-            f"{part}: the number of attention heads cannot be read off shapes, and {size} is no published size; add"
+            f"{part}: the number of attention heads does not follow from shapes, and {size} is no published size; add"
             f' {{"evla_compile": {{"heads": {{"{part}": HEADS}}}}}} to config.json, with the number in place of HEADS'
         )
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or width % heads:
@@ -199,7 +199,7 @@ def _heads(part: str, size: str, width: int, heads: object) -> int:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """Return how many blocks are numbered behind a prefix, refusing a gap."""
+    """Return the number of blocks under a prefix; refuse gaps in their numbers."""
     numbers = _numbers(shapes, prefix)
     depth = next(number for number in count() if number not in numbers)
     if depth != len(numbers):
