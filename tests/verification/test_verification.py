@@ -128,7 +128,7 @@ def test_what_the_runtime_returns_is_compared_too(artifact: Path, monkeypatch: p
         assert arguments == (artifact, None, 1)
         assert options == {"check_hashes": False, "mapped": True}  # hashed a moment ago: gigabytes at full size
         policy = evla.runtime.load(artifact, threads=1)
-        return SimpleNamespace(outputs=lambda **inputs: {"samples": policy.outputs(**inputs)["samples"] * factor})
+        return SimpleNamespace(outputs=lambda *arrays: {"samples": policy.outputs(*arrays)["samples"] * factor})
 
     factor = np.float32(1.00003)
     monkeypatch.setattr(verification, "load", load)
