@@ -20,6 +20,7 @@ from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames, de
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.verification.verify import verify
@@ -70,8 +71,7 @@ def time_variant(policy: CogACT, config: CompileConfig, plan: Plan, artifact: Pa
     with timing(times, "capture"):
         graph = capture(policy, config)
     with timing(times, "passes"):
-        for rewrite in build_passes(config, plan, policy.sizes):
-            graph, _ = rewrite(graph)
+        run_passes(graph, build_passes(config, plan, policy.sizes))
     compiled = compile(policy, config, plan=plan)
     with timing(times, "export to ONNX"):
         compiled.export(artifact)

@@ -15,6 +15,7 @@ from evla_compile.errors import ExportError, PassError
 from evla_compile.exporters.split import Piece
 from evla_compile.graph.contract import weights
 from evla_compile.graph.inputs import to_tensors
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.inputs import GraphInputs
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
@@ -38,14 +39,14 @@ def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str
             )
     if precision == "float32":
         return tuple(pieces)
-    rewrite = LowerPrecision(dtype=precision, ranges=ranges)
-    try:
-        return tuple(
-            replace(piece, graph=rewrite(piece.graph)[0]) if any(lowered_sites(piece.graph.graph)) else piece
-            for piece in pieces
-        )
-    except PassError as error:
-        raise ExportError(str(error)) from error
+    passes, lowered = (LowerPrecision(dtype=precision, ranges=ranges),), []
+    for piece in pieces:
+        try:
+            graph, _ = run_passes(piece.graph, passes if any(lowered_sites(piece.graph.graph)) else ())
+        except PassError as error:
+            raise ExportError(str(error)) from error
+        lowered.append(replace(piece, graph=graph))
+    return tuple(lowered)
 
 
 def compare(

@@ -20,6 +20,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import materialize, measure
 from evla_compile.graph.flops import Component
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.host.processor import PAD_ID, ActionStatistics, Processor
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.plan import stand_in_plan
@@ -99,10 +100,7 @@ class PolicyMaker:
 
     def _compiled(self, row: Row, config: CompileConfig) -> PreparedRow:
         plan = stand_in_plan(self.sizes, config)
-        graph, reports = self._capture(row), []
-        for rewrite in build_passes(config, plan, self.sizes):
-            graph, report = rewrite(graph)
-            reports.append(report)
+        graph, reports = run_passes(self._capture(row), build_passes(config, plan, self.sizes))
         materialize(graph)
         policy = CompiledPolicy(
             graph=graph,
@@ -110,7 +108,7 @@ class PolicyMaker:
             plan=plan,
             sizes=self.sizes,
             processor=self._processor,
-            report=CompileReport(config=config, passes=tuple(reports), deviations=()),
+            report=CompileReport(config=config, passes=reports, deviations=()),
         )
         components = cut(graph)
         return PreparedRow(

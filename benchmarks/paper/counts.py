@@ -1,6 +1,6 @@
 """Counting what the rewrites leave of CogACT, on graphs that were captured without weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias, get_args
 
@@ -14,6 +14,7 @@ from evla_compile.families.cogact.capture import capture, capture_upstream
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import GraphPass, weights
 from evla_compile.graph.flops import Component, component_of, flops_by_component, graph_flops
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.sizes import ModelSizes, PublishedName
@@ -65,7 +66,7 @@ class Counter:
             if passes:
                 before = self.graph(size, ddim_steps, passes[:-1])
                 self._progress(f"CogACT-{size}: {' '.join(type(rewrite).__name__ for rewrite in passes)}")
-                self._graphs[key], _ = passes[-1](before)
+                self._graphs[key], _ = run_passes(before, passes[-1:])
             else:
                 self._progress(f"CogACT-{size}: capturing it as upstream runs it, denoising steps: {ddim_steps}")
                 with torch.device("meta"):
@@ -112,13 +113,19 @@ def exact_steps(counter: Counter, config: CompileConfig, progress: Progress) -> 
         steps.append(_step(name, KeepOutputs(outputs=outputs)(upstream)[0]))
     progress("compiling: capture")
     graph = capture(skeleton(sizes, dtype=torch.float32), config)
-    unroll, *passes = build_passes(config, stand_in_plan(sizes, config), sizes)
-    graph, _ = unroll(graph)
-    steps.append(_step("embedders only where inputs differ", graph))
-    for rewrite in passes:
-        progress(f"compiling: {type(rewrite).__name__}")
-        graph, _ = rewrite(graph)
-        steps.append(_step(type(rewrite).__name__, graph))
+    passes = build_passes(config, stand_in_plan(sizes, config), sizes)
+
+    def announced() -> Iterator[GraphPass]:
+        for rewrite in passes:
+            progress(f"compiling: {type(rewrite).__name__}")
+            yield rewrite
+
+    _, reports = run_passes(graph, announced())
+    names = ("embedders only where inputs differ", *(type(rewrite).__name__ for rewrite in passes[1:]))
+    steps += [
+        Step(name=name, paper=report.after.paper_flops, all=report.after.flops)
+        for name, report in zip(names, reports, strict=True)
+    ]
     return tuple(steps)
 
 

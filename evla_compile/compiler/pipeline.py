@@ -15,6 +15,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass
 from evla_compile.graph.finite_weights import check_finite_policy
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame, as_frames
 from evla_compile.passes import (
@@ -61,17 +62,14 @@ def compile_into(
     else:
         plan = plan_without_calibration(policy.sizes.language, config)
     check_finite_policy(policy)
-    graph, reports = capture(policy, config), []
-    for rewrite in build_passes(config, plan, policy.sizes):
-        graph, report = rewrite(graph)
-        reports.append(report)
+    graph, reports = run_passes(capture(policy, config), build_passes(config, plan, policy.sizes))
     compiled = kind(
         graph=graph,
         config=config,
         plan=plan,
         sizes=policy.sizes,
         processor=policy.processor,
-        report=CompileReport(config=config, passes=tuple(reports), deviations=()),
+        report=CompileReport(config=config, passes=reports, deviations=()),
         frames=tuple(frames or ())[:COMPARED_FRAMES],
     )
     if compiled.frames:

@@ -21,6 +21,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import GraphPass, PassReport
 from evla_compile.graph.flops import Component, component_of
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.processor import Processor
@@ -229,8 +230,8 @@ def _branches(
         else:
             yield name, gm, reports
     for rewrite, rest in following.items():
-        rewritten, report = rewrite(gm)
-        yield from _branches(rewritten, (*reports, report), rest)
+        rewritten, behind = run_passes(gm, (rewrite,), earlier=reports)
+        yield from _branches(rewritten, behind, rest)
 
 
 def _shortened(sizes: ModelSizes) -> ModelSizes:

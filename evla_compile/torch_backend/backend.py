@@ -20,6 +20,7 @@ from evla_compile.errors import UnsupportedModelError
 from evla_compile.graph.contract import GraphPass, copy_graph, fake_mode, materialize, propagate, replace_tensor
 from evla_compile.graph.finite_weights import check_finite
 from evla_compile.graph.policy_call import find_policy_call, replace_policy_call
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import (
     ACTION_MODEL,
     DENOISING,
@@ -146,8 +147,7 @@ class _Compiled:
             for name, tensor in named.items():
                 replace_tensor(graph, name, tensor.detach())
             propagate(graph)
-            for rewrite in self._passes:
-                graph, _ = rewrite(graph)
+            graph, _ = run_passes(graph, self._passes)
             materialize(graph)
             call = _inductor(graph) if self._mode == "inductor" else graph
             self._runs = {known: run for known, run in self._runs.items() if run.alive}

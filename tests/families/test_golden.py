@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import DENOISING, is_call, nodes_under, stage_node
 from evla_compile.passes import (
     CacheFeatures,
@@ -71,9 +72,7 @@ def load(path: Path) -> Arrays:
 
 def finished(graph: fx.GraphModule, *lossy: GraphPass) -> fx.GraphModule:
     """Apply rewrites and then the exact ones, in the pipeline's order."""
-    for rewrite in (*lossy, NarrowLastLayer(), SpecializeShapes(text_tokens=32), FoldConstants()):
-        graph, _ = rewrite(graph)
-    return graph
+    return run_passes(graph, (*lossy, NarrowLastLayer(), SpecializeShapes(text_tokens=32), FoldConstants()))[0]
 
 
 def value(values: dict[fx.Node, Any], gm: fx.GraphModule, stage: str) -> NDArray[Any]:

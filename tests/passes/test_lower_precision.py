@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from evla_compile.errors import PassError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import measure, propagate, weights
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import module_path
 from evla_compile.passes import ExposeStages, FoldConstants, LowerPrecision, SpecializeShapes, UnrollDiffusion
 from evla_compile.passes.lower_precision import FLOAT16_LIMIT, lowered_sites
@@ -56,10 +57,8 @@ class Rounding(TorchFunctionMode):
 @pytest.fixture(scope="module")
 def finished(small_graph: fx.GraphModule) -> fx.GraphModule:
     """The small policy without any lossy pass: batch 2, 9 text tokens, two denoising steps."""
-    graph = small_graph
-    for rewrite in (UnrollDiffusion(ddim_steps=STEPS), SpecializeShapes(text_tokens=9), FoldConstants()):
-        graph, _ = rewrite(graph)
-    return graph
+    passes = UnrollDiffusion(ddim_steps=STEPS), SpecializeShapes(text_tokens=9), FoldConstants()
+    return run_passes(small_graph, passes)[0]
 
 
 def ranges_of(graph: fx.GraphModule, largest: float = 1.0) -> tuple[tuple[str, float], ...]:

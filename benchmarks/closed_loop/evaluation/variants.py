@@ -21,6 +21,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass, Value
+from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import input_node, mark_stage
 from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
@@ -311,17 +312,16 @@ def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
 def _compile(policy: CogACT, recipe: Recipe, plan: Plan, frames: Sequence[Frame] = ()) -> CompiledPolicy:
     """Compile as `evla_compile.compile` does, with the control in place of the selection where the recipe says so."""
     config = replace(recipe.config(policy.sizes), keep_layers=plan.keep_layers)
-    graph, reports = capture(policy, config), []
-    for rewrite in build_passes(config, plan, policy.sizes):
-        graph, report = _controlled(rewrite, recipe, policy.sizes.patches)(graph)
-        reports.append(report)
+    passes = build_passes(config, plan, policy.sizes)
+    controlled = [_controlled(rewrite, recipe, policy.sizes.patches) for rewrite in passes]
+    graph, reports = run_passes(capture(policy, config), controlled)
     return CompiledPolicy(
         graph=graph,
         config=config,
         plan=plan,
         sizes=policy.sizes,
         processor=policy.processor,
-        report=CompileReport(config=config, passes=tuple(reports), deviations=()),
+        report=CompileReport(config=config, passes=reports, deviations=()),
         frames=tuple(frames)[:2],
     )
 
