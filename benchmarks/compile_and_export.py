@@ -1,4 +1,4 @@
-"""Times what stands between a policy in memory and its first actions, on the demo's policy, dense and compiled."""
+"""Times all steps from a policy in memory to its first actions, for the demo's policy, dense and compiled."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.verification.verify import verify
 
 Times = dict[str, float]
-"""Seconds by what they were spent on."""
+"""Seconds by step."""
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def benchmark(folder: Path, threads: int) -> dict[str, Times]:
     """Return the times of the dense and of the compiled policy."""
     policy = load(DEMO_POLICY)
     dense = CompileConfig.dense()
-    capture(policy, dense)  # the first capture of a process also pays for what torch imports on the way
+    capture(policy, dense)  # the first capture of a process includes imports of torch
     measured: dict[str, Times] = {"compiled": {}, "dense": {}}
     with timing(measured["compiled"], "calibrate"):
         plan = calibrate(policy, calibration_frames(), DEMO_CONFIG, progress=False)
@@ -67,7 +67,7 @@ def benchmark(folder: Path, threads: int) -> dict[str, Times]:
 
 
 def time_variant(policy: CogACT, config: CompileConfig, plan: Plan, artifact: Path, threads: int, times: Times) -> None:
-    """Take one variant from the policy to its first actions."""
+    """Time all steps of one variant, from the policy to its first actions."""
     with timing(times, "capture"):
         graph = capture(policy, config)
     with timing(times, "passes"):

@@ -1,4 +1,4 @@
-"""The conditions that a result names: the command that made it, to be given again from the root of a checkout."""
+"""The conditions of a result: the command that measured it, run from the root of a checkout."""
 
 import shlex
 import sys

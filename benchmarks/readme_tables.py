@@ -41,7 +41,7 @@ def paper(results: Path) -> list[str]:
 
 
 def steps(results: Path) -> list[str]:
-    """Return where each point of upstream's FLOPs goes."""
+    """Return the FLOPs after each rewrite, as a share of upstream's."""
     data = _read(results / "paper-tables.json")
     first, cells = data["steps"][0], []
     for before, step in zip([first, *data["steps"][:-1]], data["steps"], strict=True):
@@ -60,7 +60,7 @@ def steps(results: Path) -> list[str]:
 
 
 def latency(stem: str) -> Callable[[Path], list[str]]:
-    """Return what makes the table of one run of latency.py."""
+    """Return the function that writes the table of one latency run."""
 
     def make(results: Path) -> list[str]:
         data = _read(results / f"{stem}.json")
@@ -93,7 +93,7 @@ def latency(stem: str) -> Callable[[Path], list[str]]:
 
 
 def full_size(results: Path) -> list[str]:
-    """Return what each stage took at full size."""
+    """Return time and memory of each stage at full size."""
     data = _read(results / "full-size.json")
     cells = []
     for stage, found in data["stages"].items():
@@ -122,7 +122,7 @@ def compile_and_export(results: Path) -> list[str]:
 
 
 def closed_loop(name: str) -> Callable[[Path], list[str]]:
-    """Return what makes the table of success in simulation, variant by variant, of one results file."""
+    """Return the function that writes the table of success in simulation, by variant, of one results file."""
     return lambda results: _closed_loop(_read(results / f"{name}.json"))
 
 
@@ -179,7 +179,7 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "layer-redundancy": layer_redundancy,
     }
 )
-"""What makes the lines of each table."""
+"""The function that writes the lines of each table."""
 
 PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -195,7 +195,7 @@ PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def fill(text: str, results: Path, expected: Sequence[str]) -> str:
-    """Return `text` with every marked table made anew.
+    """Return `text` with every marked table rewritten.
 
     Raises:
         ValueError: a mark names no table, is not closed, or the marks are not those of the tables `expected`, in order.
@@ -216,7 +216,7 @@ def fill(text: str, results: Path, expected: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Fill the tables of all pages, or check that they are."""
+    """Rewrite the tables of all pages, or check that they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a page differs")
     arguments = parser.parse_args()
@@ -238,7 +238,7 @@ def _read(file: Path) -> Any:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Lay out rows that end with their conditions; what is the same for all of them is said once, below."""
+    """Lay out rows that end with their conditions; conditions that all rows share are written once, below."""
     last = len(header) - 1
     rule = ["---" if number < left or number == last else "---:" for number in range(len(header))]
     lines = (header, rule, *rows)

@@ -1,1 +1,1 @@
-"""How long a policy's calls take, row by row and backend by backend."""
+"""Latency of a policy's calls, by row and backend."""

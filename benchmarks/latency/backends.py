@@ -1,4 +1,4 @@
-"""What runs a row: eager torch, Inductor, CUDA graphs, ONNX Runtime; each checked against the row's eager graph."""
+"""Backends of a row: eager torch, Inductor, CUDA graphs, ONNX Runtime; each checked against the row's eager graph."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,17 +31,17 @@ Backend: TypeAlias = Literal["eager", "compile", "cudagraphs", "compile-cudagrap
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 Module: TypeAlias = Callable[..., Tensor]
-"""A module of a graph, in whatever form runs it."""
+"""A component of a graph as a function: eager, compiled or recorded."""
 
 _WARM_UP_CALLS = 3
 
 
 TimedCall: TypeAlias = Callable[[GraphInputs, Stopwatch], NDArray[np.float32]]
-"""One call: inputs -> raw samples [1,A,F] in host memory; marks where modules begin and end, if it knows."""
+"""One call: inputs -> raw samples [1,A,F] in host memory; marks where components begin and end, if it can."""
 
 
 def draw_inputs(sizes: ModelSizes, seed: int) -> GraphInputs:
-    """Return random inputs for one call; what is seen, and what is asked for, changes no time."""
+    """Return random inputs for one call: the content of image and prompt does not affect the time."""
     draw = np.random.Generator(np.random.PCG64(seed))
     words = draw.integers(EOS_ID + 1, min(BLANK_ID, sizes.language.vocabulary), PAPER_TEXT_TOKENS - 2)
     side = sizes.image_side
@@ -54,7 +54,7 @@ def draw_inputs(sizes: ModelSizes, seed: int) -> GraphInputs:
 
 
 def check_backends(backends: Sequence[Backend], device: torch.device, dtype: DtypeName) -> None:
-    """Refuse a backend that cannot be used here, before anything is made for it.
+    """Refuse a backend that cannot be used on this machine, before any work for it.
 
     Raises:
         EvlaError: the message names the backend, what it lacks, and the remedy.
@@ -102,7 +102,7 @@ def make_sampler(
 
 
 class _Upstream:
-    """The policy as upstream runs it, eagerly, its modules told apart by hooks."""
+    """The policy as upstream runs it, eagerly; hooks mark its components."""
 
     def __init__(self, policy: UpstreamCogACT, device: torch.device) -> None:
         """Hook into `policy`, whose weights are on `device`."""
@@ -133,7 +133,7 @@ class _Upstream:
 
 
 class _Chain:
-    """Modules of a graph, run one after the other."""
+    """Components of a graph, run one after the other."""
 
     def __init__(self, modules: Sequence[Module], device: torch.device) -> None:
         self._modules = modules
@@ -144,7 +144,7 @@ class _Chain:
 
 
 class _CudaGraphs:
-    """Modules of a graph, recorded once as CUDA graphs on buffers of their own, and replayed."""
+    """Components of a graph, recorded once as CUDA graphs with their own buffers, and replayed."""
 
     def __init__(self, modules: Sequence[Module], sizes: ModelSizes, device: torch.device) -> None:
         self._inputs = to_tensors(draw_inputs(sizes, seed=0), device)

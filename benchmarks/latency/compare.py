@@ -41,7 +41,7 @@ from evla_compile.settings.sizes import ModelSizes
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 """Modes of Inductor that leave CUDA graphs to the backends here."""
 CHECKED_INPUTS = 2
-"""Different inputs on which backends are compared: a graph that returned what it was recorded with would be seen."""
+"""Different inputs on which backends are compared: to notice a graph that always returns its recorded result."""
 
 INCLUDES = (
     "one call, batch 1: the squashed uint8 frame, the token ids and the noise in host memory to the raw samples in host"
@@ -50,12 +50,12 @@ INCLUDES = (
 MODULES = (
     "medians within the same calls, between CUDA events on a GPU and by the clock on a CPU: vision is both towers and"
     " the projector, language the decoder with the selection of visual tokens, action the denoising loop; copies and"
-    " host work stand in none of them. For this every graph is cut in three where one hands over to the next, and each"
-    " component is compiled or recorded by itself; ONNX Runtime runs the whole graph, and does not tell them apart"
+    " host work are in none of them. For this every graph is cut into these three components, and each is compiled or"
+    " recorded by itself; ONNX Runtime runs the whole graph, so its components are not timed"
 )
 PLAN = (
-    "stand-in plans: the first layers and the first neurons are kept, whatever they do; times do not depend on it, and"
-    " the actions mean nothing"
+    "stand-in plans: the first layers and the first neurons are kept, without calibration; times do not depend on it,"
+    " and the actions are meaningless"
 )
 
 
@@ -64,7 +64,7 @@ class Settings:
     """What to time, and how."""
 
     name: str
-    """What the policy is called in titles and in the names of files."""
+    """Name of the policy in titles and file names."""
     sizes: ModelSizes
     """Its sizes."""
     checkpoint: Mapping[str, Tensor] | None
@@ -72,21 +72,21 @@ class Settings:
     device: torch.device
     """Where to compute."""
     dtype: DtypeName
-    """What compiled rows compute in, but for the action head."""
+    """Dtype of compiled rows, except the action head."""
     rows: tuple[Row, ...]
     """Rows to time."""
     backends: tuple[Backend, ...]
-    """Backends to time them on; the policy as upstream runs it is eager whatever is asked for."""
+    """Backends to time them on; the policy as upstream runs it is always eager."""
     compile_mode: str
     """Inductor's mode."""
     warmup: int
-    """Rounds that are not counted."""
+    """Rounds that are not measured."""
     runs: int
-    """Rounds that are."""
+    """Rounds that are measured."""
     threads: int
     """Threads of torch, and of ONNX Runtime on a CPU."""
     seed: int
-    """What weights and inputs are drawn from."""
+    """Seed of weights and inputs."""
     out: Path
     """Folder of the results."""
     command: str
@@ -168,7 +168,7 @@ def run(settings: Settings) -> tuple[Path, ...]:
 
 
 def prepare(settings: Settings, scratch: Path, progress: Progress) -> list[Variant]:
-    """Make every row on every backend it has, each held against the eager run of its row.
+    """Prepare every row on each of its backends, and compare it with the eager run of its row.
 
     Raises:
         EvlaError: a backend cannot run a row, or returns something else.

@@ -1,4 +1,4 @@
-"""A policy's graph cut into its three components, and what each of them costs: FLOPs and the weights that it reads."""
+"""Cut a policy's graph into its three components, and count their costs: FLOPs and weights read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 COMPONENTS: tuple[Component, ...] = ("vision", "language", "action")
 """The components, in the order in which they run: towers and projector, decoder, denoising loop."""
 CUTS = ("projected", "cognition")
-"""The stages at which one component hands over to the next."""
+"""The stages that pass from one component to the next."""
 
 _GROUPS: Mapping[str, Component] = MappingProxyType(
     {"vision_backbone": "vision", "projector": "vision", "llm_backbone": "language", "action_model": "action"}
@@ -36,12 +36,12 @@ ComponentGraphs: TypeAlias = tuple[fx.GraphModule, ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What one call of a graph takes, whatever runs it."""
+    """Cost of one call of a graph, on any backend."""
 
     flops: int
     """Floating-point operations, everything executed."""
     read_bytes: int
-    """Bytes of the weights that are read whole: an embedding table, of which a few rows are, is left out."""
+    """Bytes of the weights that are read whole: without embedding tables, of which few rows are read."""
 
 
 def cut(gm: fx.GraphModule) -> ComponentGraphs:
@@ -62,7 +62,7 @@ def costs_of(components: ComponentGraphs) -> dict[Component, Cost]:
 
 
 def upstream_costs(sizes: ModelSizes, dtype: DtypeName) -> dict[Component, Cost]:
-    """Return what each component of the policy as upstream runs it costs, by name, counted without a real weight.
+    """Return what each component of the policy as upstream runs it costs, by name, counted without weights.
 
     Args:
         sizes: sizes of the policy.

@@ -29,7 +29,7 @@ from evla_compile.settings.sizes import ACTION_WIDTH, ModelSizes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedRow:
-    """A row with plain weights on the device."""
+    """A row with its weights on the device."""
 
     row: Row
     """The row."""
@@ -38,9 +38,9 @@ class PreparedRow:
     components: ComponentGraphs
     """A compiled policy's graph, cut into components; empty for upstream's, which is no graph."""
     costs: Mapping[Component, Cost]
-    """What each module costs."""
+    """Cost of each component."""
     weight_bytes: int
-    """Bytes of all that it holds."""
+    """Bytes of its weights."""
 
 
 class PolicyMaker:
@@ -59,7 +59,7 @@ class PolicyMaker:
         seed: int,
         checkpoint: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Prepare; no weight is made before a row needs it.
+        """Prepare; weights are created when a row needs them.
 
         Args:
             sizes: sizes of the policy.
@@ -76,7 +76,7 @@ class PolicyMaker:
         self._captured: fx.GraphModule | None = None
 
     def make(self, row: Row) -> PreparedRow:
-        """Return a row; its weights are shared with all others of its dtype, but for MLPs that are cut.
+        """Return a row; its weights are shared with all others of its dtype, except MLPs that are cut.
 
         A compiled row follows a stand-in plan: which layers and neurons stay changes no time.
 
@@ -132,7 +132,7 @@ class PolicyMaker:
         return self._captured
 
     def _state(self, dtype: DtypeName) -> dict[str, Tensor]:
-        """Return every tensor of the official files on the device, made once for each dtype."""
+        """Return every tensor of the official files on the device, loaded once for each dtype."""
         if dtype not in self._states:
             with torch.device("meta"):
                 shapes = {name: tensor.shape for name, tensor in UpstreamCogACT(self.sizes).state_dict().items()}
@@ -168,7 +168,7 @@ def random_weight(name: str, shape: torch.Size, *, seed: int, device: torch.devi
 
 
 def _processor(sizes: ModelSizes) -> Processor:
-    """Return the host's side of a policy, which exports carry along; no call that is timed uses it."""
+    """Return a processor for exports, which contain one; no timed call uses it."""
     packed = Path(__file__).parents[2] / "tests" / "data" / "tokenizer.json.xz"
     tokenizer = lzma.decompress(packed.read_bytes()).decode("utf-8")
     unscaled = ActionStatistics(low=(-1.0,) * ACTION_WIDTH, high=(1.0,) * ACTION_WIDTH)

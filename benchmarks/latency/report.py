@@ -1,4 +1,4 @@
-"""What `latency.py` writes: every measured number as JSON, and a table of them in Markdown."""
+"""Write the results: every measured number as JSON, and a table of them in Markdown."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -40,13 +40,13 @@ class Entry:
     latency: Latency
     """Its times."""
     costs: Mapping[Component, Cost]
-    """What each module costs."""
+    """Cost of each component."""
     weight_bytes: int
-    """Bytes of all weights that it holds."""
+    """Bytes of its weights."""
     bound_seconds: float
     """Roofline bound of a call."""
     peak_bytes: int | None
-    """Weights, and what else it allocates on the GPU; None on a CPU, where rows share one process."""
+    """Peak of weights and other GPU memory; None on a CPU, where rows share one process."""
     error: float | None
     """Relative error against the row's eager graph, the worst of the inputs compared; None for that graph itself."""
 

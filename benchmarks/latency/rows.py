@@ -1,4 +1,4 @@
-"""What `latency.py` compares: sizes of policies, and the rows of its table, chosen by name or by group."""
+"""The policies to compare: their sizes, and the rows of the table, chosen by name or by group."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +54,13 @@ class Row:
     """One policy of the table."""
 
     names: tuple[str, ...]
-    """What it is called; the first name is shown first, the others say which rows of the paper it is as well."""
+    """Its names: the first is the main one, the others are rows of the paper that are the same policy."""
     groups: tuple[str, ...]
     """Groups that it belongs to."""
     dtype: DtypeName
     """Dtype of its weights, the action head's excepted."""
     computes_in: DtypeName
-    """Dtype of its products, the action head's excepted: autocast makes them bfloat16 whatever the weights are."""
+    """Dtype of its products, the action head's excepted: with autocast they are bfloat16 for weights of any dtype."""
     config: CompileConfig | None
     """How it is compiled; None for the policy as upstream runs it."""
 
@@ -140,7 +140,7 @@ def _budget(
     visual_tokens: int | None = None,
     cache_interval: int = 1,
 ) -> CompileConfig:
-    """Return a configuration that keeps whatever is not named."""
+    """Return a configuration that keeps everything that is not named."""
     return CompileConfig(
         keep_layers=keep_layers,
         mlp_keep=mlp_keep,

@@ -1,4 +1,4 @@
-"""How `latency.py` measures: calls in turn, the modules within a call, and what the machine can do at most."""
+"""Measure: calls in turn, the components within a call, and the peak performance of the machine."""
 
 import os
 import platform
@@ -31,7 +31,7 @@ _CLOCK_FIELDS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.me
 
 
 class Stopwatch:
-    """Marks the moments between a call's modules: with CUDA events on a GPU, which do not wait, else by the clock."""
+    """Marks the moments between a call's components: by CUDA events on a GPU, which do not wait, else by the clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 Call: TypeAlias = Callable[[Stopwatch], object]
-"""One call of a policy, from inputs in host memory to samples in host memory, which marks its modules if it can."""
+"""One call of a policy, from inputs in host memory to samples in host memory, which marks its components if it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class Latency:
     p99: float
     """Of the whole call."""
     modules: tuple[float, ...]
-    """Medians of the modules within it; empty where the backend does not tell them apart."""
+    """Medians of the components within it; empty where the backend cannot time them."""
     calls: tuple[float, ...]
     """Every measured call, in order."""
 
@@ -77,7 +77,7 @@ class Latency:
 def measure(
     calls: Sequence[Call], device: torch.device, *, warmup: int, runs: int, step: Callable[[], object]
 ) -> tuple[Latency, ...]:
-    """Time calls in turn, so that whatever else the machine does, and its clocks, meet them alike.
+    """Time calls in turn, so that other load on the machine, and changing clocks, affect all alike.
 
     Args:
         calls: what to time.
@@ -111,7 +111,7 @@ def summarize(whole: Sequence[float], modules: Sequence[tuple[float, ...]]) -> L
 
     Args:
         whole: milliseconds of every call.
-        modules: milliseconds of its modules, call by call; empty tuples where there are none.
+        modules: milliseconds of its components, call by call; empty tuples where there are none.
     """
     median, p95, p99 = (float(value) for value in np.percentile(whole, (50, 95, 99)))
     medians = tuple(float(value) for value in np.median(np.array(modules), axis=0))
@@ -119,7 +119,7 @@ def summarize(whole: Sequence[float], modules: Sequence[tuple[float, ...]]) -> L
 
 
 def find_roof(device: torch.device) -> Device:
-    """Return what the device can do at most: by its datasheet, or, where none is known, as measured now."""
+    """Return the peak performance of the device: by its datasheet, or, where none is known, as measured now."""
     known = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return known or measure_roof(device)
 
@@ -144,7 +144,7 @@ def measure_roof(device: torch.device) -> Device:
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """Return what times depend on: the processor, its host, the threads used."""
+    """Return the conditions of times: the processor, its host, the threads used."""
     return {
         "processor": describe_processor(device),
         "host": f"{cpu_field('model name')}, {os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
@@ -163,7 +163,7 @@ def describe_clocks(device: torch.device) -> str:
 
 
 def describe_processor(device: torch.device) -> str:
-    """Return the name of what computes."""
+    """Return the name of the GPU or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_field("model name")
 
 

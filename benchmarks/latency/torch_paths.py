@@ -1,6 +1,6 @@
-"""Times what a policy is run by in torch: eager, torch.compile(policy, backend="evla"), and to_torch.
+"""Times the ways to run a policy in torch: eager, torch.compile(policy, backend="evla"), and to_torch.
 
-Every path is held against the compiled graph before anything is timed, and all are then called in turn. Weights are
+Every path is compared with the compiled graph before anything is timed, and all are then called in turn. Weights are
 random; plans are stand-ins, so the actions mean nothing, and times do not depend on it.
 """
 

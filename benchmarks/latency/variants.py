@@ -1,4 +1,4 @@
-"""Rows on backends, ready to be timed: each prepared, and held against the eager run of its row."""
+"""Rows on backends, ready to be timed: each is compared with the eager run of its row."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Variant:
     error: float | None
     """Relative error against the row's eager run, the worst of the inputs compared; None for that run itself."""
     peak_bytes: int | None
-    """Weights, and what else it allocates on the GPU; None on a CPU."""
+    """Peak of weights and other GPU memory; None on a CPU."""
 
 
 def prepare_row(
@@ -48,14 +48,14 @@ def prepare_row(
     threads: int,
     folder: Path,
 ) -> Iterator[Variant]:
-    """Make a row, and yield it on each backend in turn; upstream's policy is eager whatever is asked for.
+    """Prepare a row, and yield it on each backend in turn; upstream's policy is always eager.
 
     Args:
         row: the row.
         maker: what makes it.
         backends: backends wanted.
-        inputs: what the backends are compared on. Two at least: one that returned what it had been recorded with would
-            pass for right on one.
+        inputs: inputs for the comparison of backends, two at least: with one, a backend that always returns the
+            recorded result would pass.
         compile_mode: Inductor's mode.
         threads: threads of ONNX Runtime on a CPU.
         folder: an empty folder for what a backend needs on disk.
@@ -102,7 +102,7 @@ def tolerance(dtype: DtypeName) -> float:
 
 
 def _allocated(device: torch.device) -> int:
-    """Return the bytes allocated on a GPU, from which its peak is counted anew; 0 on a CPU."""
+    """Reset the peak of a GPU's memory, and return the bytes allocated now; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Counting what the rewrites leave of CogACT, on graphs that were captured without weights."""
+"""Count parameters and operations of CogACT after the rewrites, on graphs captured without weights."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,12 +20,12 @@ from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.sizes import ModelSizes, PublishedName
 
 Progress: TypeAlias = Callable[[str], None]
-"""Takes a line that says what is going on."""
+"""Function that prints a line about the progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What a policy holds and computes, by component."""
+    """Parameters and operations of a policy, by component."""
 
     parameters: Mapping[Component, int]
     """Parameters of the checkpoint, less those that the rewrites removed."""
@@ -34,7 +34,7 @@ class Counts:
 
 
 class Counter:
-    """Counts upstream's policy behind the lossy rewrites of configurations; every graph is made once.
+    """Counts upstream's policy after the lossy rewrites of configurations; every graph is captured once.
 
     Attributes:
         sizes: sizes of the policies by name.
@@ -47,7 +47,7 @@ class Counter:
         self._graphs: dict[tuple[object, ...], fx.GraphModule] = {}
 
     def count(self, size: PublishedName, config: CompileConfig) -> Counts:
-        """Return what one configuration leaves of the policy of one size."""
+        """Return the counts of the policy of one size after the rewrites of one configuration."""
         sizes, dense = self.sizes[size], self.graph(size, config.ddim_steps)
         passes = build_passes(config, stand_in_plan(sizes, config), sizes)
         graph = self.graph(size, config.ddim_steps, tuple(rewrite for rewrite in passes if not rewrite.exact))
@@ -95,7 +95,7 @@ class KeepOutputs(GraphPass):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """The policy behind one more rewrite."""
+    """The policy after one more rewrite."""
 
     name: str
     """The rewrite."""

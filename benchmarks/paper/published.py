@@ -18,7 +18,7 @@ Quantity: TypeAlias = tuple[Component | Literal["total"], Unit]
 """What was counted, and the unit that it was printed in."""
 
 Figures: TypeAlias = tuple[tuple[Quantity, str | None], ...]
-"""Quantities and what was printed for them, digit by digit; None where only we count."""
+"""Quantities and the published figures, as printed; None where only we count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Row:
 def setting(
     *, layers: int | None = None, mlp_keep: float = 1.0, tokens: int | None = None, interval: int = 1
 ) -> CompileConfig:
-    """Return a configuration that keeps whatever it is not told about."""
+    """Return a configuration that keeps everything that is not named."""
     return CompileConfig(
         keep_layers=layers,
         mlp_keep=mlp_keep,

@@ -138,7 +138,7 @@ def comparison_sheets(comparisons: Sequence[Comparison]) -> list[Sheet]:
 
 
 def step_sheet(steps: Sequence[Step]) -> Sheet:
-    """Return where each point goes between upstream's policy and the compiled one, in both conventions."""
+    """Return the operations after each rewrite, from upstream's policy to the compiled one, in both conventions."""
     header = ("rewrite", "paper, GFLOP", "%", "points", "all, GFLOP", "%")
     first = steps[0]
     rows: list[tuple[str, ...]] = []

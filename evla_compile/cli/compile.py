@@ -73,11 +73,7 @@ def compile_policy(
     """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
     config = read_config(settings, preset=preset, dense=dense)
     check_target(out)
-    if framing != "whole" and calibration is None:
-        raise ValueError(
-            f"--framing {framing} is for the frames of --calibration, and none are given: give them too, or leave it"
-            " out and give it to evla run"
-        )
+    _refuse_framing_alone(framing, calibration)
     chosen = None if plan is None else read_plan(plan)
     with step("import torch"):
         from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
@@ -101,9 +97,7 @@ def compile_policy(
             policy = evla.load(run_dir, tokenizer=tokenizer, use_ema=use_ema, deferred=True)
         for frame in frames or ():
             policy.processor.text(frame.instruction, config.text_tokens)
-        if (
-            frames is not None and framing != "whole"
-        ):  # framed here, so that calibration finds images of the final size and does not change them
+        if frames is not None and framing != "whole":  # later steps do not change an image of the policy's size
             frames = [evla.Frame(policy.processor.image(image, framing), text) for image, text in frames]
         if chosen is None and frames is not None:
             chosen = evla.calibrate(policy, frames, config)
@@ -117,6 +111,14 @@ def compile_policy(
             evla.verify(out, provider="cpu")
     new_console().print(compile_summary(compiled.report))
     print_next(out, policy.processor.statistics, batch_size=config.batch_size, framing=framing, precision=precision)
+
+
+def _refuse_framing_alone(framing: Framing, calibration: Path | None) -> None:
+    if framing != "whole" and calibration is None:
+        raise ValueError(
+            f"--framing {framing} is for the frames of --calibration, and none are given: give them too, or leave it"
+            " out and give it to evla run"
+        )
 
 
 def _print_memory(peak: PeakMemory) -> None:

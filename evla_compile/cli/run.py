@@ -83,16 +83,11 @@ def run(
     files = list_observations(image, instruction, frames)
     starts = [None] * len(files) if noise is None else read_noise(noise, len(files))
     check_actions_file(out)
-    first = files[0].read(convert=convert)  # before the policy: a wrong file should not cost its loading
+    first = files[0].read(convert=convert)  # before the policy is loaded, which takes longer
     policy = evla.runtime.load(
         artifact, provider, threads, mapped=mapped, cuda_graph=cuda_graph, cache=cache, allow_cpu=allow_cpu
     )
-    batch = policy.config.batch_size
-    if batch > 1:
-        raise ValueError(
-            f"evla run gives one frame, and this policy takes {batch} at a time: compile it with --batch-size 1, or in"
-            f" Python call evla_compile.runtime.load(...).predict_action with {batch} frames and instructions"
-        )
+    _refuse_batches(policy.config.batch_size)
     chunks = []
     for number, (file, start) in enumerate(zip(files, starts, strict=True)):
         frame = first if number == 0 else file.read(convert=convert)
@@ -111,11 +106,24 @@ def run(
     if out is not None:
         new_console().print(f"wrote {out}: actions {list(np.stack(chunks).shape)}, a chunk a frame", soft_wrap=True)
     else:
-        for file, actions in zip(files, chunks, strict=True):
-            where = "" if single else f" on {in_one_line(str(file.image))}"
-            new_console().print(action_table(actions, f'Actions for "{in_one_line(file.instruction)}"{where}'))
+        _print_actions(files, chunks, single=single)
     if latency:
         new_console().print(call_table(latency))
+
+
+def _refuse_batches(batch_size: int) -> None:
+    if batch_size > 1:
+        raise ValueError(
+            f"evla run gives one frame, and this policy takes {batch_size} at a time: compile it with --batch-size 1,"
+            f" or in Python call evla_compile.runtime.load(...).predict_action with {batch_size} frames and"
+            " instructions"
+        )
+
+
+def _print_actions(files: Sequence[FrameFile], chunks: Sequence[NDArray[np.float64]], *, single: bool) -> None:
+    for file, actions in zip(files, chunks, strict=True):
+        where = "" if single else f" on {in_one_line(str(file.image))}"
+        new_console().print(action_table(actions, f'Actions for "{in_one_line(file.instruction)}"{where}'))
 
 
 def _as_json(files: Sequence[FrameFile], chunks: Sequence[NDArray[np.float64]], *, single: bool) -> dict[str, Any]:

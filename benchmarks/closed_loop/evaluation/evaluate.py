@@ -3,11 +3,13 @@
     python -m benchmarks.closed_loop.evaluation --variant dense --variant efficientvla --episodes 5
     python -m benchmarks.closed_loop.evaluation --policy RUN --variant dense --variant mine=ARTIFACT --out FOLDER
 
-Every variant meets the same initial states with the same initial noises. A variant is a recipe by name (see --list),
-applied to the policy given by --policy, by default the one that the package carries, or something made before:
-NAME=PATH of a run directory, an artifact or an ONNX file. NAME@torch runs a recipe in torch instead of ONNX Runtime.
+Every variant starts from the same initial states with the same initial noises. A variant is one of two kinds:
 
-With --out, results go to a folder and an evaluation that was stopped goes on where it was.
+1. a recipe by name (see --list), applied to the policy of --policy, by default the one that the package contains;
+2. NAME=PATH of a run directory, an artifact or an ONNX file.
+
+NAME@torch runs a recipe in torch instead of ONNX Runtime. With --out, results are written to a folder, and an
+evaluation that was stopped continues where it was.
 """
 
 import argparse
@@ -106,7 +108,7 @@ def _evaluate(
     _check_settings(folder / "settings.json", settings)
     prepared = _prepare(variants, source, frames, folder / "variants", console)
     seeds = range(given.first_seed, given.first_seed + given.episodes)
-    # seeds outside, variants inside: whatever else the machine does meets all variants alike
+    # seeds outside, variants inside: so other load on the machine affects all variants alike
     work = [_Work(variant=v.name, task=task, seed=seed) for seed in seeds for task in given.tasks for v in variants]
     extra = [
         _Work(variant=reference, task=task, seed=seed, deviations=True)
@@ -164,9 +166,9 @@ def _run(
     workers: int,
     console: Console,
 ) -> tuple[list[EpisodeResult], list[Deviation]]:
-    """Run what the folder does not hold yet, and return all that was asked for, in the order asked."""
+    """Run the items without results in the folder, and return the results of all items in order."""
     kept = _Records(folder)
-    missing = [item for item in work if not kept.holds(item, prepared)]
+    missing = [item for item in work if not kept.has(item, prepared)]
     # spawned, since neither a renderer nor ONNX Runtime survives a fork
     context = multiprocessing.get_context("spawn")
     with (
@@ -188,7 +190,7 @@ def _run(
 
 
 class _Records:
-    """The lines of `episodes.jsonl`, by what they are the result of."""
+    """The lines of `episodes.jsonl`, by their work item."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "episodes.jsonl"
@@ -198,8 +200,8 @@ class _Records:
             entry = json.loads(line)
             self.found[_Work(**entry["work"])] = entry["results"]
 
-    def holds(self, item: _Work, prepared: Mapping[str, Prepared]) -> bool:
-        """Return whether an item is done; deviations are of the variants that there were when they were measured."""
+    def has(self, item: _Work, prepared: Mapping[str, Prepared]) -> bool:
+        """Tell whether an item is done; deviations must be there for all prepared variants."""
         found = self.found.get(item)
         if found is None or not item.deviations:
             return found is not None

@@ -1,4 +1,4 @@
-"""Whether the instruction decides: the same half-open windows, told to open and told to close.
+"""Does the instruction decide? The same half-open windows, with the instruction to open and to close them.
 
     python -m benchmarks.closed_loop.evaluation.instruction_swap --episodes 50
 

@@ -1,4 +1,4 @@
-"""Which decoder layers go, by rules that the package does not offer: variations of its own, and controls.
+"""Rules for dropping decoder layers that the package does not offer: variations of its rules, and controls.
 
 All measure the unpruned policy on the same calibration frames, as `evla_compile.calibration.calibrate` does.
 """

@@ -36,7 +36,7 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpisodeResult:
-    """What became of one episode."""
+    """Result of one episode."""
 
     variant: str
     """The variant's name."""
@@ -45,7 +45,7 @@ class EpisodeResult:
     seed: int
     """Seed of the initial state."""
     success: bool
-    """Whether the task was done within `MAX_STEPS`."""
+    """Whether the task succeeded within `MAX_STEPS`."""
     steps: int
     """Control steps until then, or `MAX_STEPS`."""
     milliseconds: tuple[float, ...]
@@ -185,14 +185,14 @@ def _act(
 
 
 def _noise_shape(policy: Any) -> tuple[int, ...]:
-    """Return the noise of one row, which compiled policies tell and dense ones have in their sizes."""
+    """Return the noise shape of one row, from a compiled policy's signature or a dense policy's sizes."""
     if hasattr(policy, "noise_shape"):
         return tuple(policy.noise_shape)
     return (1, policy.sizes.action.chunk, policy.sizes.action.action_width)
 
 
 class Worker:
-    """What one process of an evaluation keeps open: environments and policies, opened when first needed."""
+    """One process of an evaluation, with its environments and policies, which are opened when first needed."""
 
     def __init__(self, prepared: Mapping[str, Prepared], execution: Execution) -> None:
         self._prepared, self._execution = prepared, execution

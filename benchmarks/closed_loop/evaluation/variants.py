@@ -1,4 +1,4 @@
-"""What can be evaluated: the named variants of a policy, and run directories, artifacts and ONNX files by path."""
+"""The variants that can be evaluated: recipes by name, and run directories, artifacts and ONNX files by path."""
 
 import json
 from collections.abc import Sequence
@@ -52,20 +52,20 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How a named variant is made of a policy; shares are of what the policy has."""
+    """Settings of a named variant of a policy; counts are shares of what the policy has."""
 
     layers: float = 1.0
     """Decoder layers kept."""
     layer_rule: LayerRule | OtherRule = "importance"
     """Which layers go: by a rule of `CompileConfig`, or of layer_rules.py."""
     layer_seed: int = 0
-    """Which draw of "random"."""
+    """Seed of "random"."""
     mlp_keep: float = 1.0
     """MLP neurons kept in each layer."""
     tokens: float = 1.0
     """Visual tokens kept."""
     random_tokens: bool = False
-    """A control: tokens drawn anew in every call instead of chosen."""
+    """A control: random tokens, drawn in every call."""
     cache_interval: int = 1
     """Denoising steps between two recomputations of the action head."""
     ddim_steps: int = 10
@@ -160,11 +160,11 @@ class Variant:
     """One thing to evaluate."""
 
     name: str
-    """What it is called in tables: "dense", "efficientvla@torch", "mine"."""
+    """Its name in tables: "dense", "efficientvla@torch", "mine"."""
     backend: Backend
     """What runs it."""
     recipe: Recipe | None = None
-    """How it is made of the policy; None for something that was made before."""
+    """Its recipe; None for a path."""
     path: Path | None = None
     """A run directory, an artifact or an ONNX file; None for a recipe."""
 
@@ -176,7 +176,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomTokens(SelectTokens):
-    """A control for SelectTokens: as many visual tokens, drawn anew in every call, lossy.
+    """A control for SelectTokens: as many visual tokens, drawn at random in every call, lossy.
 
     The draw is the order of the first numbers of the noise that the sampler starts from, so it is random over frames
     and the same on every backend.
@@ -201,15 +201,15 @@ class Prepared:
     variant: Variant
     """The variant."""
     policy: Path
-    """Run directory of the policy that it was made of."""
+    """Run directory of the policy that the recipe is applied to."""
     artifact: Path | None
-    """What `evla_compile.runtime.load` reads; None where torch runs it."""
+    """Artifact for `evla_compile.runtime.load`; None where torch runs it."""
     plan: Path | None
     """The plan of a recipe; None for a path."""
     config: dict[str, Any]
     """Compile settings, as JSON-ready values."""
     flops: int | None
-    """Floating-point operations of one call; None where nothing tells."""
+    """Floating-point operations of one call; None where it is unknown."""
 
     def open(self, threads: int) -> Policy:
         """Load the policy, ready to run."""
@@ -246,7 +246,7 @@ def parse_variant(text: str) -> Variant:
 
 
 def prepare(variant: Variant, policy: CogACT, source: Path, frames: Sequence[Frame], folder: Path) -> Prepared:
-    """Compile and export a variant, once: what lies in the folder already is used again.
+    """Compile and export a variant, unless the folder contains it already.
 
     Args:
         variant: the variant.
@@ -310,7 +310,7 @@ def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
 
 
 def _compile(policy: CogACT, recipe: Recipe, plan: Plan, frames: Sequence[Frame] = ()) -> CompiledPolicy:
-    """Compile as `evla_compile.compile` does, with the control in place of the selection where the recipe says so."""
+    """Compile as `evla_compile.compile` does, with the control in place of the selection if the recipe has it."""
     config = replace(recipe.config(policy.sizes), keep_layers=plan.keep_layers)
     passes = build_passes(config, plan, policy.sizes)
     controlled = [_controlled(rewrite, recipe, policy.sizes.patches) for rewrite in passes]

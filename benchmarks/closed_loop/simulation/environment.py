@@ -33,7 +33,7 @@ _NOW, _BEFORE, _GOAL = slice(18), slice(18, 36), slice(36, 39)  # of Meta-World'
 
 
 def simulator_lack() -> str | None:
-    """Return what keeps the simulator from being imported and the remedy, or None: asked before any other work."""
+    """Return why the simulator cannot be imported, with the remedy; None if it can. Call it before any other work."""
     try:
         for name in ("mujoco", "metaworld.env_dict", "metaworld.policies"):
             _simulator_module(name)
@@ -58,9 +58,9 @@ class SimEnvironment:
         self.success = False
         environments = _simulator_module("metaworld.env_dict").ALL_V3_ENVIRONMENTS
         self._environment: Any = environments[task.environment]()
-        # A goal drawn at every reset instead of one frozen by `set_task`, and told to the expert.
+        # Draw a goal at every reset instead of a fixed one by `set_task`, and let the expert see it.
         self._environment._freeze_rand_vec = False
-        self._environment.seeded_rand_vec = True  # else it would be drawn from NumPy's global generator
+        self._environment.seeded_rand_vec = True  # otherwise NumPy's global generator draws it
         self._environment._set_task_called = True
         self._environment._partially_observable = False
         vars(self._environment).pop("sawyer_observation_space", None)
@@ -96,14 +96,14 @@ class SimEnvironment:
         if half_open:
             slide = np.random.Generator(np.random.PCG64(seed)).uniform(*HALF_OPEN)
             self._environment.data.joint("window_slide").qpos = slide
-        # Meta-World's reset draws twice and moves goals and windows without telling MuJoCo: until the first step, frame
-        # and observation would show them where the first, discarded draw had put them.
+        # Meta-World's reset draws twice, and moves goals and windows without updating MuJoCo's derived state: until the
+        # first step, frame and observation would show the positions of the first draw, which is discarded.
         _simulator_module("mujoco").mj_forward(self._environment.model, self._environment.data)
         self._observation = self._environment._get_obs()
         self._observation[_BEFORE] = self._observation[_NOW]
 
     def frame(self) -> NDArray[np.uint8]:
-        """Return what the camera sees, uint8 [224,224,3]."""
+        """Return the camera frame, uint8 [224,224,3]."""
         self._renderer.update_scene(self._environment.data, _CAMERA)
         pixels: NDArray[np.uint8] = self._renderer.render()
         return pixels
@@ -121,7 +121,7 @@ class SimEnvironment:
         return float(self._environment.data.joint("window_slide").qpos[0])
 
     def expert_action(self) -> NDArray[np.float64]:
-        """Return what the scripted expert does now, [7]; it sees the simulator's state instead of a frame."""
+        """Return the scripted expert's action, [7], from the simulator's state instead of a frame."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its steps are longer than 1 and are clipped, as in the environment
             wanted = np.clip(self._expert.get_action(self._observation), -1.0, 1.0)

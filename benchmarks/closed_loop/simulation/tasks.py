@@ -22,11 +22,11 @@ class SimTask:
     expert: str
     """Class of the scripted expert in `metaworld.policies`."""
     instructions: tuple[str, ...]
-    """What the policy is told: the first is evaluated, training draws among all."""
+    """Instructions for the policy: the first is used for evaluation, training draws from all."""
     goal_radius: float | None = None
-    """Radius in metres with which the goal is drawn; None for Meta-World's own. It changes what is seen and no more."""
+    """Radius in metres with which the goal is drawn; None for Meta-World's own. It changes the rendering only."""
     half_open: bool = False
-    """Whether demonstrations also start from a half-open window, where the instruction alone tells what to do."""
+    """Whether demonstrations also start from a half-open window, where only the instruction shows the task."""
 
     @property
     def instruction(self) -> str:

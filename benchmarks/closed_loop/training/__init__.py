@@ -1,1 +1,1 @@
-"""Demonstrations to a trained policy."""
+"""From demonstrations to a trained policy."""

@@ -1,4 +1,4 @@
-"""Render frames to calibrate a policy on, and one to show it at work.
+"""Render frames for calibration, and one for the demo.
 
     python -m benchmarks.closed_loop.training.calibration_frames RUN
 
@@ -18,7 +18,7 @@ from benchmarks.closed_loop.simulation.tasks import CALIBRATION_SEED, EVALUATION
 CALIBRATION_STEPS = (0, 16, 32)
 """Control step at which each of a task's frames is taken, each in another episode."""
 DEMO_TASK, DEMO_SEED, DEMO_STEP = "door-open", EVALUATION_SEEDS - 1, 12
-"""Where the demo's frame comes from."""
+"""Task, seed and step of the demo's frame."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""CogACT's modules with what training adds: initial weights, the diffusion loss, and an auxiliary head.
+"""CogACT's modules for training: with initial weights, the diffusion loss, and an auxiliary head.
 
 Shape legend: B batch, S image side, T text tokens, A action steps, R noise draws per frame.
 """

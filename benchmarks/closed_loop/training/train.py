@@ -33,7 +33,7 @@ from benchmarks.closed_loop.training.tokenizer import PAD_ID, VOCABULARY, make_t
 from evla_compile.host.processor import GRIPPER, Processor
 
 TEXT_TOKENS = 28
-"""Text budget of training; any that holds the prompts gives the same policy."""
+"""Text budget of training; any that fits the prompts gives the same policy."""
 WARM_UP_STEPS = 200
 """Steps over which the learning rate rises."""
 
@@ -79,7 +79,7 @@ class TrainingData:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, or go on training."""
+    """Train, or continue training."""
     given = _parser().parse_args(arguments)
     team = Team(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if given.device == "cuda" else "cpu")
