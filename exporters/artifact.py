@@ -30,7 +30,7 @@ from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame
 from evla_compile.host.inputs import GraphInputs, observations
 from evla_compile.json_text import to_json_text
-from evla_compile.passes.expose_stages import SAMPLES
+from evla_compile.settings.anatomy import SAMPLES
 from evla_compile.settings.config import OPSET, PRECISIONS, Precision
 from evla_compile.settings.engine_settings import EngineSettings
 

@@ -8,8 +8,8 @@ from torch import fx
 from evla_compile.arguments import whole_number
 from evla_compile.errors import ExportError
 from evla_compile.graph.contract import copy_graph, get_tensor
-from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, module_path
-from evla_compile.settings.anatomy import TEXT_LENGTH
+from evla_compile.graph.sites import module_path
+from evla_compile.settings.anatomy import COGACT, TEXT_LENGTH
 
 ACTION, PERCEPTION, WHOLE = "action", "perception", "policy"
 """Names of parts; where perception has several, they are numbered from 1."""
@@ -96,7 +96,7 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
             for user in node.users:
                 path = _layer(module_path(user))
                 sizes[path] = sizes.get(path, 0) + tensor.numel() * tensor.element_size()
-    layers = [path for path in sizes if path.startswith(DECODER_LAYERS)]
+    layers = [path for path in sizes if path.startswith(COGACT.decoder_layers)]
     if ACTION not in sizes:
         raise ExportError(f"parts={parts}: this graph has no action head to put into the last part; expected parts=1")
     check_parts(parts, len(layers))
@@ -114,10 +114,10 @@ def _regions(gm: fx.GraphModule, parts: int) -> Mapping[str, int]:
 
 def _layer(path: str) -> str:
     """Return the decoder layer that a module belongs to, or `ACTION`, or "" for what runs in front of the decoder."""
-    if path.split(".", maxsplit=1)[0] in (ACTION_MODEL, DENOISING):
+    if path.split(".", maxsplit=1)[0] in (COGACT.action_model, COGACT.denoising):
         return ACTION
-    if path.startswith(f"{DECODER_LAYERS}."):
-        return f"{DECODER_LAYERS}.{path.removeprefix(f'{DECODER_LAYERS}.').split('.')[0]}"
+    if path.startswith(f"{COGACT.decoder_layers}."):
+        return f"{COGACT.decoder_layers}.{path.removeprefix(f'{COGACT.decoder_layers}.').split('.')[0]}"
     return ""
 
 

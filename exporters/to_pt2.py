@@ -23,9 +23,9 @@ from evla_compile.graph.contract import copy_graph, materialize, weights
 from evla_compile.graph.sites import verified_stages
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.json_text import to_json_text
-from evla_compile.passes.expose_stages import SAMPLES, ExposeStages
+from evla_compile.passes.expose_stages import ExposeStages
 from evla_compile.scratch import replacing
-from evla_compile.settings.anatomy import COGACT
+from evla_compile.settings.anatomy import COGACT, SAMPLES
 from evla_compile.settings.config import Precision
 
 Packaging: TypeAlias = Literal["exported", "aoti"]

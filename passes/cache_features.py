@@ -8,7 +8,8 @@ from torch import fx
 
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, inserting
-from evla_compile.graph.sites import ACTION_MODEL, DENOISING, indexed_modules, is_call, residual_ends
+from evla_compile.graph.sites import indexed_modules, is_call, residual_ends
+from evla_compile.settings.anatomy import COGACT
 
 aten = torch.ops.aten
 
@@ -42,17 +43,17 @@ class CacheFeatures(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Replace the block stack of every reused step by one add."""
         graph = gm.graph
-        steps = sorted(indexed_modules(graph, DENOISING))
+        steps = sorted(indexed_modules(graph, COGACT.denoising))
         if not steps:
             raise PassError("no unrolled denoising step in the graph: run UnrollDiffusion first")
         cached, reused = None, 0
         for step in steps:
             tokens, hidden = _stack_ends(graph, step)
             if step % self.interval == 0:  # 1: recomputed
-                with inserting(graph, hidden.next, f"{DENOISING}.{step}") as proxy:
+                with inserting(graph, hidden.next, f"{COGACT.denoising}.{step}") as proxy:
                     cached = aten.sub.Tensor(proxy(hidden), proxy(tokens)).node  # [G,A,D], or [G,1+A,D]
             elif cached is not None:  # 2: reused
-                with inserting(graph, hidden, f"{DENOISING}.{step}") as proxy:
+                with inserting(graph, hidden, f"{COGACT.denoising}.{step}") as proxy:
                     hidden.replace_all_uses_with(aten.add.Tensor(proxy(tokens), proxy(cached)).node)
                 reused += 1
         return reused
@@ -60,7 +61,7 @@ class CacheFeatures(GraphPass):
 
 def _stack_ends(graph: fx.Graph, step: int) -> tuple[fx.Node, fx.Node]:
     """Return the tokens that enter the blocks of `step` and those that leave them and are read."""
-    path = f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks"
+    path = f"{COGACT.denoising}.{step}.{COGACT.action_model}.net.blocks"
     blocks = indexed_modules(graph, path)
     if not blocks:
         raise PassError(f"no DiT block under {path!r}: its features are cached already")

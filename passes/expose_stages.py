@@ -8,9 +8,7 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass
 from evla_compile.graph.sites import stage_node
-
-SAMPLES = "samples"
-"""Name of the finished graph's own output."""
+from evla_compile.settings.anatomy import SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,9 @@ from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, get_tensor, replace_tensor
 from evla_compile.graph.deferred import DeferredWeight
 from evla_compile.graph.sites import argument, is_call, module_path
+from evla_compile.settings.anatomy import COGACT
 
 aten = torch.ops.aten
-
-LOWERED = ("vision_backbone", "projector", "llm_backbone")
-"""Modules whose matrix products are lowered; the action head stays float32."""
 
 FLOAT16_LIMIT = float(torch.finfo(torch.float16).max) / 2
 """Largest value that may be observed where float16 is to hold it: what was not observed may be larger."""
@@ -81,7 +79,7 @@ class LowerPrecision(GraphPass):
         """Cast the operands of every lowered operator, and its result back."""
         sites = list(lowered_sites(gm.graph))
         if not sites:
-            raise PassError(f"nothing to lower: no linear layer or attention under {', '.join(LOWERED)}")
+            raise PassError(f"nothing to lower: no linear layer or attention under {', '.join(COGACT.lowered)}")
         if self.dtype == "float16":
             check_ranges(sites, dict(self.ranges))
         return _Lowering(gm, getattr(torch, self.dtype)).lower(sites)
@@ -90,7 +88,7 @@ class LowerPrecision(GraphPass):
 def lowered_sites(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the operators that are lowered, in graph order."""
     for node in graph.nodes:
-        if is_call(node, *_OPERANDS) and module_path(node).split(".")[0] in LOWERED:
+        if is_call(node, *_OPERANDS) and module_path(node).split(".")[0] in COGACT.lowered:
             yield node
 
 

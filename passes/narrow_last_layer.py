@@ -9,7 +9,7 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, Value, inserting
 from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, input_node, is_call, stage_node
-from evla_compile.settings.anatomy import INPUT_IDS, TEXT_LENGTH
+from evla_compile.settings.anatomy import COGNITION, INPUT_IDS, TEXT_LENGTH
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ class NarrowLastLayer(GraphPass):
     def rewrite(self, gm: fx.GraphModule) -> int:
         """Move the gather of the cognition token from behind the final norm into the last layer."""
         graph = gm.graph
-        readout = stage_node(graph, "cognition")
+        readout = stage_node(graph, COGNITION)
         if not is_call(readout, aten.gather.default):
             return 0  # narrowed already: the cognition feature is the final norm itself
         text = argument(readout, 0)

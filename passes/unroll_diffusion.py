@@ -8,8 +8,8 @@ from torch import fx
 
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import GraphPass, add_tensor, inserting
-from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, input_node, nodes_under
-from evla_compile.settings.anatomy import NOISE
+from evla_compile.graph.sites import argument, input_node, nodes_under
+from evla_compile.settings.anatomy import COGACT, DENOISED, NOISE
 from evla_compile.settings.schedule import ddim_schedule
 
 aten = torch.ops.aten
@@ -46,10 +46,10 @@ class UnrollDiffusion(GraphPass):
                 constant = graph.get_attr(add_tensor(gm, f"timestep_{step.timestep}", value))
             mapping = {noise: x, timestep: constant}
             _copy_step(graph, step_nodes, mapping, output, number)
-            with inserting(graph, output, f"{DENOISING}.{number}") as proxy:
+            with inserting(graph, output, f"{COGACT.denoising}.{number}") as proxy:
                 scaled = aten.mul.Tensor(proxy(x), step.sample)
                 x = aten.add.Tensor(scaled, aten.mul.Tensor(proxy(mapping[predicted]), step.noise)).node
-            x.meta["stage"] = f"{DENOISING}.{number}"
+            x.meta["stage"] = f"{DENOISED}.{number}"
         output.args = (x,)
         for node in reversed(step_nodes):
             graph.erase_node(node)
@@ -60,7 +60,7 @@ class UnrollDiffusion(GraphPass):
 def _loop_body(graph: fx.Graph, varying: set[fx.Node]) -> list[fx.Node]:
     """Return the action model's nodes that depend on `varying`, in graph order; adds them to `varying`."""
     body = []
-    for node in nodes_under(graph, ACTION_MODEL):
+    for node in nodes_under(graph, COGACT.action_model):
         if varying.intersection(node.all_input_nodes):
             varying.add(node)
             body.append(node)
@@ -75,7 +75,7 @@ def _copy_step(
         for node in body:
             copied = graph.node_copy(node, lambda read: mapping.get(read, read))
             copied.meta["nn_module_stack"] = {
-                f"{DENOISING}.{number}.{key}": (f"{DENOISING}.{number}.{path}", kind)
+                f"{COGACT.denoising}.{number}.{key}": (f"{COGACT.denoising}.{number}.{path}", kind)
                 for key, (path, kind) in node.meta["nn_module_stack"].items()
                 if path
             }

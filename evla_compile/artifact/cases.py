@@ -18,6 +18,7 @@ from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.records import TensorSpec
 from evla_compile.errors import ArtifactError
 from evla_compile.host.inputs import GraphInputs
+from evla_compile.settings.anatomy import COGACT, LAYERS
 
 PROBED = 4096
 """Elements recorded of a stage, at most."""
@@ -54,7 +55,7 @@ def probe(stage: str, value: NDArray[Any], text_tokens: int) -> NDArray[Any]:
         value: array [B,...]; of a decoder layer [B,S,D].
         text_tokens: T, the text budget.
     """
-    if stage.startswith("layers."):
+    if stage.startswith(f"{LAYERS}."):
         value = value[:, 1 - text_tokens :]
     flat = value.reshape(-1)
     stride = -(-flat.size // PROBED) | 1  # odd, or it would meet the same channels of every row
@@ -101,9 +102,15 @@ def read_cases(path: Path, manifest: Manifest) -> list[RecordedCase]:
 
 def recorded_stages(manifest: Manifest) -> tuple[str, ...]:
     """Return the stages that every export records, as outputs or samples, in data-flow order."""
-    layers = [f"layers.{layer}" for layer in manifest.plan.keep_layers]
-    steps = [f"denoising.{step}" for step in range(manifest.config.ddim_steps - 1)]
-    return ("patches", "projected", *layers, "cognition", *steps, "samples")
+    numbers: dict[str, Iterable[int]] = {
+        "layer": manifest.plan.keep_layers,
+        "step": range(manifest.config.ddim_steps - 1),  # what the last step yields are the samples
+    }
+    names: list[str] = []
+    for stage in COGACT.stages:
+        row = [stage.name] if stage.numbered is None else [f"{stage.name}.{n}" for n in numbers[stage.numbered]]
+        names.extend(row)
+    return tuple(names)
 
 
 def _known_arrays(manifest: Manifest) -> dict[tuple[str, str], TensorSpec]:

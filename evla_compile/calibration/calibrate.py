@@ -23,6 +23,7 @@ from evla_compile.host.camera_frame import CameraFrame
 from evla_compile.host.frames import Frame, as_frames
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
+from evla_compile.settings.anatomy import COGNITION
 from evla_compile.settings.budgets import kept_layer_count, kept_neurons
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, most_important
@@ -202,7 +203,7 @@ def _greedy_layers(policy: CogACT, frames: Sequence[Frame], count: int, *, progr
 
 def _perception(policy: CogACT) -> fx.GraphModule:
     """Return the captured graph up to the cognition feature."""
-    return ExposeStages(stages=("cognition",))(capture(policy, CompileConfig.dense()))[0]
+    return ExposeStages(stages=(COGNITION,))(capture(policy, CompileConfig.dense()))[0]
 
 
 def _features(graph: fx.GraphModule, inputs: Sequence[tuple[Tensor, ...]]) -> Tensor:

@@ -10,6 +10,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.inputs import GraphInputs, observations
+from evla_compile.settings.anatomy import COGNITION, SAMPLES
 from evla_compile.settings.tolerances import relative_error
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def measure_deviations(
     for batch in observations(frames, config.batch_size):
         images, instructions = zip(*batch, strict=True)
         inputs = GraphInputs.prepare(policy.processor, images, instructions, compiled.signature, seed=0)
-        found = compiled.outputs(*inputs.arrays, stages=("cognition", "samples"))
+        found = compiled.outputs(*inputs.arrays, stages=(COGNITION, SAMPLES))
         image, ids, length, start = to_tensors(inputs, device)
         with torch.no_grad():
             cognition = policy.cognition(image, ids, length)

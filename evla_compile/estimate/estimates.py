@@ -22,9 +22,10 @@ from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.contract import GraphPass, PassReport
 from evla_compile.graph.flops import Component, component_of
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, indexed_modules, nodes_under
+from evla_compile.graph.sites import indexed_modules, nodes_under
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.processor import Processor
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.budgets import kept_layer_count, resolve
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import stand_in_plan
@@ -204,7 +205,7 @@ def _cast(model: CogACT | UpstreamCogACT, dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected torch.float32 or torch.bfloat16")
     for name, module in model.named_children():
-        if name != ACTION_MODEL:
+        if name != COGACT.action_model:
             module.to(dtype)
 
 
@@ -248,13 +249,16 @@ def _shortened(sizes: ModelSizes) -> ModelSizes:
 def _extended(gm: fx.GraphModule, short: ModelSizes, sizes: ModelSizes, layers: int) -> dict[Component, Footprint]:
     """Return the footprint of a graph of the sizes `short` as if its stacks had the depths of `sizes` and `layers`."""
     missing: list[tuple[Component, int, list[str]]] = [
-        ("vision", sizes.dino.depth - short.dino.depth, ["vision_backbone.dino_featurizer.blocks.0"]),
-        ("vision", sizes.siglip.depth - short.siglip.depth, ["vision_backbone.siglip_featurizer.blocks.0"]),
-        ("language", layers - short.language.layers, [f"{DECODER_LAYERS}.{_TYPICAL_LAYER}"]),
+        ("vision", sizes.dino.depth - short.dino.depth, [f"{COGACT.vision}.dino_featurizer.blocks.0"]),
+        ("vision", sizes.siglip.depth - short.siglip.depth, [f"{COGACT.vision}.siglip_featurizer.blocks.0"]),
+        ("language", layers - short.language.layers, [f"{COGACT.decoder_layers}.{_TYPICAL_LAYER}"]),
         (
             "action",
             sizes.action.depth - short.action.depth,
-            [f"{DENOISING}.{step}.{ACTION_MODEL}.net.blocks.0" for step in indexed_modules(gm.graph, DENOISING)],
+            [
+                f"{COGACT.denoising}.{step}.{COGACT.action_model}.net.blocks.0"
+                for step in indexed_modules(gm.graph, COGACT.denoising)
+            ],
         ),
     ]
     components = footprint_by_component(gm)

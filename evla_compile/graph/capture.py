@@ -5,11 +5,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from evla_compile.graph.contract import copy_graph, propagate, remove_dead_nodes
-from evla_compile.graph.sites import (
-    argument,
-    is_call,
-    module_path,
-)
+from evla_compile.graph.sites import argument, is_call, module_path
 from evla_compile.graph.torch_state import own_torch_state
 
 aten = torch.ops.aten
@@ -25,7 +21,7 @@ TIMESTEP = "timestep"
 
 @own_torch_state()
 def capture_decoder(model: nn.Module, example_ids: torch.Tensor) -> fx.GraphModule:
-    """Return the graph of any language model whose Llama layers have the module path `DECODER_LAYERS`.
+    """Return the graph of any language model whose Llama layers have the module path `COGACT.decoder_layers`.
 
     Use it to try the rewrites of the decoder on other language models; `CogACT` is captured by `capture`.
 

@@ -28,6 +28,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
+from evla_compile.settings.anatomy import COGACT
+
 aten = torch.ops.aten
 
 Convention: TypeAlias = Literal["paper", "all"]
@@ -38,13 +40,13 @@ Component: TypeAlias = Literal["vision", "language", "action"]
 
 _COMPONENTS: Mapping[str, Component] = MappingProxyType(
     {
-        "vision_backbone": "vision",
-        "projector": "vision",
-        "llm_backbone": "language",
+        COGACT.vision: "vision",
+        COGACT.projector: "vision",
+        COGACT.language: "language",
         "select_tokens": "language",
         "": "language",  # the policy itself: picking the cognition token
-        "action_model": "action",
-        "denoising": "action",
+        COGACT.action_model: "action",
+        COGACT.denoising: "action",
     }
 )
 

@@ -8,20 +8,9 @@ from torch import Tensor, fx
 
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import Value
+from evla_compile.settings.anatomy import COGACT
 
 aten = torch.ops.aten
-
-DECODER_LAYERS = "llm_backbone.llm.model.layers"
-"""Module path of the list of decoder layers."""
-
-ACTION_MODEL = "action_model"
-"""Module path of the diffusion transformer, which predicts the noise of one denoising step."""
-
-DENOISING = "denoising"
-"""Module path under which `UnrollDiffusion` puts the copies of the action model, by denoising step."""
-
-VERIFIED_STAGES = ("patches", "projected", "layers", "cognition", DENOISING)
-"""Stages, or the first words of their names, at which lowerings are compared."""
 
 
 def argument(node: fx.Node, index: int) -> fx.Node:
@@ -59,7 +48,7 @@ def verified_stages(graph: fx.Graph) -> tuple[str, ...]:
     """Return the stages that lowerings are compared at, in graph order: floating-point, and not the graph's output."""
     results = set(graph.output_node().all_input_nodes)
     found = [node for node in graph.nodes if "stage" in node.meta and node not in results]
-    return tuple(n.meta["stage"] for n in found if n.meta["stage"].split(".")[0] in VERIFIED_STAGES)
+    return tuple(n.meta["stage"] for n in found if COGACT.is_verified(n.meta["stage"]))
 
 
 def is_call(node: object, *targets: object) -> bool:
@@ -121,7 +110,7 @@ class DecoderLayer:
     @property
     def path(self) -> str:
         """Module path of the layer."""
-        return f"{DECODER_LAYERS}.{self.index}"
+        return f"{COGACT.decoder_layers}.{self.index}"
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -172,14 +161,14 @@ def decoder_layers(graph: fx.Graph) -> tuple[DecoderLayer, ...]:
     Raises:
         PassError: there is none, or one is not in the form of a residual layer with one fused attention.
     """
-    found = indexed_modules(graph, DECODER_LAYERS)
+    found = indexed_modules(graph, COGACT.decoder_layers)
     if not found:
-        raise PassError(f"no decoder layer under {DECODER_LAYERS!r}: expected the captured graph of a policy")
+        raise PassError(f"no decoder layer under {COGACT.decoder_layers!r}: expected the captured graph of a policy")
     return tuple(_decoder_layer(index, nodes) for index, nodes in found.items())
 
 
 def _decoder_layer(index: int, nodes: list[fx.Node]) -> DecoderLayer:
-    path = f"{DECODER_LAYERS}.{index}"
+    path = f"{COGACT.decoder_layers}.{index}"
     entry, exit_ = residual_ends(path, nodes)
     attention = [node for node in nodes if is_call(node, aten.scaled_dot_product_attention.default)]
     if len(attention) != 1:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evla_compile.errors import VerificationError
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import Precision
 
 
@@ -48,7 +49,7 @@ TOLERANCES = Tolerances()
 
 def lowered_tolerance(precision: Precision, stage: str) -> float:
     """Return how far a stage of a graph lowered to `precision` may be from the float32 graph."""
-    actions = stage == "samples" or stage.startswith("denoising.")
+    actions = COGACT.tolerance_of(stage) == "actions"
     if precision == "bfloat16":
         return TOLERANCES.bfloat16_actions if actions else TOLERANCES.bfloat16_features
     if precision == "float16":

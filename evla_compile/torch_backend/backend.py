@@ -21,14 +21,7 @@ from evla_compile.graph.contract import GraphPass, copy_graph, fake_mode, materi
 from evla_compile.graph.finite_weights import check_finite
 from evla_compile.graph.policy_call import find_policy_call, replace_policy_call
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.graph.sites import (
-    ACTION_MODEL,
-    DENOISING,
-    indexed_modules,
-    input_node,
-    is_call,
-    module_path,
-)
+from evla_compile.graph.sites import indexed_modules, input_node, is_call, module_path
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.passes import UnrollDiffusion
 from evla_compile.settings.anatomy import COGACT, INPUT_IDS
@@ -207,11 +200,11 @@ def _check_call(gm: fx.GraphModule, config: CompileConfig) -> None:
     """Refuse a first call that was not of the configuration's sizes."""
     graph = gm.graph
     batch = int(input_node(graph, INPUT_IDS).meta["val"].shape[0])
-    steps = len(indexed_modules(graph, DENOISING))
+    steps = len(indexed_modules(graph, COGACT.denoising))
     scales = [
         node.args[1]
         for node in graph.nodes
-        if is_call(node, aten.mul.Tensor) and module_path(node) == f"{DENOISING}.0.{ACTION_MODEL}.net"
+        if is_call(node, aten.mul.Tensor) and module_path(node) == f"{COGACT.denoising}.0.{COGACT.action_model}.net"
     ]
     found = {"batch_size": batch, "ddim_steps": steps, "cfg_scale": float(scales[0]) if scales else 1.0}
     wrong = [

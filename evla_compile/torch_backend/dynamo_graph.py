@@ -19,21 +19,13 @@ from evla_compile.families.cogact.loading.sizes_from_shapes import infer_sizes
 from evla_compile.graph.capture import clean
 from evla_compile.graph.contract import copy_graph, propagate, remove_dead_nodes, weights
 from evla_compile.graph.policy_call import ADVICE, PolicyCall, find_policy_call
-from evla_compile.graph.sites import (
-    ACTION_MODEL,
-    DECODER_LAYERS,
-    DENOISING,
-    argument,
-    is_call,
-    module_path,
-    nodes_under,
-)
-from evla_compile.settings.anatomy import COGACT, INPUT_IDS
+from evla_compile.graph.sites import argument, is_call, module_path, nodes_under
+from evla_compile.settings.anatomy import COGACT, DENOISED, INPUT_IDS
 from evla_compile.settings.sizes import ModelSizes
 
 aten = torch.ops.aten
 
-_ROOTS = r"(?:vision_backbone|projector|llm_backbone|action_model)(?:\.|$)"
+_ROOTS = rf"(?:{'|'.join(COGACT.roots)})(?:\.|$)"
 """Pattern of the first module of paths within a policy."""
 
 
@@ -260,14 +252,14 @@ def _name_steps(graph: fx.Graph) -> None:
         if node.op != "call_function":
             continue
         path = module_path(node)
-        entered = path.split(".", maxsplit=1)[0] == ACTION_MODEL
+        entered = path.split(".", maxsplit=1)[0] == COGACT.action_model
         step += entered and not inside
         inside = entered
         if step >= 0:
-            moved = f"{DENOISING}.{step}" + (f".{path}" if path else "")
+            moved = f"{COGACT.denoising}.{step}" + (f".{path}" if path else "")
             node.meta["nn_module_stack"] = {moved: (moved, moved)}
             if is_call(node, aten.add.Tensor) and not path:
-                node.meta["stage"] = f"{DENOISING}.{step}"
+                node.meta["stage"] = f"{DENOISED}.{step}"
 
 
 def find_sizes(gm: fx.GraphModule) -> ModelSizes:
@@ -279,10 +271,10 @@ def find_sizes(gm: fx.GraphModule) -> ModelSizes:
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights(gm)}
     parts = {
-        "dino": "vision_backbone.dino_featurizer.blocks.0",
-        "siglip": "vision_backbone.siglip_featurizer.blocks.0",
-        "llm": f"{DECODER_LAYERS}.0",
-        "dit": f"{DENOISING}.0.{ACTION_MODEL}.net.blocks.0",
+        "dino": f"{COGACT.vision}.dino_featurizer.blocks.0",
+        "siglip": f"{COGACT.vision}.siglip_featurizer.blocks.0",
+        "llm": f"{COGACT.decoder_layers}.0",
+        "dit": f"{COGACT.denoising}.0.{COGACT.action_model}.net.blocks.0",
     }
     heads = {}
     for part, path in parts.items():
@@ -294,7 +286,7 @@ def find_sizes(gm: fx.GraphModule) -> ModelSizes:
             )
         heads[part] = int(argument(attention[0], 0).meta["val"].shape[1])
     for tower in ("dino", "siglip"):  # a checkpoint has the last block and norm too, which no policy reads
-        prefix = f"vision_backbone.{tower}_featurizer."
+        prefix = f"{COGACT.vision}.{tower}_featurizer."
         blocks = {name.split(".")[3] for name in shapes if name.startswith(f"{prefix}blocks.")}
         shapes |= {f"{prefix}norm.weight": (), f"{prefix}blocks.{len(blocks)}.norm1.weight": ()}
     return infer_sizes(shapes, heads)

@@ -20,6 +20,7 @@ from evla_compile.errors import VerificationError
 from evla_compile.exporters.stage_run import replay_graphs
 from evla_compile.runtime import Provider, load
 from evla_compile.runtime.linked_weights import read_checked
+from evla_compile.settings.anatomy import INPUT_IDS, SAMPLES
 from evla_compile.settings.tolerances import lowered_tolerance
 
 _FLOATS = {"float": "float32", "double": "float64"}
@@ -94,7 +95,7 @@ def verify(
         cases=len(cases),
         stages=tuple(stages.items()),
         errors=tuple(errors.items()),
-        tolerance=lowered_tolerance(manifest.precision, "samples"),
+        tolerance=lowered_tolerance(manifest.precision, SAMPLES),
     )
 
 
@@ -118,7 +119,7 @@ def _prove(folder: Path, part: Part, vocabulary: int) -> int:
             )
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
     for node in model.graph.node:
-        if node.op_type == "Gather" and "input_ids" in node.input and rows.get(node.input[0], vocabulary) != vocabulary:
+        if node.op_type == "Gather" and INPUT_IDS in node.input and rows.get(node.input[0], vocabulary) != vocabulary:
             raise VerificationError(
                 f"{path}: the token embedding has {rows[node.input[0]]} rows, {vocabulary} by the manifest"
             )

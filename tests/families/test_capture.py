@@ -13,15 +13,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.capture import TIMESTEP
 from evla_compile.graph.contract import weights
-from evla_compile.graph.sites import (
-    ACTION_MODEL,
-    DECODER_LAYERS,
-    decoder_layers,
-    indexed_modules,
-    is_call,
-    nodes_under,
-    stage_node,
-)
+from evla_compile.graph.sites import decoder_layers, indexed_modules, is_call, nodes_under, stage_node
 from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 
@@ -52,7 +44,9 @@ def test_without_guidance_only_the_conditional_half_is_captured(
 
 
 def _action_tokens(gm: fx.GraphModule) -> fx.Node:
-    return next(n for n in nodes_under(gm.graph, f"{ACTION_MODEL}.net.blocks.0") if is_call(n, aten.layer_norm.default))
+    return next(
+        n for n in nodes_under(gm.graph, f"{COGACT.action_model}.net.blocks.0") if is_call(n, aten.layer_norm.default)
+    )
 
 
 def test_inputs_are_named_and_typed_as_documented(small_graph: fx.GraphModule) -> None:
@@ -122,8 +116,10 @@ def test_every_decoder_layer_and_block_is_found_by_its_path(small_graph: fx.Grap
     layers = decoder_layers(graph)
     assert [layer.index for layer in layers] == [0, 1, 2, 3]
     assert all(following.entry is layer.exit for layer, following in pairwise(layers))
-    assert {n.name for layer in layers for n in layer.nodes} == {n.name for n in nodes_under(graph, DECODER_LAYERS)}
-    assert list(indexed_modules(graph, f"{ACTION_MODEL}.net.blocks")) == [0, 1]
+    assert {n.name for layer in layers for n in layer.nodes} == {
+        n.name for n in nodes_under(graph, COGACT.decoder_layers)
+    }
+    assert list(indexed_modules(graph, f"{COGACT.action_model}.net.blocks")) == [0, 1]
 
 
 def test_a_bfloat16_policy_is_captured_as_it_runs(

@@ -16,7 +16,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.graph.sites import DENOISING, is_call, nodes_under, stage_node
+from evla_compile.graph.sites import is_call, nodes_under, stage_node
 from evla_compile.passes import (
     CacheFeatures,
     FoldConstants,
@@ -26,6 +26,7 @@ from evla_compile.passes import (
     SpecializeShapes,
     UnrollDiffusion,
 )
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.tolerances import TOLERANCES, check
 
@@ -100,7 +101,7 @@ def test_the_dense_graph_equals_public_cogact(
     check("cognition", cognition[:, 0], expected["cognition"], tolerance=TOLERANCES.cognition)
     # The reference carries both guidance halves, which are equal; the graph carries one.
     for step, row in enumerate(expected["trajectory"][1:, :1]):
-        x = values[nodes_under(graph.graph, f"{DENOISING}.{step}")[-1]].numpy()
+        x = values[nodes_under(graph.graph, f"{COGACT.denoising}.{step}")[-1]].numpy()
         check(f"trajectory after step {step}", x, row, tolerance=TOLERANCES.trajectory)
     (samples,) = (values[n] for n in graph.graph.output_node().all_input_nodes)
     check("samples", samples.numpy(), expected["samples"], tolerance=TOLERANCES.samples)

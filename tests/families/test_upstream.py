@@ -18,15 +18,7 @@ from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.families.cogact.model.vision import VisionTower, normalize_pixels
 from evla_compile.graph.contract import GraphPass
 from evla_compile.graph.flops import flops_by_component
-from evla_compile.graph.sites import (
-    ACTION_MODEL,
-    DENOISING,
-    decoder_layers,
-    indexed_modules,
-    is_call,
-    module_path,
-    nodes_under,
-)
+from evla_compile.graph.sites import decoder_layers, indexed_modules, is_call, module_path, nodes_under
 from evla_compile.passes import CacheFeatures, PruneLayers, PruneMLP, SelectTokens, UnrollDiffusion
 from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
@@ -235,17 +227,19 @@ def test_denoising_steps_are_found_where_unrolling_puts_them(
     small_upstream_graph: fx.GraphModule, small_unrolled: fx.GraphModule
 ) -> None:
     graph = small_upstream_graph.graph
-    steps = indexed_modules(graph, DENOISING)
+    steps = indexed_modules(graph, COGACT.denoising)
     assert list(steps) == [0, 1, 2]
-    assert not nodes_under(graph, ACTION_MODEL)
-    paths = [Counter(module_path(n).removeprefix(f"{DENOISING}.{k}") for n in nodes) for k, nodes in steps.items()]
+    assert not nodes_under(graph, COGACT.action_model)
+    paths = [
+        Counter(module_path(n).removeprefix(f"{COGACT.denoising}.{k}") for n in nodes) for k, nodes in steps.items()
+    ]
     assert paths[0] == paths[1]
     assert paths[2] - paths[1] == {"": 1}  # the samples' own half
-    assert [n.target for n in steps[1] if module_path(n) == f"{DENOISING}.1"] == [
+    assert [n.target for n in steps[1] if module_path(n) == f"{COGACT.denoising}.1"] == [
         *([aten.mul.Tensor] * 2),
         aten.add.Tensor,
     ]
-    blocks = f"{DENOISING}.2.{ACTION_MODEL}.net.blocks"
+    blocks = f"{COGACT.denoising}.2.{COGACT.action_model}.net.blocks"
     assert {module_path(n) for n in nodes_under(graph, blocks)} == {
         module_path(n) for n in nodes_under(small_unrolled.graph, blocks)
     }

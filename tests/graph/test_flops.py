@@ -21,8 +21,9 @@ from evla_compile.graph.flops import (
     product_flops,
     shape_of,
 )
-from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, nodes_under
+from evla_compile.graph.sites import nodes_under
 from evla_compile.passes import NarrowLastLayer, SelectTokens
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import published_sizes
 
@@ -109,7 +110,10 @@ def test_the_components_of_a_policy_are_the_whole(small_sampler: fx.GraphModule,
     for component, paths in (
         ("vision", ("vision_backbone", "projector")),
         ("language", ("llm_backbone", "select_tokens")),
-        ("action", (ACTION_MODEL, DENOISING)),  # embedding the cognition feature stays in front of the loop
+        (
+            "action",
+            (COGACT.action_model, COGACT.denoising),
+        ),  # embedding the cognition feature stays in front of the loop
     ):
         expected = sum(graph_flops(nodes_under(graph, path), convention) for path in paths)
         assert components[component] == expected > 0  # type: ignore[index]  # a literal
@@ -189,16 +193,16 @@ def test_published_sizes_count_as_in_the_literature(full_width: fx.GraphModule) 
     dino, siglip, blocks = (
         "vision_backbone.dino_featurizer",
         "vision_backbone.siglip_featurizer",
-        f"{ACTION_MODEL}.net.blocks",
+        f"{COGACT.action_model}.net.blocks",
     )
     assert flops(f"{dino}.patch_embed") + 23 * flops(f"{dino}.blocks.0") == pytest.approx(157.80 * GIGA, abs=5e6)
     assert flops(f"{siglip}.patch_embed") + 26 * flops(f"{siglip}.blocks.0") == pytest.approx(210.87 * GIGA, abs=5e6)
     assert flops("projector") == pytest.approx(36.54 * GIGA, abs=5e6)
     linears, attention = 2 * 6_476_005_376 * 278, 524_288 * 278**2
-    assert 32 * flops(f"{DECODER_LAYERS}.0") == linears + attention
-    assert flops(ACTION_MODEL) + 11 * flops(f"{blocks}.0") == pytest.approx(5.813 * GIGA, rel=1e-3)
+    assert 32 * flops(f"{COGACT.decoder_layers}.0") == linears + attention
+    assert flops(COGACT.action_model) + 11 * flops(f"{blocks}.0") == pytest.approx(5.813 * GIGA, rel=1e-3)
 
 
 def test_a_last_layer_with_one_query_counts_as_in_the_literature(full_width: fx.GraphModule) -> None:
     narrowed, _ = NarrowLastLayer()(full_width)
-    assert products(nodes_under(narrowed.graph, f"{DECODER_LAYERS}.0")) == pytest.approx(19.0 * GIGA, abs=5e6)
+    assert products(nodes_under(narrowed.graph, f"{COGACT.decoder_layers}.0")) == pytest.approx(19.0 * GIGA, abs=5e6)

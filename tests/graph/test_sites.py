@@ -9,7 +9,6 @@ from torch import fx
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import copy_graph
 from evla_compile.graph.sites import (
-    DECODER_LAYERS,
     DecoderLayer,
     argument,
     decoder_layers,
@@ -20,6 +19,7 @@ from evla_compile.graph.sites import (
     stage_node,
 )
 from evla_compile.passes import FoldConstants, SpecializeShapes
+from evla_compile.settings.anatomy import COGACT
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def test_an_argument_that_is_no_node_is_refused(index: int, found: str) -> None:
 
 def test_a_decoder_layer_names_its_parts(small_graph: fx.GraphModule) -> None:
     _, layer, following, _ = decoder_layers(small_graph.graph)
-    assert layer.path == f"{DECODER_LAYERS}.1"
+    assert layer.path == f"{COGACT.decoder_layers}.1"
     assert layer.entry.meta["val"].shape[2] == layer.exit.meta["val"].shape[2] == 32
     assert following.entry is layer.exit
     assert [table.meta["val"].shape[2] for table in layer.rotary_tables] == [8, 8]

@@ -12,8 +12,9 @@ from evla_compile.errors import PassError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import copy_graph, inserting, propagate
 from evla_compile.graph.flops import product_flops
-from evla_compile.graph.sites import ACTION_MODEL, DENOISING, argument, is_call, module_path, nodes_under
+from evla_compile.graph.sites import argument, is_call, module_path, nodes_under
 from evla_compile.passes import CacheFeatures, UnrollDiffusion
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.schedule import ddim_schedule
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
 
@@ -68,21 +69,21 @@ def test_it_equals_caching_by_hand_without_guidance(
 
 def test_a_reused_step_embeds_the_actions_adds_the_cache_and_reads_the_noise_out(small_sampler: fx.GraphModule) -> None:
     cached, _ = CacheFeatures(interval=2)(small_sampler)
-    net = f"{DENOISING}.1.{ACTION_MODEL}.net"
+    net = f"{COGACT.denoising}.1.{COGACT.action_model}.net"
     operators = Counter(
-        (module_path(n).removeprefix(net), n.target) for n in nodes_under(cached.graph, f"{DENOISING}.1")
+        (module_path(n).removeprefix(net), n.target) for n in nodes_under(cached.graph, f"{COGACT.denoising}.1")
     )
     assert operators == {
         (".x_embedder.linear", aten.linear.default): 1,
         ("", aten.add.Tensor): 2,  # positional embedding; guidance
         ("", aten.cat.default): 1,  # both guidance halves
-        (f"{DENOISING}.1", aten.add.Tensor): 2,  # the cached features; the sampler
+        (f"{COGACT.denoising}.1", aten.add.Tensor): 2,  # the cached features; the sampler
         (".final_layer.norm_final", aten.layer_norm.default): 1,
         (".final_layer.linear", aten.linear.default): 1,
         ("", aten.slice.Tensor): 2,  # the guidance halves
         ("", aten.sub.Tensor): 1,
         ("", aten.mul.Tensor): 1,
-        (f"{DENOISING}.1", aten.mul.Tensor): 2,
+        (f"{COGACT.denoising}.1", aten.mul.Tensor): 2,
     }
 
 
@@ -90,7 +91,8 @@ def test_a_computed_step_keeps_its_operators_and_adds_one_difference(small_sampl
     cached, _ = CacheFeatures(interval=2)(small_sampler)
     for step, added in (("0", {aten.sub.Tensor: 1}), ("2", {aten.sub.Tensor: 1}), ("4", {})):
         before, after = (
-            Counter(n.target for n in nodes_under(gm.graph, f"{DENOISING}.{step}")) for gm in (small_sampler, cached)
+            Counter(n.target for n in nodes_under(gm.graph, f"{COGACT.denoising}.{step}"))
+            for gm in (small_sampler, cached)
         )
         assert after - before == added  # nothing reuses the last step
         assert not before - after
@@ -99,7 +101,7 @@ def test_a_computed_step_keeps_its_operators_and_adds_one_difference(small_sampl
 def test_attention_and_weights_of_reused_steps_are_gone(small_sampler: fx.GraphModule) -> None:
     cached, report = CacheFeatures(interval=2)(small_sampler)
     attention = [
-        n for n in nodes_under(cached.graph, DENOISING) if is_call(n, aten.scaled_dot_product_attention.default)
+        n for n in nodes_under(cached.graph, COGACT.denoising) if is_call(n, aten.scaled_dot_product_attention.default)
     ]
     assert len(attention) == 3 * 2  # computed steps, blocks
     timesteps = {str(n.target) for n in cached.graph.find_nodes(op="get_attr") if "timestep" in str(n.target)}
@@ -145,7 +147,7 @@ def test_where_the_final_layer_reads_the_condition_token_all_tokens_are_cached(
     expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.5)
     assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
     assert report.changes == 3
-    net = f"{DENOISING}.1.{ACTION_MODEL}.net"
+    net = f"{COGACT.denoising}.1.{COGACT.action_model}.net"
     (norm,) = nodes_under(cached.graph, f"{net}.final_layer.norm_final")
     assert norm.meta["val"].shape == (4, 6, 20)
     assert nodes_under(cached.graph, f"{net}.t_embedder")  # the condition token is alive
@@ -157,7 +159,7 @@ def late_sampler(small_sampler: fx.GraphModule) -> fx.GraphModule:
     """The small sampler with its condition token dropped behind the final layer, as upstream does."""
     late = copy_graph(small_sampler)
     for step in range(5):
-        net = f"{DENOISING}.{step}.{ACTION_MODEL}.net"
+        net = f"{COGACT.denoising}.{step}.{COGACT.action_model}.net"
         (norm,) = nodes_under(late.graph, f"{net}.final_layer.norm_final")
         (linear,) = nodes_under(late.graph, f"{net}.final_layer.linear")
         dropping = argument(norm, 0)

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import weights
-from evla_compile.graph.sites import DENOISING, nodes_under, stage_node
+from evla_compile.graph.sites import nodes_under, stage_node
 from evla_compile.passes import ExposeStages
+from evla_compile.settings.anatomy import COGACT
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -33,7 +34,7 @@ def test_outputs_are_the_named_values_in_the_given_order(
 
 def test_what_no_named_stage_needs_is_gone_with_its_weights(small_sampler: fx.GraphModule) -> None:
     exposed, _ = ExposeStages(stages=("projected",))(small_sampler)
-    assert not nodes_under(exposed.graph, DENOISING)
+    assert not nodes_under(exposed.graph, COGACT.denoising)
     assert {name.split(".")[0] for name, _ in weights(exposed) if "." in name} == {"vision_backbone", "projector"}
 
 

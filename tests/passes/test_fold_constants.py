@@ -10,13 +10,14 @@ from torch import Tensor, fx
 from evla_compile.families.cogact.model.language import rotary_tables
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import weights
-from evla_compile.graph.sites import ACTION_MODEL, DECODER_LAYERS, DENOISING, is_call, nodes_under
+from evla_compile.graph.sites import is_call, nodes_under
 from evla_compile.passes import FoldConstants, NarrowLastLayer, SelectTokens, SpecializeShapes
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.schedule import ddim_timesteps
 
 aten = torch.ops.aten
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-NET = f"{ACTION_MODEL}.net"
+NET = f"{COGACT.action_model}.net"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_timestep_embeddings_the_unconditional_branch_and_rotary_tables_are_cons
         assert any(torch.equal(table, tensor) for tensor in tensors)
     assert not [n for n in folded.graph.nodes if is_call(n, aten.cos.default, aten.sin.default)]
     for step in range(5):
-        assert not nodes_under(folded.graph, f"{DENOISING}.{step}.{NET}.t_embedder")
+        assert not nodes_under(folded.graph, f"{COGACT.denoising}.{step}.{NET}.t_embedder")
     (embedding,) = nodes_under(folded.graph, f"{NET}.z_embedder")
     assert is_call(embedding, aten.linear.default)  # of the cognition feature
 
@@ -102,7 +103,9 @@ def test_a_folded_slice_does_not_keep_what_it_was_cut_from(static: fx.GraphModul
 def test_a_symbolic_length_keeps_what_depends_on_it(small_sampler: fx.GraphModule, small_inputs: Inputs) -> None:
     folded, _ = FoldConstants()(small_sampler)
     assert any(is_call(n, aten.cos.default) for n in folded.graph.nodes)
-    assert len([n for n in nodes_under(folded.graph, DECODER_LAYERS) if is_call(n, aten.linear.default)]) == 4 * 7
+    assert (
+        len([n for n in nodes_under(folded.graph, COGACT.decoder_layers) if is_call(n, aten.linear.default)]) == 4 * 7
+    )
     image, _, text_length, noise = small_inputs
     longer = torch.randint(1, 64, (2, 14), generator=torch.Generator().manual_seed(1))
     inputs = image, longer, text_length, noise

@@ -15,15 +15,16 @@ from evla_compile.families.cogact.model.language import LlamaDecoder, rotary_tab
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import copy_graph
 from evla_compile.graph.flops import product_flops
-from evla_compile.graph.sites import DECODER_LAYERS, argument, is_call, nodes_under, stage_node
+from evla_compile.graph.sites import argument, is_call, nodes_under, stage_node
 from evla_compile.passes import NarrowLastLayer, PruneLayers, SelectTokens
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
 
 aten = torch.ops.aten
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 NodeValues = Callable[[fx.GraphModule, Sequence[Tensor]], dict[fx.Node, Any]]
 TIME = torch.tensor([30.0])
-LAST = f"{DECODER_LAYERS}.3"
+LAST = f"{COGACT.decoder_layers}.3"
 BATCH, WIDTH, MLP, TEXT, PATCHES = 2, 32, 48, 9, 16
 
 

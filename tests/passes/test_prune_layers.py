@@ -12,8 +12,9 @@ from evla_compile.errors import PassError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.contract import measure, weights
-from evla_compile.graph.sites import DECODER_LAYERS, decoder_layers, is_call, nodes_under
+from evla_compile.graph.sites import decoder_layers, is_call, nodes_under
 from evla_compile.passes import PruneLayers
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 
 aten = torch.ops.aten
@@ -50,16 +51,20 @@ def test_the_weights_of_deleted_layers_are_gone(small_policy: CogACT, small_grap
     layers = small_policy.llm_backbone.llm.model.layers
     deleted = sum(4 * parameter.numel() for i in (1, 2) for parameter in layers[i].parameters())
     assert report.before.weight_bytes - report.after.weight_bytes == deleted
-    indices = {name.split(".")[4] for name, _ in weights(pruned) if name.startswith(DECODER_LAYERS)}
+    indices = {name.split(".")[4] for name, _ in weights(pruned) if name.startswith(COGACT.decoder_layers)}
     assert (
-        indices == {name.split(".")[4] for name in pruned.state_dict() if name.startswith(DECODER_LAYERS)} == {"0", "3"}
+        indices
+        == {name.split(".")[4] for name in pruned.state_dict() if name.startswith(COGACT.decoder_layers)}
+        == {"0", "3"}
     )
 
 
 def test_the_attention_of_deleted_layers_is_gone(small_graph: fx.GraphModule) -> None:
     pruned, _ = PruneLayers(keep=(0, 2))(small_graph)
     attention = [
-        n for n in nodes_under(pruned.graph, DECODER_LAYERS) if is_call(n, aten.scaled_dot_product_attention.default)
+        n
+        for n in nodes_under(pruned.graph, COGACT.decoder_layers)
+        if is_call(n, aten.scaled_dot_product_attention.default)
     ]
     assert len(attention) == 2
 

@@ -12,8 +12,9 @@ from evla_compile.errors import PassError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.contract import copy_graph, measure, weights
-from evla_compile.graph.sites import DECODER_LAYERS, decoder_layers
+from evla_compile.graph.sites import decoder_layers
 from evla_compile.passes import PruneLayers, PruneMLP
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 
 aten = torch.ops.aten
@@ -105,6 +106,6 @@ def test_a_weight_with_a_second_reader_is_refused(small_graph: fx.GraphModule) -
 def test_a_layer_without_a_gated_mlp_is_refused(small_graph: fx.GraphModule) -> None:
     plain = copy_graph(small_graph)
     gate = decoder_layers(plain.graph)[0].named("mlp.gate_proj")
-    gate.meta["nn_module_stack"] = {"mlp": (f"{DECODER_LAYERS}.0.mlp", "")}
+    gate.meta["nn_module_stack"] = {"mlp": (f"{COGACT.decoder_layers}.0.mlp", "")}
     with pytest.raises(PassError, match=r"decoder layer 0: expected one linear node in mlp.gate_proj, found 0"):
         PruneMLP(neurons=((0, (0, 1)),))(plain)

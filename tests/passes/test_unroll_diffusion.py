@@ -12,7 +12,7 @@ from evla_compile.errors import PassError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT, NoisePrediction
 from evla_compile.graph.contract import copy_graph, measure, weights
-from evla_compile.graph.sites import DENOISING, indexed_modules, is_call
+from evla_compile.graph.sites import indexed_modules, is_call
 from evla_compile.passes import UnrollDiffusion
 from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
@@ -86,7 +86,7 @@ def test_conditions_are_embedded_once_whatever_the_steps(small_graph: fx.GraphMo
 
 def test_each_step_has_its_timestep_and_its_module_path(small_graph: fx.GraphModule) -> None:
     unrolled, _ = UnrollDiffusion(ddim_steps=4)(small_graph)
-    steps = indexed_modules(unrolled.graph, DENOISING)
+    steps = indexed_modules(unrolled.graph, COGACT.denoising)
     assert list(steps) == [0, 1, 2, 3]
     tensors = dict(weights(unrolled))
     read = [

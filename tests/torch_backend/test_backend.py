@@ -20,8 +20,9 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import materialize
 from evla_compile.graph.inputs import to_tensors
 from evla_compile.graph.policy_call import enter_policy, leave_policy, replace_policy_call
-from evla_compile.graph.sites import DENOISING, indexed_modules
+from evla_compile.graph.sites import indexed_modules
 from evla_compile.host.inputs import GraphInputs, InputSignature
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -97,7 +98,7 @@ def test_it_equals_compile(
     expected = evla.compile(small_policy, config)
     assert relative_error(found.numpy(), expected.sample(*(tensor.numpy() for tensor in small_inputs))) < 1e-5
     (graph,) = calls
-    assert len(indexed_modules(graph.graph, DENOISING)) == config.ddim_steps
+    assert len(indexed_modules(graph.graph, COGACT.denoising)) == config.ddim_steps
     # Conditions are embedded once in each step, and nothing else is there that `compile` leaves out.
     ops = [sum(node.op == "call_function" for node in gm.graph.nodes) for gm in (graph, expected.graph)]
     assert ops[1] <= ops[0] <= ops[1] + 4 * config.ddim_steps

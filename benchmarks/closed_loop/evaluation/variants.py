@@ -25,6 +25,7 @@ from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import input_node, mark_stage
 from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
+from evla_compile.settings.anatomy import NOISE
 from evla_compile.settings.config import LAYER_RULES, CompileConfig, LayerRule
 from evla_compile.settings.plan import Plan, needs_calibration, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -186,7 +187,7 @@ class RandomTokens(SelectTokens):
     """Visual tokens to draw from."""
 
     def _choose(self, relevance: Value, patches: Value, width: int) -> Value:
-        noise = input_node(relevance.node.graph, "noise")
+        noise = input_node(relevance.node.graph, NOISE)
         batch, chunk, actions = noise.meta["val"].shape
         draw = aten.reshape.default(type(relevance)(noise, relevance.tracer), [batch, chunk * actions])
         ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.patches), stable=True, dim=1)[1]

@@ -19,18 +19,10 @@ from evla_compile.families.cogact.model.upstream import UpstreamCogACT
 from evla_compile.graph.capture import _flat_graph, aten
 from evla_compile.graph.contract import copy_graph, fake_mode, propagate, replace_tensor
 from evla_compile.graph.inputs import to_tensors
-from evla_compile.graph.sites import (
-    ACTION_MODEL,
-    DENOISING,
-    decoder_layers,
-    input_node,
-    is_call,
-    module_path,
-    nodes_under,
-)
+from evla_compile.graph.sites import decoder_layers, input_node, is_call, module_path, nodes_under
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.inputs import GraphInputs, InputSignature
-from evla_compile.settings.anatomy import INPUT_IDS, TEXT_LENGTH
+from evla_compile.settings.anatomy import COGACT, COGNITION, INPUT_IDS, LAYERS, PATCHES, PROJECTED, TEXT_LENGTH
 from evla_compile.settings.config import CompileConfig
 
 
@@ -104,9 +96,9 @@ def _name_steps(graph: fx.Graph) -> None:
     step = None
     for node in graph.nodes:
         path = module_path(node)
-        if path == ACTION_MODEL or path.startswith(f"{ACTION_MODEL}."):
+        if path == COGACT.action_model or path.startswith(f"{COGACT.action_model}."):
             call = next(reversed(node.meta["nn_module_stack"]))  # export numbers repeated calls: "…action_model.net@3"
-            step = f"{DENOISING}.{call.partition('@')[2] or 0}"
+            step = f"{COGACT.denoising}.{call.partition('@')[2] or 0}"
             path = f"{step}.{path}"
         elif node.op == "call_function" and step is not None:
             path = step
@@ -117,9 +109,9 @@ def _name_steps(graph: fx.Graph) -> None:
 
 def mark_stages(gm: fx.GraphModule) -> None:
     """Name the values of a captured policy that verification compares."""
-    nodes_under(gm.graph, "vision_backbone")[-1].meta["stage"] = "patches"
-    nodes_under(gm.graph, "projector")[-1].meta["stage"] = "projected"
+    nodes_under(gm.graph, COGACT.vision)[-1].meta["stage"] = PATCHES
+    nodes_under(gm.graph, COGACT.projector)[-1].meta["stage"] = PROJECTED
     for layer in decoder_layers(gm.graph):
-        layer.exit.meta["stage"] = f"layers.{layer.index}"
+        layer.exit.meta["stage"] = f"{LAYERS}.{layer.index}"
     (readout,) = [n for n in gm.graph.nodes if is_call(n, aten.gather.default) and module_path(n) == ""]
-    readout.meta["stage"] = "cognition"
+    readout.meta["stage"] = COGNITION
