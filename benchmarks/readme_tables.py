@@ -1,6 +1,6 @@
 """Writes the tables of README and docs from the files in benchmarks/results, with the conditions of every figure.
 
-A table stands between the marks `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
+A table is between the marks `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
 exit status is 1 where a page says something else than the results.
 """
 

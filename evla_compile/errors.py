@@ -37,7 +37,7 @@ class ExportError(EvlaError):
 
 
 class ArtifactError(EvlaError):
-    """A compiled artifact is missing, damaged, or was made for something else."""
+    """A compiled artifact is missing, damaged, or is for another machine or version."""
 
 
 class VerificationError(EvlaError):

@@ -31,7 +31,7 @@ class StageRun:
 
         Args:
             manifest: that of the artifact.
-            folder: where its files lie.
+            folder: folder of its files.
             stages: values to return beside the outputs, by their names in the graphs.
             threads: threads of ONNX Runtime; None leaves the number to it.
 
@@ -79,7 +79,7 @@ def replay_graphs(
     Args:
         what: what is run, for messages.
         manifest: that of the artifact.
-        folder: where its files lie.
+        folder: folder of its files.
         cases: what was recorded.
         threads: threads of ONNX Runtime; None leaves the number to it.
 

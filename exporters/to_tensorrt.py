@@ -208,7 +208,7 @@ def _write_timing_cache(config: Any, path: Path) -> None:
 
 
 def build_error(model: Path, errors: list[str], flavour: Flavour) -> EvlaError:
-    """Return the error for a build that failed, from what the library said; out of memory is reported as such."""
+    """Return the error for a failed build, from the library's messages; running out of memory is reported as such."""
     name, why = FLAVOUR_NAMES[flavour], reasons(errors)
     if any(_OUT_OF_MEMORY.search(error) for error in errors):
         return EvlaError(

@@ -18,7 +18,7 @@ from evla_compile.settings.anatomy import COGACT
 aten = torch.ops.aten
 
 FLOAT16_LIMIT = float(torch.finfo(torch.float16).max) / 2
-"""Largest value that may be observed where float16 is to hold it: what was not observed may be larger."""
+"""Largest observed value that float16 is allowed for, half of its maximum: other frames may give larger values."""
 
 _OPERANDS: Mapping[object, tuple[int, ...]] = {
     aten.linear.default: (0, 1, 2),
@@ -99,7 +99,7 @@ def float_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def check_ranges(sites: Iterable[fx.Node], ranges: dict[str, float]) -> None:
-    """Refuse float16 for layers whose observed values it could not hold, or whose values nobody observed.
+    """Refuse float16 for layers whose observed values exceed its limit, or whose values were not observed.
 
     Raises:
         PassError: the message names the layer that exceeds the limit most, or those that were not observed.

@@ -70,7 +70,7 @@ def _loop_body(graph: fx.Graph, varying: set[fx.Node]) -> list[fx.Node]:
 def _copy_step(
     graph: fx.Graph, body: list[fx.Node], mapping: dict[fx.Node, fx.Node], before: fx.Node, number: int
 ) -> None:
-    """Copy `body` in front of `before`, reading what `mapping` says; adds the copies to `mapping`."""
+    """Copy `body` in front of `before`, with inputs replaced by `mapping`; adds the copies to `mapping`."""
     with graph.inserting_before(before):
         for node in body:
             copied = graph.node_copy(node, lambda read: mapping.get(read, read))

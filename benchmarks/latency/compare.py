@@ -1,7 +1,7 @@
 """Times CogACT as upstream runs it and as this package compiles it, row by row, on the backends asked for.
 
 Weights are random, or those of a checkpoint. Which decoder layers and neurons a row keeps changes its actions and not
-its time, so rows are compiled with stand-in plans: this script says how fast a policy is, and nothing about how good.
+its time, so rows are compiled with stand-in plans: this script measures how fast a policy is, not how good.
 Before anything is timed, every backend must return what the row's eager graph returns.
 """
 

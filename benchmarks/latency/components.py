@@ -83,7 +83,7 @@ def bound_seconds(costs: Mapping[Component, Cost], device: Device, dtype: DtypeN
     Args:
         costs: by component.
         device: what computes.
-        dtype: what the components compute in, but for the action head, which is float32.
+        dtype: dtype of the components, except the action head, which is float32.
     """
     return sum(
         device.roofline_seconds(
@@ -110,7 +110,7 @@ def _between(gm: fx.GraphModule, entry: str | None, exit_: str | None) -> fx.Gra
         placeholder.meta["val"] = handed.meta["val"]
         handed.replace_all_uses_with(placeholder)
     remove_dead_nodes(component.graph)
-    return copy_graph(component)  # holds only the weights that this component reads
+    return copy_graph(component)  # has only the weights that this component reads
 
 
 def _read_weights(gm: fx.GraphModule) -> dict[str, int]:

@@ -78,7 +78,7 @@ class PolicyMaker:
     def make(self, row: Row) -> PreparedRow:
         """Return a row; its weights are shared with all others of its dtype, except MLPs that are cut.
 
-        A compiled row follows a stand-in plan: which layers and neurons stay changes no time.
+        A compiled row follows a stand-in plan: which layers and neurons stay does not affect times.
 
         Raises:
             ValueError: the row's budgets do not fit the policy.

@@ -1,7 +1,7 @@
 """Times the ways to run a policy in torch: eager, torch.compile(policy, backend="evla"), and to_torch.
 
 Every path is compared with the compiled graph before anything is timed, and all are then called in turn. Weights are
-random; plans are stand-ins, so the actions mean nothing, and times do not depend on it.
+random; plans are stand-ins, so the actions are meaningless, but times do not depend on that.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class Row:
     table: int
     """Number of the table."""
     name: str
-    """What the row stands for."""
+    """Name of the row."""
     config: CompileConfig
     """Its settings; `visual_tokens` is the paper's T."""
     figures: Figures

@@ -1,1 +1,1 @@
-"""What lies on disk between compiler and robot: written by the one, read by the other; no torch."""
+"""The files of a compiled policy, written by the compiler and read on the robot; no torch."""

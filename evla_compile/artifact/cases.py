@@ -77,7 +77,7 @@ def read_cases(path: Path, manifest: Manifest) -> list[RecordedCase]:
     """Read a file that `write_cases` wrote for the policy of a manifest.
 
     Raises:
-        ArtifactError: the file cannot be read, or does not hold cases of such a policy: an array is missing, of another
+        ArtifactError: the file cannot be read, or has no cases of such a policy: an array is missing, of another
             dtype or shape, or out of its range.
     """
     arrays: dict[int, dict[str, dict[str, NDArray[Any]]]] = {}

@@ -26,7 +26,7 @@ def objects_at(data: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """Return the field `key`, a list of objects.
 
     Raises:
-        ValueError: it is missing, no list, or holds something else; the message names it.
+        ValueError: it is missing, no list, or a list of something else; the message names it.
     """
     entries = value_at(data, key, list)
     for entry in entries:

@@ -1,6 +1,6 @@
 """An artifact on disk: where its files are, whether they are intact, and how it is written as a whole; no torch.
 
-A folder holds `model.onnx`, `manifest.json` and so on; a single-file export `X.onnx` or `X.engine` has
+A folder has `model.onnx`, `manifest.json` and so on; a single-file export `X.onnx` or `X.engine` has
 `X.manifest.json` and so on beside it. Of a policy in several parts, `model.onnx` becomes `model.perception.onnx` and so
 on.
 """
@@ -35,12 +35,12 @@ _ADVICE = "choose another --out or remove it"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArtifactFiles:
-    """Where an artifact's files lie."""
+    """Paths and names of an artifact's files."""
 
     target: Path
     """What was asked for: a folder, or an `X.onnx` or `X.engine` with the other files beside it."""
     folder: Path
-    """The folder that holds every file."""
+    """The folder of all files."""
     model: str
     """Name of the ONNX file."""
     data: str
@@ -143,7 +143,7 @@ def check_files(records: Iterable[FileRecord], folder: Path, *, hashes: bool = T
 
     Args:
         records: the files, all that the manifest lists or those that are going to be read.
-        folder: where the files lie.
+        folder: folder of the files.
         hashes: whether to read every file through for its SHA-256; otherwise only presence and size are checked.
 
     Raises:

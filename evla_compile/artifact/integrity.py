@@ -9,7 +9,7 @@ def mismatch(record: FileRecord, path: Path, *, hashes: bool = True) -> str | No
     """Return how a file differs from its record, as a phrase to follow its name in a message; None where it does not.
 
     Args:
-        record: what the manifest says.
+        record: record of the file in the manifest.
         path: the file.
         hashes: whether to read the file through for its SHA-256; otherwise only presence and size are compared. A link
             to another folder, as in Hugging Face's cache, is always read: only its contents can show that it is the

@@ -124,7 +124,7 @@ class Manifest:
 
     @property
     def signature(self) -> InputSignature:
-        """Sizes of what the graph takes: by the configuration where it tells them, else by the inputs themselves."""
+        """Sizes of the graph's inputs: from the configuration where it has them, else from the inputs themselves."""
         image, *_, noise = (spec.shape for spec in self.inputs)
         return InputSignature(
             batch_size=self.config.batch_size,

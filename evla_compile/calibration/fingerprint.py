@@ -11,7 +11,7 @@ from evla_compile.graph.deferred import values_at
 from evla_compile.settings.plan import DIGEST_DIGITS, Plan
 
 _STRETCHES, _STRETCH = 4, 64  # read of every tensor: few runs of values, since each run reads a page of a mapped file
-_SOMETIMES = frozenset({"action_model.net.z_embedder.uncondition"})  # a graph without guidance does not hold it
+_SOMETIMES = frozenset({"action_model.net.z_embedder.uncondition"})  # a graph without guidance lacks it
 
 
 def fingerprint_weights(weights: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:

@@ -104,7 +104,7 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
 
 
 def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
-    """Refuse a plan that was made for other budgets, by another rule, or for other sizes.
+    """Refuse a plan for other budgets, by another rule, or for other sizes.
 
     Its weights are compared by `evla_compile.calibration.fingerprint.check_checkpoint`.
 

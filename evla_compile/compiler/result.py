@@ -46,7 +46,7 @@ class CompiledGraph(Predictor):
         sizes: sizes of the dense policy.
         processor: host-side tokenizer, image preparation and action statistics.
         report: what every pass did.
-        frames: observations that exports record to verify runtimes with; empty for a seeded stand-in.
+        frames: observations that exports record to verify runtimes with; empty for images of seeded noise.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CompiledGraph(Predictor):
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return another policy with a graph and weights of its own."""
+        """Return another policy with its own graph and weights."""
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -120,7 +120,7 @@ class CompiledGraph(Predictor):
     ) -> dict[str, NDArray[Any]]:
         """Return named values of the graph; what none of them needs is not computed.
 
-        Weights that are deferred stay so: each is computed where it is read, and let go of.
+        Deferred weights stay deferred: each is computed when it is read, then freed.
 
         Args:
             image: uint8 [B,S,S,3].

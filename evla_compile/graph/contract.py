@@ -1,6 +1,6 @@
 """The pass contract: `GraphPass`, `PassReport`, and how a graph is copied, measured and kept consistent.
 
-A graph here is a flat `torch.fx.GraphModule` of ATen operators, as `capture` makes it. Every node carries in
+A graph here is a flat `torch.fx.GraphModule` of ATen operators, as `capture` returns it. Every node has in
 `meta["nn_module_stack"]` the module that it came from and in `meta["val"]` its value as a fake tensor (symbolic sizes
 included), which `propagate` keeps up to date; `sites` finds what a rewrite changes.
 """
@@ -172,7 +172,7 @@ def materialize(gm: fx.GraphModule) -> None:
 
 
 def add_tensor(gm: fx.GraphModule, name: str, tensor: Tensor) -> str:
-    """Register `tensor` as a buffer of `gm` under a free name made from `name`, and return that name."""
+    """Register `tensor` as a buffer of `gm` under an unused name derived from `name`, and return that name."""
     flat = "held_" + name.replace(".", "_")
     free = next(name for name in chain([flat], (f"{flat}_{i}" for i in count(1))) if not hasattr(gm, name))
     gm.register_buffer(free, tensor)

@@ -78,7 +78,7 @@ def component_of(path: str) -> Component:
 
 
 def graph_flops(nodes: Iterable[fx.Node], convention: Convention = "all") -> int:
-    """Return the floating-point operations of `nodes`, which must carry their values in `meta["val"]`.
+    """Return the floating-point operations of `nodes`, which must have their values in `meta["val"]`.
 
     Raises:
         ValueError: the convention is unknown.

@@ -1,4 +1,4 @@
-"""The one loop that rewrites a graph by passes, one after the other."""
+"""Rewrite a graph by passes, one after the other."""
 
 from collections.abc import Iterable
 
@@ -11,12 +11,12 @@ from evla_compile.graph.contract import GraphPass, PassReport
 def run_passes(
     gm: fx.GraphModule, passes: Iterable[GraphPass], *, earlier: Iterable[PassReport] = ()
 ) -> tuple[fx.GraphModule, tuple[PassReport, ...]]:
-    """Return a graph behind a number of passes, and what each did; `gm` itself is never touched.
+    """Return a graph rewritten by passes, and their reports; `gm` itself is never changed.
 
     Args:
         gm: the graph.
         passes: rewrites in their order; each is taken from the iterable when it is its turn.
-        earlier: reports of what made `gm`; they stand in front of the new ones.
+        earlier: reports of the passes that `gm` is the result of; returned in front of the new ones.
 
     Raises:
         PassError: a pass does not find its site; the message names the pass, and those that ran before it.

@@ -124,7 +124,7 @@ class DecoderLayer:
         """The symbolic sequence length that the layer's views use.
 
         Raises:
-            PassError: there is not exactly one; the graph's shapes were made static already.
+            PassError: there is not exactly one; the graph's shapes are static already.
         """
         sizes = [node for node in self.inputs if not isinstance(node.meta["val"], Tensor)]
         if len(sizes) != 1:

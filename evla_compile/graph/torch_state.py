@@ -125,7 +125,7 @@ def _compute_float32_in_full() -> _Float32Arithmetic | None:
 
 
 def _cudnn_allows_tf32() -> bool:
-    """Return the older setting while the newer ones say "none": torch refuses to tell where the two disagree."""
+    """Return the older setting while the newer ones say "none": torch raises an error where the two disagree."""
     try:
         allowed: bool = torch._C._get_cudnn_allow_tf32()
     except RuntimeError:

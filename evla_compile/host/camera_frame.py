@@ -26,8 +26,8 @@ resizes that again.
 Choose "deploy" for a checkpoint that was fine-tuned on frames cut to a square, with CogACT's random-crop augmentation
 (crops of 90 % of the area), and that ran on the robot behind that server: a policy must see in use what it saw in
 training. Stay with "whole" for the published checkpoints, and for a fine-tuned one that was trained on whole frames.
-"deploy" loses what lies left and right of the middle square, so make sure that the gripper and the objects are inside
-it. Calibrate with the same framing.
+"deploy" cuts off everything left and right of the middle square, so make sure that the gripper and the objects are
+inside it. Calibrate with the same framing.
 """
 
 MOST_PIXELS = 8192 * 8192

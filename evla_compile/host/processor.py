@@ -188,7 +188,7 @@ class Processor:
         return padded, len(ids)
 
     def statistics_for(self, unnorm_key: str | None) -> ActionStatistics:
-        """Return the statistics of a dataset; None stands for the only one.
+        """Return the statistics of a dataset; None for the only one.
 
         Raises:
             ValueError: the dataset is unknown or no text, or None was given and there are several; the message lists

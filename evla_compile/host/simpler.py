@@ -160,7 +160,7 @@ class GoogleRobotPostprocessor:
 def axis_angle(roll: float, pitch: float, yaw: float) -> NDArray[np.float64]:
     """Return the rotation about the fixed x, then y, then z axis as unit axis times angle, [3], all in radians.
 
-    The angle lies in [0, 2 pi]; no rotation gives zeros.
+    The angle is in [0, 2 pi]; no rotation gives zeros.
     """
     cr, sr = math.cos(roll / 2), math.sin(roll / 2)
     cp, sp = math.cos(pitch / 2), math.sin(pitch / 2)

@@ -198,7 +198,7 @@ def load(
             engine; created if missing; None keeps nothing.
 
     Raises:
-        ArtifactError: the artifact is missing, damaged, or not what its manifest says, or its engine is for another
+        ArtifactError: the artifact is missing, damaged, or differs from its manifest, or its engine is for another
             machine.
         EvlaError: a library is not installed, cannot compute where it was asked to, or needs more memory than is free.
         ValueError: a setting is out of range, or one that the provider does not have.

@@ -18,11 +18,11 @@ REMEDY = "pip install onnx"
 
 
 def read_widened(model: Path) -> tuple[bytes, Path]:
-    """Return an ONNX file's graph, widened, in ONNX's own encoding, and the folder in which its external data lies.
+    """Return an ONNX file's graph, widened, in ONNX's own encoding, and the folder of its external data.
 
     Raises:
         EvlaError: onnx is not installed.
-        ArtifactError: the file is no ONNX graph, or its external data lies in several folders.
+        ArtifactError: the file is no ONNX graph, or its external data is in several folders.
     """
     onnx = _import_onnx(model)
     try:

@@ -55,7 +55,7 @@ class EngineSettings:
     not on a Jetson."""
     version_compatible: bool = False
     """Whether later versions of TensorRT shall run the engine, at some cost in speed; TensorRT only. Such an engine
-    carries code that the runtime executes: load it only from where you trust it."""
+    contains code that the runtime executes: load it only from a source that you trust."""
 
     def __post_init__(self) -> None:
         if self.flavour is not None and self.flavour not in FLAVOURS:

@@ -94,7 +94,7 @@ class Plan:
         """Read a JSON file that `save` wrote.
 
         Raises:
-            CalibrationError: the file cannot be read or holds no plan.
+            CalibrationError: the file cannot be read or is no plan.
         """
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -58,7 +58,7 @@ def import_flavour(flavour: Flavour) -> Any:
     """Return the module of a flavour.
 
     Raises:
-        EvlaError: it cannot be imported, or is older than what is used here; the message says what to install.
+        EvlaError: it cannot be imported, or is too old; the message names the package to install.
     """
     try:
         module = import_module(flavour)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.closed_loop.evaluation.instruction_swap --episodes 50
 
-Both window tasks share their scene, and from a half-open window neither frame nor arm tells what is wanted.
+Both window tasks share their scene, and from a half-open window neither frame nor arm shows the task.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult
 from benchmarks.closed_loop.evaluation.variants import Prepared
 
 _EMPTY = 30.0
-"""Points of success between which nothing lies, from which on the plot leaves them out."""
+"""Smallest gap in success, in percentage points, that the plot leaves out."""
 _BY_TASK = "Success by task in %, with Wilson's 95 % interval"
 
 

@@ -254,7 +254,7 @@ def prepare(variant: Variant, policy: CogACT, source: Path, frames: Sequence[Fra
         policy: the policy that recipes are applied to.
         source: its run directory.
         frames: calibration frames.
-        folder: where to; made if needed.
+        folder: folder of the variants; created if needed.
 
     Raises:
         EvlaError: it cannot be compiled or exported.

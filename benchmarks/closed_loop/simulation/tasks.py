@@ -39,7 +39,7 @@ TASKS: Mapping[str, SimTask] = MappingProxyType(
         "reach": SimTask(
             environment="reach-v3",
             expert="SawyerReachV3Policy",
-            goal_radius=0.04,  # the stock one, of 0.02, is five pixels wide in a frame of 112: too small to tell depth
+            goal_radius=0.04,  # the stock one, of 0.02, is five pixels wide in a frame of 112: too small to show depth
             instructions=(
                 "reach the red ball",
                 "move the gripper to the red ball",

@@ -28,10 +28,10 @@ def action_statistics(actions: NDArray[np.float32]) -> ActionStatistics:
 def write_run(folder: Path, sizes: ModelSizes, processor: Processor, weights: Mapping[str, Tensor], step: int) -> None:
     """Write an official run directory: float16 weights by group, statistics, tokenizer, head counts.
 
-    Official files also hold each tower's last block and norm, which the policy never reads; they are zeros here.
+    Official files also have each tower's last block and norm, which the policy never reads; they are zeros here.
 
     Args:
-        folder: where to; a checkpoint that lies there is replaced.
+        folder: the run directory; a checkpoint in it is replaced.
         sizes: sizes of the policy.
         processor: its tokenizer and statistics.
         weights: the policy's tensors by name.

@@ -165,7 +165,7 @@ def read_sound_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, damaged or not in CogACT's layout, or its parts do not fit together.
-        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or told from shapes.
+        UnsupportedModelError: the checkpoint is sound, but its architecture cannot be built or derived from shapes.
     """
     checkpoint = read_checkpoint(path, use_ema=None)
     with naming(checkpoint.file):

@@ -88,7 +88,7 @@ def rotary_tables(hidden_BSD: Tensor, head_width: int, theta: float = ROPE_THETA
 def cognition_token(hidden_BSD: Tensor, text_length_B: Tensor, text_budget: int) -> Tensor:
     """Gather the hidden state of the last real text token (EOS), CogACT's cognition feature: [B,S,D] -> [B,1,D].
 
-    The text is the end of the sequence, and the index counts within it: so it holds for any number of visual tokens.
+    The text is the end of the sequence, and the index counts within it: so it is right for any number of visual tokens.
     """
     text = hidden_BSD[:, 1 - text_budget :]  # [B,T-1,D]: the text behind the image, without BOS
     index = (text_length_B - 2)[:, None, None].expand(-1, 1, text.shape[2])  # [B,1,D]

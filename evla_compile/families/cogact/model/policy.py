@@ -104,7 +104,7 @@ class NoisePrediction(_Modules):
 
 
 class CogACT(_Modules):
-    """The dense policy; its submodules carry the key names of CogACT's checkpoints.
+    """The dense policy; its submodules have the key names of CogACT's checkpoints.
 
     After `policy.compile(backend="evla", options={"config": ..., "plan": ...})` every call runs compiled, also those by
     `predict_action`. `torch.compile(policy, backend="evla", ...)` returns a module whose `forward` alone is compiled:
@@ -170,7 +170,7 @@ class CogACT(_Modules):
         """
         traced = torch.compiler.is_dynamo_compiling()
         with traceable_torch_state(image.device):
-            if traced:  # tell the backend `evla` where the policy begins and ends
+            if traced:  # mark the beginning and end of the policy for the backend `evla`
                 modes = torch._C._len_torch_function_stack()
                 image, input_ids, text_length, noise = enter_policy(image, input_ids, text_length, noise, modes)
             condition = self.cognition(image, input_ids, text_length)
@@ -218,7 +218,7 @@ class CogACT(_Modules):
             seed: whole number from 0 up; None without `noise` means 0, the same noise in every call.
             ddim_steps: denoising steps.
             cfg_scale: guidance scale; 1.0 for none.
-            text_tokens: text budget; any that holds the prompt gives the same actions.
+            text_tokens: text budget; any that fits the prompt gives the same actions.
             framing: "whole" squashes the whole frame to the policy's square; "deploy" cuts it first as CogACT's server
                 for real robots does; see `evla_compile.host.camera_frame.Framing` for when.
 

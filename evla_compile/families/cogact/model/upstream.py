@@ -183,7 +183,7 @@ class UpstreamCogACT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return everything that upstream computes for one action chunk, the samples first.
 
-        On CUDA everything in front of the action head runs under bfloat16 autocast, whatever dtype its weights have;
+        On CUDA everything in front of the action head runs under bfloat16 autocast, for weights of any dtype;
         the action head runs in its own. The sampler is DDIM with eta 0, on the doubled batch.
 
         Args:

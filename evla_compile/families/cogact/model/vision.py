@@ -1,4 +1,4 @@
-"""DINOv2 and SigLIP vision towers with the state-dict names of timm, which CogACT's checkpoints carry.
+"""DINOv2 and SigLIP vision towers with the state-dict names of timm, which CogACT's checkpoints have.
 
 Shape legend: B batch, C channels, S image side in pixels, P patches, N tokens (prefix and patches), D width, H heads,
 E head width.
