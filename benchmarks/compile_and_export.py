@@ -57,7 +57,7 @@ def benchmark(folder: Path, threads: int) -> dict[str, Times]:
     time_variant(
         policy,
         dense,
-        plan_without_calibration(policy.sizes.language, dense),
+        plan_without_calibration(policy.sizes, dense),
         folder / "dense",
         threads,
         measured["dense"],

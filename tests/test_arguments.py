@@ -12,9 +12,9 @@ from evla_compile.arguments import is_listed, number, whole_number
 from evla_compile.exporters.artifact import ExportSettings
 from evla_compile.host.frames import Frame, as_frames
 from evla_compile.host.simpler import AdaptiveEnsembler
-from evla_compile.settings.config import CompileConfig, check_ddim_steps
+from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
-from evla_compile.settings.schedule import ddim_schedule
+from evla_compile.settings.schedule import check_ddim_steps, ddim_schedule
 from evla_compile.verification.verify import verify
 
 WHOLE = {

@@ -11,6 +11,7 @@ import evla_compile
 from evla_compile import json_text
 from evla_compile.cli.console import print_json
 from evla_compile.json_text import to_json_text
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.plan import Plan
 
 PACKAGE = Path(evla_compile.__file__).parent
@@ -47,7 +48,7 @@ def test_what_is_finite_is_written_as_python_writes_it() -> None:
 
 
 def test_a_plan_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
-    plan = Plan(layer_importance=(0.5, float("nan")), keep_layers=(0,), mlp_neurons=(), frames=1)
+    plan = Plan(decisions=(LayerDecision(keep=(0,), importance=(0.5, float("nan"))),), frames=1)
     with pytest.raises(ValueError, match=r"layer_importance\[1\] is nan"):
         plan.save(tmp_path / "plan.json")
     assert not list(tmp_path.iterdir())

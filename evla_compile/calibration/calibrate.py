@@ -4,10 +4,13 @@ Both measures take one pass over the unpruned model, without padding and without
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor, fx
 from torch.nn import functional
@@ -24,9 +27,10 @@ from evla_compile.host.frames import Frame, as_frames
 from evla_compile.passes import ExposeStages, PruneLayers
 from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.settings.anatomy import COGNITION
-from evla_compile.settings.budgets import kept_layer_count, kept_neurons
+from evla_compile.settings.budgets.budget import Measured
+from evla_compile.settings.budgets.layers import drop_trials
 from evla_compile.settings.config import CompileConfig
-from evla_compile.settings.plan import Plan, most_important
+from evla_compile.settings.plan import Plan, planned
 from evla_compile.terminal import new_console
 
 
@@ -56,14 +60,14 @@ def calibrate(
         CheckpointError: a weight has values that are not finite.
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
-    config = config or CompileConfig()
-    sizes = policy.sizes.language
-    kept = kept_layer_count(config, sizes)
+    config, sizes = config or CompileConfig(), policy.sizes
+    config.decide(sizes, None)  # refuses budgets that do not fit, before anything is measured
+    asked = config.measurements(sizes)
     observations = as_frames(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
     check_finite_policy(policy)
-    observer = _Observer(policy)
+    observer = _Observer(policy, neurons="neuron_scores" in asked)
     bar = track(
         observations,
         description="Calibrating",
@@ -73,23 +77,18 @@ def calibrate(
     )
     for image, instruction in bar:
         observer.observe(image, instruction)
-    importance, scores = observer.importance(), observer.neuron_scores()
-    if isinstance(config.keep_layers, tuple):
-        keep = config.keep_layers
-    elif config.layer_rule == "greedy" and kept < sizes.layers:
-        keep = _greedy_layers(policy, observations, kept, progress=progress)
-    else:
-        keep = most_important(importance, kept)
-    count = kept_neurons(config, sizes.mlp_width)
-    neurons = () if count == sizes.mlp_width else tuple(_top(scores[layer], count) for layer in keep)
+    with _feature_shift(policy, observations, config, progress=progress) as shift:
+        measured = Measured(
+            layer_importance=observer.importance(),
+            neuron_scores=observer.neuron_scores() if "neuron_scores" in asked else (),
+            feature_shift=shift,
+        )
+        decisions = config.decide(sizes, measured)
     return Plan(
-        layer_importance=importance,
-        keep_layers=keep,
-        mlp_neurons=neurons,
+        decisions=planned(decisions),
         ranges=observer.ranges(),
         frames=len(observations),
         frames_digest=str(observer.frames_digest),
-        layer_rule=None if isinstance(config.keep_layers, tuple) or kept == sizes.layers else config.layer_rule,
         checkpoint=fingerprint_weights(policy.state_dict()),
     )
 
@@ -130,12 +129,13 @@ class LayerObserver(fx.Interpreter):
 class _Observer(LayerObserver):
     """Runs the perception half of the captured graph, and measures layers, neurons and activation ranges."""
 
-    def __init__(self, policy: CogACT) -> None:
+    def __init__(self, policy: CogACT, *, neurons: bool) -> None:
         graph = _perception(policy)
         super().__init__(graph)
         self._policy = policy
         layers = decoder_layers(graph.graph)
-        self._gated = {argument(layer.named("mlp.down_proj"), 0): layer.index for layer in layers}
+        gated = {argument(layer.named("mlp.down_proj"), 0): layer.index for layer in layers}
+        self._gated = gated if neurons else {}
         self._downs = [argument(layer.named("mlp.down_proj"), 1) for layer in layers]
         self._activity: list[Tensor] = [torch.zeros(policy.sizes.language.mlp_width) for _ in layers]
         self._sites = list(lowered_sites(graph.graph))
@@ -175,30 +175,42 @@ class _Observer(LayerObserver):
             found[module_path(site)] = max(found.get(module_path(site), 0.0), *values)
         return tuple(found.items())
 
-    def neuron_scores(self) -> list[Tensor]:
+    def neuron_scores(self) -> tuple[NDArray[np.float32], ...]:
         """Return the score of every neuron of every layer, float32 [M]."""
         norms = [self.fetch_attr(str(node.target)).float().norm(dim=0).cpu() for node in self._downs]
-        return [activity / self._tokens * norm for activity, norm in zip(self._activity, norms, strict=True)]
+        return tuple(
+            (activity / self._tokens * norm).numpy() for activity, norm in zip(self._activity, norms, strict=True)
+        )
 
 
-def _greedy_layers(policy: CogACT, frames: Sequence[Frame], count: int, *, progress: bool) -> tuple[int, ...]:
-    """Drop one layer after the other until `count` remain; among equals, the one with the lower index."""
-    graph, inputs = _perception(policy), [_inputs(policy, *frame) for frame in frames]
-    keep = tuple(range(policy.sizes.language.layers))
-    dense = _features(graph, inputs)
+class _FeatureShift:
+    """Measures how far the cognition feature moves with some decoder layers alone; see `Measured.feature_shift`."""
+
+    def __init__(self, policy: CogACT, frames: Sequence[Frame], advance: Callable[[], None]) -> None:
+        self._graph, self._inputs = _perception(policy), [_inputs(policy, *frame) for frame in frames]
+        self._dense = _features(self._graph, self._inputs)
+        self._advance = advance
+
+    def __call__(self, keep: tuple[int, ...]) -> float:
+        found = _features(PruneLayers(keep=keep)(self._graph)[0], self._inputs)
+        self._advance()
+        moved = (found - self._dense).norm(dim=-1) / self._dense.norm(dim=-1)  # [F]
+        return float(moved.mean())
+
+
+@contextmanager
+def _feature_shift(
+    policy: CogACT, frames: Sequence[Frame], config: CompileConfig, *, progress: bool
+) -> Iterator[Callable[[tuple[int, ...]], float] | None]:
+    """Yield what measures shifts of the feature, and draw a progress bar meanwhile; None where no budget needs it."""
+    if "feature_shift" not in config.measurements(policy.sizes):
+        yield None
+        return
     columns = (TextColumn("Dropping layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    trials = sum(range(count + 1, len(keep) + 1))
     with Progress(*columns, console=new_console(stderr=True), transient=True, disable=not progress) as bar:
+        trials = drop_trials(policy.sizes.language.layers, config.kept_layer_count(policy.sizes))
         task = bar.add_task("", total=trials)
-        while len(keep) > count:
-            moved = {}
-            for gone in keep:
-                left = tuple(layer for layer in keep if layer != gone)
-                found = _features(PruneLayers(keep=left)(graph)[0], inputs)
-                moved[left] = ((found - dense).norm(dim=-1) / dense.norm(dim=-1)).mean().item()
-                bar.advance(task)
-            keep = min(moved, key=lambda left: moved[left])
-    return keep
+        yield _FeatureShift(policy, frames, lambda: bar.advance(task))
 
 
 def _perception(policy: CogACT) -> fx.GraphModule:
@@ -224,8 +236,3 @@ def _inputs(policy: CogACT, image: CameraFrame, instruction: str) -> tuple[Tenso
         torch.zeros(1, action.chunk, action.action_width, device=device),
         torch.zeros(1, device=device),
     )
-
-
-def _top(scores: Tensor, count: int) -> tuple[int, ...]:
-    ranked = scores.sort(descending=True, stable=True).indices[:count]
-    return tuple(ranked.sort().values.tolist())

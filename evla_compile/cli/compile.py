@@ -19,9 +19,8 @@ from evla_compile.cli.setting_options import Dense, Preset, Settings, with_setti
 from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.host.camera_frame import Framing
 from evla_compile.memory import PeakMemory, watching_memory
-from evla_compile.settings.budgets import kept_layer_count, resolve
 from evla_compile.settings.config import OPSET, Precision
-from evla_compile.settings.plan import plan_without_calibration
+from evla_compile.settings.plan import check_plan, plan_without_calibration
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
 
@@ -79,11 +78,10 @@ def compile_policy(
         from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
     # Check what shapes alone can show first: loading reads gigabytes, and importing the compiler takes seconds.
     sizes = read_checkpoint(run_dir, use_ema=use_ema).sizes
-    config = resolve(config, sizes)
+    config = config.resolve(sizes)
     if chosen is None and calibration is None:
-        chosen = plan_without_calibration(sizes.language, config)
+        chosen = plan_without_calibration(sizes, config)
     with step("import the compiler and its exporters"):
-        from evla_compile.compiler.pipeline import check_plan
         from evla_compile.exporters.split import check_parts
         from evla_compile.exporters.to_onnx import OPSETS
     if opset not in OPSETS:
@@ -91,7 +89,7 @@ def compile_policy(
     frames = None if calibration is None else evla.read_frames(calibration, convert=convert)
     if chosen is not None:
         check_plan(chosen, config, sizes)
-    check_parts(parts, kept_layer_count(config, sizes.language) if chosen is None else len(chosen.keep_layers))
+    check_parts(parts, config.kept_layer_count(sizes) if chosen is None else len(chosen.keep_layers))
     with watching_memory() as peak:
         with step("load the policy"):
             policy = evla.load(run_dir, tokenizer=tokenizer, use_ema=use_ema, deferred=True)

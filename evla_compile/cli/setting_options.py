@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, signature
 from types import MappingProxyType
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
-from evla_compile.settings.config import PRESETS, LayerRule
+from evla_compile.settings.config import PRESETS, CompileConfig
+from evla_compile.settings.setting import settings_of
 
 Settings: TypeAlias = Mapping[str, Any]
 """Value of the option of each setting of `CompileConfig`, by name; None where the option was not given."""
@@ -16,28 +17,44 @@ Settings: TypeAlias = Mapping[str, Any]
 Preset = Annotated[str | None, typer.Option(help=f"Start from {', '.join(sorted(PRESETS))}.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Start from keeping everything.")]
 
-OPTIONS: Mapping[str, Any] = MappingProxyType(
-    {
-        "keep_layers": Annotated[str | None, typer.Option(metavar="N|SHARE|i,j,k|all", help="Decoder layers kept.")],
-        "layer_rule": Annotated[
-            LayerRule | None, typer.Option(help="Which layers go: the paper's importance, or one after the other.")
-        ],
-        "mlp_keep": Annotated[float | None, typer.Option(help="Share of each kept MLP's neurons kept.")],
-        "visual_tokens": Annotated[str | None, typer.Option(metavar="N|SHARE|all", help="Visual tokens kept.")],
-        "key_tokens": Annotated[
-            str | None, typer.Option(metavar="N|SHARE", help="Of these, always kept by relevance.")
-        ],
-        "task_share": Annotated[float | None, typer.Option(help="Share of the others kept by relevance.")],
-        "cache_interval": Annotated[
-            int | None, typer.Option(help="Denoising steps from one recomputation to the next.")
-        ],
-        "ddim_steps": Annotated[int | None, typer.Option(help="Denoising steps.")],
-        "cfg_scale": Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 for none.")],
-        "text_tokens": Annotated[int | None, typer.Option(help="Text budget in tokens.")],
-        "batch_size": Annotated[int | None, typer.Option(help="Static batch size.")],
-    }
-)
+
+def _options() -> dict[str, Any]:
+    """Return the type and help of every setting's option, as its declaration says them."""
+    types = get_type_hints(CompileConfig)
+    options = {}
+    for name, about in settings_of(CompileConfig).items():
+        kind: Any = str if about.parse is not None else types[name]
+        options[name] = Annotated[kind | None, typer.Option(metavar=about.metavar, help=about.text)]
+    return options
+
+
+OPTIONS: Mapping[str, Any] = MappingProxyType(_options())
 """Type and help of the option of each setting of `CompileConfig`, in their order."""
+
+
+def parse_options(settings: Settings) -> dict[str, Any]:
+    """Return the settings that were given, their texts read.
+
+    Raises:
+        ValueError: a text is malformed; the message names the option and the forms that it takes.
+    """
+    found = {}
+    for name, about in settings_of(CompileConfig).items():
+        value = settings[name]
+        if value is None:
+            continue
+        if about.parse is not None:
+            try:
+                value = about.parse(value)
+            except ValueError as error:
+                raise ValueError(f"{option_name(name)} {value}: expected {about.forms}") from error
+        found[name] = value
+    return found
+
+
+def option_name(setting: str) -> str:
+    """Return the option of a setting, as it is typed."""
+    return f"--{setting.replace('_', '-')}"
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

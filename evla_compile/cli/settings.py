@@ -7,11 +7,12 @@ from typing import Any
 
 from evla_compile.artifact.files import find_manifest
 from evla_compile.artifact.manifest import read_manifest
-from evla_compile.cli.setting_options import Settings
-from evla_compile.settings.config import PRESETS, CompileConfig, Share
+from evla_compile.cli.setting_options import Settings, option_name, parse_options
+from evla_compile.settings.config import PRESETS, CallSettings, CompileConfig
 from evla_compile.settings.plan import Plan
+from evla_compile.settings.setting import settings_of
 
-_OF_EVERY_ROW = ("ddim_steps", "cfg_scale", "text_tokens", "batch_size")  # settings of the call, not budgets
+_OF_EVERY_ROW = settings_of(CallSettings)  # settings of the call, not budgets
 
 
 def read_configs(settings: Settings, *, presets: Collection[str], dense: bool) -> dict[str, CompileConfig]:
@@ -59,10 +60,7 @@ def read_config(settings: Settings, *, preset: str | None, dense: bool) -> Compi
         base = CompileConfig.dense()
     elif preset is not None:
         base = CompileConfig.preset(preset)
-    given = {name: value for name, value in settings.items() if value is not None}
-    for name, read in (("keep_layers", _layers), ("visual_tokens", _tokens), ("key_tokens", _key_tokens)):
-        if name in given:
-            given[name] = read(given[name])
+    given = parse_options(settings)
     config = replace(base, **given)
     _refuse_idle(config, given)
     return config
@@ -74,16 +72,9 @@ def _refuse_idle(config: CompileConfig, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: there is one.
     """
-    every_token = config.visual_tokens is None
-    chosen_layers = config.keep_layers is None or isinstance(config.keep_layers, tuple)
-    idle = {
-        "key_tokens": "every visual token is kept; give --visual-tokens N" if every_token else None,
-        "task_share": "every visual token is kept; give --visual-tokens N" if every_token else None,
-        "layer_rule": "no layer is left to a rule; give --keep-layers a count" if chosen_layers else None,
-    }
-    for name, reason in idle.items():
-        if name in given and reason is not None:
-            option = f"--{name.replace('_', '-')}"
+    for name, reason in config.idle_settings().items():
+        if name in given:
+            option = option_name(name)
             raise ValueError(f"{option} {given[name]} would have no effect, since {reason}, or leave {option} out")
 
 
@@ -97,33 +88,3 @@ def read_plan(path: Path) -> Plan:
     if path.is_dir() or path.suffix == ".onnx":
         return read_manifest(find_manifest(path)).plan
     return Plan.load(path)
-
-
-def _layers(text: str) -> int | Share | tuple[int, ...] | None:
-    try:
-        if text == "all":
-            return None
-        return tuple(int(index) for index in text.split(",")) if "," in text else _number(text)
-    except ValueError as error:
-        raise ValueError(
-            f"--keep-layers {text}: expected a count as in 22, a share as in 0.69, indices as in 0,1,4, or all"
-        ) from error
-
-
-def _tokens(text: str) -> int | Share | None:
-    try:
-        return None if text == "all" else _number(text)
-    except ValueError as error:
-        raise ValueError(f"--visual-tokens {text}: expected a count as in 56, a share as in 0.22, or all") from error
-
-
-def _key_tokens(text: str) -> int | Share:
-    try:
-        return _number(text)
-    except ValueError as error:
-        raise ValueError(f"--key-tokens {text}: expected a count as in 4, or a share as in 0.016") from error
-
-
-def _number(text: str) -> int | Share:
-    """Return a count where `text` is a whole number, else a share: "1" is one, "1.0" is all."""
-    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)

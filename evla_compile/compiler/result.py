@@ -20,7 +20,6 @@ from evla_compile.host.inputs import GraphInputs, InputSignature, is_batch
 from evla_compile.host.predictor import Predictor
 from evla_compile.host.processor import Processor
 from evla_compile.passes import ExposeStages
-from evla_compile.settings.budgets import resolve_tokens
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from evla_compile.settings.sizes import ModelSizes
@@ -203,7 +202,7 @@ class CompiledGraph(Predictor):
             ValueError: an argument is refused.
         """
         inputs = GraphInputs.prepare(self.processor, image, instruction, self.signature, framing=framing)
-        visual_tokens, _ = resolve_tokens(self.config, self.sizes.patches)
+        visual_tokens, _ = self.config.kept_tokens(self.sizes.patches)
         if visual_tokens == self.sizes.patches:
             kept = np.tile(np.arange(self.sizes.patches), (self.config.batch_size, 1))
         else:

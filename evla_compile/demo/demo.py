@@ -127,7 +127,7 @@ def run_demo(
         dense = CompileConfig.dense(
             ddim_steps=config.ddim_steps, cfg_scale=config.cfg_scale, text_tokens=config.text_tokens
         )
-        plans = {"dense": (dense, plan_without_calibration(policy.sizes.language, dense)), "compiled": (config, plan)}
+        plans = {"dense": (dense, plan_without_calibration(policy.sizes, dense)), "compiled": (config, plan)}
         compiled = {}
         for name, choice in plans.items():
             with step(f"{name}: capture and rewrite the graph"):

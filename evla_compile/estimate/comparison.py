@@ -8,7 +8,6 @@ import torch
 
 from evla_compile.estimate.estimates import Estimate, estimate_upstream, quick_estimates
 from evla_compile.families.cogact.loading.checkpoint import read_sound_checkpoint
-from evla_compile.settings.budgets import resolve
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import ModelSizes, PublishedName, published_sizes
 
@@ -51,7 +50,7 @@ def compare(
     """
     for name, config in configs.items():
         try:
-            resolve(config, sizes)
+            config.resolve(sizes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     with step("count upstream's graph"):

@@ -26,7 +26,6 @@ from evla_compile.graph.sites import indexed_modules, nodes_under
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.processor import Processor
 from evla_compile.settings.anatomy import COGACT
-from evla_compile.settings.budgets import kept_layer_count, resolve
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
@@ -151,8 +150,8 @@ def quick_estimates(
     """
     short, shortened, kept = _shortened(sizes), {}, {}
     for name, config in configs.items():
-        kept[name] = kept_layer_count(config, sizes.language)
-        shortened[name] = replace(resolve(config, sizes), keep_layers=min(kept[name], short.language.layers))
+        kept[name] = config.kept_layer_count(sizes)
+        shortened[name] = replace(config.resolve(sizes), keep_layers=min(kept[name], short.language.layers))
     found = {
         name: _estimate(dtype, _extended(gm, short, sizes, kept[name]))
         for name, gm, _ in _rewrite(short, shortened, dtype)

@@ -1,23 +1,19 @@
 """What to compile: `CompileConfig` and the presets of the paper (EfficientVLA, arXiv 2506.10100, Table 2)."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias, get_args
 
-from evla_compile.arguments import is_listed, is_real, is_whole, number, whole_number
-
-DIFFUSION_STEPS = 100
-"""Length of the training noise schedule of every published CogACT (T in the paper)."""
-
-VALID_DDIM_STEPS = tuple(
-    steps
-    for steps in range(1, DIFFUSION_STEPS + 1)
-    if any(-(-DIFFUSION_STEPS // stride) == steps for stride in range(1, DIFFUSION_STEPS + 1))
-)
-"""Step counts that some integer stride over the schedule yields."""
-
+from evla_compile.settings.budgets.budget import Budget, Decision, Measured, MeasuredDecision, Measurement, decision_of
+from evla_compile.settings.budgets.cache import CacheBudget
+from evla_compile.settings.budgets.layers import LayerBudget
+from evla_compile.settings.budgets.mlp import MLPBudget
+from evla_compile.settings.budgets.tokens import TokenBudget
+from evla_compile.settings.schedule import check_ddim_steps
+from evla_compile.settings.setting import KEPT, Settings, number_from, setting, settings_of, whole_from
+from evla_compile.settings.sizes import ModelSizes
 
 DDIM_STEPS = 10
 """Denoising steps with which CogACT is evaluated."""
@@ -37,79 +33,53 @@ Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """All values of `Precision`."""
 
-LayerRule: TypeAlias = Literal["importance", "greedy"]
-"""How calibration chooses the decoder layers that stay."""
-
-LAYER_RULES: tuple[LayerRule, ...] = get_args(LayerRule)
-"""All values of `LayerRule`."""
-
-Share: TypeAlias = float
-"""A budget as a share of what the model has, above 0.0 and below 1.0. An int is a count instead, so 1 is one layer; 1.0
-keeps everything, like None, where that is possible."""
-
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""
 
+check_cfg_scale = partial(number_from(1.0, 100.0), "cfg_scale")
+"""Return a guidance scale as a float; ValueError where it is no number from 1 to 100."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CompileConfig:
+check_text_tokens = partial(whole_from(4, 2048), "text_tokens")
+"""Return a text budget as an int; ValueError where it is no whole number from 4 to 2048."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSettings(Settings):
+    """Settings of every call of the compiled policy, whatever is kept of it."""
+
+    ddim_steps: int = setting(DDIM_STEPS, text="Denoising steps.", read=lambda _, steps: check_ddim_steps(steps))
+    """Denoising steps of the DDIM sampler (eta 0); only counts that an integer stride over 100 yields."""
+    cfg_scale: float = setting(
+        CFG_SCALE, text="Classifier-free guidance; 1 for none.", read=lambda _, scale: check_cfg_scale(scale)
+    )
+    """Classifier-free guidance scale; 1.0 turns guidance off."""
+    text_tokens: int = setting(
+        TEXT_TOKENS, text="Text budget in tokens.", read=lambda _, budget: check_text_tokens(budget)
+    )
+    """Static text budget in tokens, BOS and the two appended ids included; shorter prompts are right-padded."""
+    batch_size: int = setting(1, text="Static batch size.", read=whole_from(1, 1024))
+    """Static batch size of the compiled graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig(
+    # Read from the last to the first, the order of the techniques in the pipeline and of the settings in JSON.
+    CallSettings,
+    CacheBudget,
+    TokenBudget,
+    MLPBudget,
+    LayerBudget,
+):
     """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
 
     Defaults and presets are shares, which give the paper's numbers on CogACT's sizes (32 layers, 256 patches) and fit
-    other sizes as well. `settings.budgets` turns them into numbers of a model, and refuses those that do not fit.
-    Numbers of numpy's types, and a list, range or array of layer indices, become the plain values that the annotations
-    name; shares of 1.0 become None.
+    other sizes as well; `resolve` turns them into numbers of a model, and refuses those that do not fit. Numbers of
+    numpy's types, and a list, range or array of layer indices, become the plain values that the annotations name;
+    shares of 1.0 become None.
 
     Raises:
         ValueError: a setting is out of its range; the message names it, its value and the legal range.
     """
-
-    keep_layers: int | Share | tuple[int, ...] | None = 22 / 32
-    """Decoder layers kept (the paper's L): a count or a share of all, for calibration to place; ascending indices; None
-    for all."""
-    layer_rule: LayerRule = "importance"
-    """Which layers go where `keep_layers` names none: those of least "importance", by the paper's equation 1; or
-    "greedy", not in the paper: one after the other, that without which the cognition feature moves least."""
-    mlp_keep: float = 0.75
-    """Share of every kept layer's MLP neurons that stays, rounded to a multiple of 64 neurons; 1.0 for all."""
-    visual_tokens: int | Share | None = 56 / 256
-    """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included: a count or a share
-    of the patches; None for all."""
-    key_tokens: int | Share = 4 / 256
-    """Visual tokens always kept for their relevance to the instruction (the paper's K_key): a count or a share of the
-    patches."""
-    task_share: float = 0.5
-    """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
-    cache_interval: int = 5
-    """Denoising steps between two recomputations of the DiT's blocks (the paper's N); 1 recomputes always."""
-    ddim_steps: int = DDIM_STEPS
-    """Denoising steps of the DDIM sampler (eta 0); only counts that an integer stride over 100 yields."""
-    cfg_scale: float = CFG_SCALE
-    """Classifier-free guidance scale; 1.0 turns guidance off."""
-    text_tokens: int = TEXT_TOKENS
-    """Static text budget in tokens, BOS and the two appended ids included; shorter prompts are right-padded."""
-    batch_size: int = 1
-    """Static batch size of the compiled graph."""
-
-    def __post_init__(self) -> None:
-        if self.layer_rule not in LAYER_RULES:
-            raise ValueError(f"layer_rule={self.layer_rule!r}: expected one of {', '.join(LAYER_RULES)}")
-        plain: dict[str, Any] = {
-            "keep_layers": _layers(self.keep_layers),
-            "mlp_keep": number("mlp_keep", self.mlp_keep, low=0.0, high=1.0, low_open=True),
-            "task_share": number("task_share", self.task_share, low=0.0, high=1.0),
-            "cfg_scale": check_cfg_scale(self.cfg_scale),
-            "visual_tokens": _count_or_share_or_all("visual_tokens", self.visual_tokens),
-            "key_tokens": _count_or_share("key_tokens", self.key_tokens),
-            "cache_interval": whole_number("cache_interval", self.cache_interval, low=1, high=DIFFUSION_STEPS),
-            "text_tokens": check_text_tokens(self.text_tokens),
-            "batch_size": whole_number("batch_size", self.batch_size, low=1, high=1024),
-            "ddim_steps": check_ddim_steps(self.ddim_steps),
-        }
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
-        if type(self.visual_tokens) is type(self.key_tokens):  # else the model decides
-            check_key_tokens(self.visual_tokens, self.key_tokens)
 
     @classmethod
     def dense(
@@ -121,16 +91,8 @@ class CompileConfig:
         batch_size: int = 1,
     ) -> Self:
         """Return a configuration that keeps everything: only the exact rewrites are applied."""
-        return cls(
-            keep_layers=None,
-            mlp_keep=1.0,
-            visual_tokens=None,
-            cache_interval=1,
-            ddim_steps=ddim_steps,
-            cfg_scale=cfg_scale,
-            text_tokens=text_tokens,
-            batch_size=batch_size,
-        )
+        off = {name: about.off for name, about in settings_of(cls).items() if about.off is not KEPT}
+        return cls(**off, ddim_steps=ddim_steps, cfg_scale=cfg_scale, text_tokens=text_tokens, batch_size=batch_size)
 
     @classmethod
     def preset(cls, name: str) -> "CompileConfig":
@@ -154,82 +116,99 @@ class CompileConfig:
         Raises:
             ValueError: a setting is missing, unknown or out of range.
         """
-        settings = dict(data)
-        unknown, missing = settings.keys() - cls.__dataclass_fields__, cls.__dataclass_fields__.keys() - settings
+        settings, known = dict(data), settings_of(cls)
+        unknown, missing = settings.keys() - known, known.keys() - settings
         if unknown or missing:
             raise ValueError(f"unknown compile settings {sorted(unknown)}, missing {sorted(missing)}")
         return cls(**settings)
 
+    @classmethod
+    def techniques(cls) -> tuple[type[Budget], ...]:
+        """Return the budgets that the configuration is made of, in the order of the pipeline."""
+        return tuple(base for base in reversed(cls.__mro__) if issubclass(base, Budget) and "decision" in vars(base))
 
-def check_ddim_steps(steps: object) -> int:
-    """Return a number of denoising steps as an int, if an integer stride over the schedule yields it.
-
-    Raises:
-        ValueError: none does; the message lists the valid counts.
-    """
-    if not is_whole(steps) or steps not in VALID_DDIM_STEPS:
-        valid = ", ".join(map(str, VALID_DDIM_STEPS))
-        raise ValueError(f"ddim_steps={steps!r} has no integer stride over {DIFFUSION_STEPS} steps; valid: {valid}")
-    return int(steps)
-
-
-def check_cfg_scale(scale: object) -> float:
-    """Return a guidance scale as a float.
-
-    Raises:
-        ValueError: it is no number from 1 to 100.
-    """
-    return number("cfg_scale", scale, low=1.0, high=100.0)
-
-
-def check_text_tokens(budget: object) -> int:
-    """Return a text budget as an int.
-
-    Raises:
-        ValueError: it is no whole number from 4 to 2048.
-    """
-    return whole_number("text_tokens", budget, low=4, high=2048)
-
-
-def check_key_tokens(visual_tokens: int | Share, key_tokens: int | Share) -> None:
-    """Refuse a budget of visual tokens that its key tokens alone exceed, both counts or both shares.
-
-    Raises:
-        ValueError: the message names both settings and a value that fits.
-    """
-    if visual_tokens < key_tokens:
-        raise ValueError(
-            f"visual_tokens={visual_tokens} is below key_tokens={key_tokens}: the key tokens count towards the budget;"
-            f" use visual_tokens={key_tokens} or more, or key_tokens={visual_tokens} or less"
+    def budgets(self) -> tuple[Budget, ...]:
+        """Return the budget of every technique, in the order of the pipeline."""
+        return tuple(
+            technique(**{each.name: getattr(self, each.name) for each in fields(technique)})
+            for technique in self.techniques()
         )
 
+    def resolve(self, sizes: ModelSizes) -> Self:
+        """Return the configuration with counts for a model of these sizes in place of shares; None stays None.
 
-def _layers(keep: object) -> int | Share | tuple[int, ...] | None:
-    """Return a budget of decoder layers as a plain value; a refusal names what is wrong with it."""
-    if not is_listed(keep):
-        return _count_or_share_or_all("keep_layers", keep)
-    if not len(keep) or any(not is_whole(index) or index < 0 for index in keep):
-        raise ValueError(f"keep_layers={keep!r}: expected layer indices from 0, at least one")
-    indices = tuple(int(index) for index in keep)
-    if any(a >= b for a, b in pairwise(indices)):
-        raise ValueError(f"keep_layers={keep!r}: indices must ascend without repeats, as in (0, 1, 4)")
-    return indices
+        A configuration of counts is returned unchanged, so the method may be applied twice.
 
+        Raises:
+            ValueError: a budget does not fit the sizes; the message names the setting, its value and one that fits.
+        """
+        counts: dict[str, Any] = {}
+        for budget in self.budgets():
+            resolved = budget.resolve(sizes)
+            counts |= {each.name: getattr(resolved, each.name) for each in fields(resolved)}
+        found = replace(self, **counts)
+        found.check(sizes, sizes)
+        return found
 
-def _count_or_share_or_all(name: str, budget: object) -> int | Share | None:
-    """Return a budget as a plain value: None and the share 1.0, which would equal one as a count, both as None."""
-    whole_share = is_real(budget) and not is_whole(budget) and budget == 1.0
-    return None if budget is None or whole_share else _count_or_share(name, budget)
+    def left(self, sizes: ModelSizes) -> ModelSizes:
+        """Return the sizes of the model behind all techniques, as far as these change them."""
+        for budget in self.budgets():
+            sizes = budget.left(sizes)
+        return sizes
 
+    def check(self, sizes: ModelSizes, left: ModelSizes) -> None:
+        """Refuse budgets that do not go with each other on what is left of the model; see `Budget.check`."""
+        for budget in self.budgets():
+            budget.check(sizes, left)
+            left = budget.left(left)
 
-def _count_or_share(name: str, budget: object) -> int | Share:
-    """Return a budget as an int where it is a count, as a float where it is a share."""
-    if is_whole(budget) and budget >= 1:
-        return int(budget)
-    if is_real(budget) and not is_whole(budget) and 0.0 < budget < 1.0:
-        return float(budget)
-    count = f"; as a count, write {budget:.0f}" if isinstance(budget, float) and budget in range(1, 10_000) else ""
-    raise ValueError(f"{name}={budget!r}: expected a count from 1 up, or a share above 0.0 and below 1.0{count}")
+    def idle_settings(self) -> Mapping[str, str]:
+        """Return the settings that decide nothing beside the others, and why."""
+        return {name: reason for budget in self.budgets() for name, reason in budget.idle_settings().items()}
+
+    def unmeasured(self, sizes: ModelSizes) -> Mapping[str, Any]:
+        """Return the settings, and their values, that leave open what stays, so that only measurements can tell.
+
+        Raises:
+            ValueError: a budget does not fit the sizes.
+        """
+        return {name: value for budget in self.budgets() for name, value in budget.unmeasured(sizes).items()}
+
+    def measurements(self, sizes: ModelSizes) -> frozenset[Measurement]:
+        """Return what calibration must measure for all decisions."""
+        return frozenset().union(*(budget.measurements(sizes) for budget in self.budgets()))
+
+    def decide(
+        self, sizes: ModelSizes, measured: Measured | None, earlier: Sequence[Decision] = ()
+    ) -> tuple[Decision, ...]:
+        """Return the decision of every technique, in the order of the pipeline; see `Budget.decide`.
+
+        Raises:
+            ValueError: a budget does not fit the sizes.
+        """
+        decisions = tuple(earlier)
+        for budget in self.budgets():
+            decisions += budget.decide(sizes, measured, decisions)
+        return decisions[len(earlier) :]
+
+    def complete(self, planned: Sequence[MeasuredDecision], sizes: ModelSizes) -> tuple[Decision, ...]:
+        """Return the decision of every technique: a plan's where it holds one, else what follows from the sizes.
+
+        Raises:
+            ValueError: a budget does not fit the sizes.
+        """
+        decisions: tuple[Decision, ...] = ()
+        for budget in self.budgets():
+            if issubclass(budget.decision, MeasuredDecision):
+                decisions += (decision_of(budget.decision, planned),)
+            else:
+                decisions += budget.decide(sizes, None, decisions)
+        return decisions
+
+    def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
+        """Refuse decisions that were made for other budgets or sizes; see `Budget.check_decision`."""
+        for budget in self.budgets():
+            budget.check_decision(decisions, sizes, measured=measured)
 
 
 PRESETS: Mapping[str, CompileConfig] = MappingProxyType(

@@ -1,84 +1,104 @@
-"""The plan: which decoder layers and MLP neurons stay, as calibration decided for the rewrites; no torch."""
+"""The plan: what calibration decided for every technique that it measures for, and on what evidence; no torch."""
 
 import json
 import os
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from evla_compile.errors import CalibrationError
 from evla_compile.json_text import to_json_text
 from evla_compile.scratch import replacing
-from evla_compile.settings.budgets import kept_layer_count, kept_neurons
-from evla_compile.settings.config import LAYER_RULES, CompileConfig, LayerRule
-
-if TYPE_CHECKING:
-    from evla_compile.settings.sizes import LanguageSizes, ModelSizes
+from evla_compile.settings.budgets.budget import Decision, MeasuredDecision, decision_of
+from evla_compile.settings.budgets.layers import LayerDecision, LayerRule
+from evla_compile.settings.budgets.mlp import MLPDecision
+from evla_compile.settings.budgets.plan_values import MAX_NAMED, index, score
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.sizes import ModelSizes
 
 PLAN_FORMAT = 1
-"""Version of a plan's JSON form. It rises with every new field, which older versions must refuse; a plan of an older
-format is read with the defaults of the fields that it lacks."""
+"""Version of a plan's JSON form. It rises where a key changes its meaning; a plan of an older format is read with the
+defaults of the keys that it lacks, and an older version refuses keys that it does not know."""
 
 DIGEST_DIGITS = 16
 """Hexadecimal digits of a fingerprint."""
 
-_MAX_LAYERS, _MAX_NEURONS = 256, 100_000  # beyond any decoder; see `Plan.from_json`
+_FIRST_KEYS = (
+    "format", "layer_importance", "keep_layers", "mlp_neurons", "ranges", "frames", "frames_digest", "layer_rule",
+    "checkpoint",
+)  # fmt: skip # of format 1, in the order in which it has always been written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a calibration decided; with a configuration it fixes every rewrite."""
+    """What a calibration decided, and what it rests on; with a configuration it fixes every rewrite."""
 
-    layer_importance: tuple[float, ...]
-    """I(l) = 1 - mean cosine between input and output of every layer of the unpruned decoder; empty if not measured."""
-    keep_layers: tuple[int, ...]
-    """Decoder layers kept, ascending."""
-    mlp_neurons: tuple[tuple[int, ...], ...]
-    """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
+    decisions: tuple[MeasuredDecision, ...]
+    """One for every technique that needs measurements, in the order of the pipeline; those that are not given keep
+    everything."""
     ranges: tuple[tuple[str, float], ...] = ()
     """Activation ranges: the largest absolute input or output observed of each linear layer and attention, by module
     path; empty if not measured. They decide whether a layer fits float16."""
-    frames: int
+    frames: int = 0
     """Observations measured; 0 where the configuration left nothing to measure."""
     frames_digest: str | None = None
     """Digest of these observations as the policy saw them; None if nothing was measured."""
-    layer_rule: LayerRule | None = None
-    """Rule that chose `keep_layers`; None where all stay, or where they were named."""
     checkpoint: tuple[tuple[str, str], ...] = ()
     """Fingerprint of the weights that were measured, by group (see `evla_compile.calibration.fingerprint`); empty if
     none were, so that the plan fits every policy of its sizes."""
 
+    def __post_init__(self) -> None:
+        given = {type(decision): decision for decision in self.decisions}
+        object.__setattr__(self, "decisions", tuple(given.get(kind) or kind() for kind in _kinds()))
+
+    @property
+    def keep_layers(self) -> tuple[int, ...]:
+        """Decoder layers kept, ascending."""
+        return decision_of(LayerDecision, self.decisions).keep
+
+    @property
+    def layer_importance(self) -> tuple[float, ...]:
+        """I(l) of every layer of the unpruned decoder; empty if not measured."""
+        return decision_of(LayerDecision, self.decisions).importance
+
+    @property
+    def layer_rule(self) -> LayerRule | None:
+        """Rule that chose `keep_layers`; None where all stay, or where they were named."""
+        return decision_of(LayerDecision, self.decisions).rule
+
+    @property
+    def mlp_neurons(self) -> tuple[tuple[int, ...], ...]:
+        """MLP neurons kept in each of `keep_layers`, ascending; empty where all stay."""
+        return tuple(kept for _, kept in decision_of(MLPDecision, self.decisions).neurons)
+
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values; the neurons of a layer as runs of indices, "0-3,5,7-20"."""
-        neurons = [_to_runs(neurons) for neurons in self.mlp_neurons]
-        named = {"mlp_neurons": neurons, "ranges": dict(self.ranges), "checkpoint": dict(self.checkpoint)}
-        return {"format": PLAN_FORMAT} | asdict(self) | named
+        """Return the plan as JSON-ready values."""
+        found: dict[str, Any] = {"format": PLAN_FORMAT}
+        for decision in self.decisions:
+            found |= decision.to_json()
+        found |= {"ranges": dict(self.ranges), "frames": self.frames, "frames_digest": self.frames_digest}
+        found["checkpoint"] = dict(self.checkpoint)
+        return {name: found[name] for name in (*_FIRST_KEYS, *sorted(found.keys() - set(_FIRST_KEYS)))}
 
     @classmethod
     def from_json(cls, data: object) -> Self:
-        """Read `to_json`'s form back; fields with a default may be missing, as from an older format.
+        """Read `to_json`'s form back; keys with a default may be missing, as from an older format.
 
         Raises:
             CalibrationError: the data is not a plan, or one of a newer format.
         """
-        values = _fields(data, cls)
+        values = _values(data)
         try:
-            keep_layers = _ascending([_index(value) for value in values["keep_layers"]])
-            # counted before they are expanded: a plan may come from anywhere, and "0-999999" is soon repeated
-            if len(values["mlp_neurons"]) not in (0, len(keep_layers)) or len(keep_layers) > _MAX_LAYERS:
-                raise ValueError(f"neurons of {len(values['mlp_neurons'])} layers for {len(keep_layers)} kept layers")
+            decisions: tuple[MeasuredDecision, ...] = ()
+            for kind in _kinds():
+                decisions += (kind.from_json(values, decisions),)
             return cls(
-                layer_importance=tuple(_score(value) for value in values["layer_importance"]),
-                keep_layers=keep_layers,
-                mlp_neurons=tuple(_from_runs(neurons) for neurons in values["mlp_neurons"]),
+                decisions=decisions,
                 ranges=_named_scores(values["ranges"]),
-                frames=_index(values["frames"]),
+                frames=index(values["frames"]),
                 frames_digest=None if values["frames_digest"] is None else _digest(values["frames_digest"]),
-                layer_rule=_layer_rule(values["layer_rule"]),
                 checkpoint=_checkpoint(values["checkpoint"]),
             )
         except (TypeError, ValueError) as error:
@@ -102,24 +122,25 @@ class Plan:
             raise CalibrationError(f"plan {path}: {error}") from error
 
 
-def plan_without_calibration(sizes: "LanguageSizes", config: CompileConfig) -> Plan:
+def plan_without_calibration(sizes: ModelSizes, config: CompileConfig) -> Plan:
     """Return the plan of a configuration that leaves nothing to measure.
 
     Raises:
         CalibrationError: a budget needs measuring; nothing is ever calibrated on made-up data.
         ValueError: a budget does not fit the policy.
     """
-    if needs_calibration(sizes, config):
+    unmeasured = config.unmeasured(sizes)
+    if unmeasured:
+        settings = " and ".join(f"{name}={value}" for name, value in unmeasured.items())
         raise CalibrationError(
-            f"keep_layers={config.keep_layers} and mlp_keep={config.mlp_keep} need to know which layers and neurons the"
-            " policy can spare: give calibration= frames of the robot's task, or the plan= of an earlier calibration;"
-            " without either, name the layers in a tuple and keep mlp_keep=1.0, or use CompileConfig.dense()"
+            f"what the policy can spare for {settings} has to be measured: give calibration= frames of the robot's"
+            " task, or the plan= of an earlier calibration; without either, name the layers in a tuple and leave the"
+            " other budgets at everything (mlp_keep=1.0), or use CompileConfig.dense()"
         )
-    keep = config.keep_layers if isinstance(config.keep_layers, tuple) else tuple(range(sizes.layers))
-    return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=(), frames=0)
+    return stand_in_plan(sizes, config)
 
 
-def stand_in_plan(sizes: "ModelSizes", config: CompileConfig) -> Plan:
+def stand_in_plan(sizes: ModelSizes, config: CompileConfig) -> Plan:
     """Return a plan with the right counts and nothing measured, for counting only: the first layers and neurons stay.
 
     Which ones stay changes neither operations nor sizes nor times. The actions of a policy compiled with it mean
@@ -128,63 +149,39 @@ def stand_in_plan(sizes: "ModelSizes", config: CompileConfig) -> Plan:
     Raises:
         ValueError: a budget does not fit the policy.
     """
-    language = sizes.language
-    named, neurons = config.keep_layers, kept_neurons(config, language.mlp_width)
-    keep = named if isinstance(named, tuple) else tuple(range(kept_layer_count(config, language)))
-    mlp_neurons = (tuple(range(neurons)),) * len(keep) if neurons < language.mlp_width else ()
-    return Plan(layer_importance=(), keep_layers=keep, mlp_neurons=mlp_neurons, frames=0)
+    return Plan(decisions=planned(config.decide(sizes, None)))
 
 
-def needs_calibration(sizes: "LanguageSizes", config: CompileConfig) -> bool:
-    """Tell whether a budget leaves open which layers or neurons stay, so that only measurements can place it.
+def planned(decisions: tuple[Decision, ...]) -> tuple[MeasuredDecision, ...]:
+    """Return the decisions that a plan holds."""
+    return tuple(decision for decision in decisions if isinstance(decision, MeasuredDecision))
+
+
+def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
+    """Refuse a plan that was made for other budgets, by another rule, or for other sizes.
+
+    Its weights are compared by `evla_compile.calibration.fingerprint.check_checkpoint`.
 
     Raises:
-        ValueError: a budget does not fit the decoder.
+        CalibrationError: the message says what differs.
     """
-    kept = kept_layer_count(config, sizes)  # refuses layers that the decoder lacks, named ones too
-    counted = not isinstance(config.keep_layers, tuple) and kept < sizes.layers
-    return counted or kept_neurons(config, sizes.mlp_width) < sizes.mlp_width
+    config.check_decision(plan.decisions, sizes, measured=plan.frames > 0)
 
 
-def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
-    """Return the `count` layers that stay, ascending: the least important go, the lower index first among equals."""
-    ranked = sorted(range(len(importance)), key=lambda layer: (importance[layer], layer))
-    return tuple(sorted(ranked[len(importance) - count :]))
+def _kinds() -> tuple[type[MeasuredDecision], ...]:
+    """Return the kinds of decision that a plan holds, in the order of the pipeline."""
+    kinds = (technique.decision for technique in CompileConfig.techniques())
+    return tuple(kind for kind in kinds if issubclass(kind, MeasuredDecision))
 
 
-def _to_runs(ascending: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for index in ascending:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _from_runs(text: object) -> tuple[int, ...]:
-    if not isinstance(text, str) or not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", text, re.ASCII):
-        raise ValueError(f'{text!r:.60}: expected runs of neurons such as "0-3,5,7-20"')
-    found: list[int] = []
-    for run in text.split(","):
-        first, _, last = run.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
-        if len(found) > _MAX_NEURONS:
-            raise ValueError(f"{len(found)} neurons in a layer: expected at most {_MAX_NEURONS}")
-    return _ascending(found)
-
-
-def _ascending(indices: list[int]) -> tuple[int, ...]:
-    if not indices or any(first >= second for first, second in pairwise(indices)):
-        raise ValueError(f"indices {indices!s:.60}: expected at least one, in ascending order")
-    return tuple(indices)
-
-
-def _fields(data: object, plan: type[Plan]) -> dict[str, Any]:
-    """Return the fields of a plan's JSON object by name, with the defaults of those that an older format lacks."""
-    fields = plan.__dataclass_fields__
+def _values(data: object) -> dict[str, Any]:
+    """Return the values of a plan's JSON object by key, with the defaults of those that it lacks."""
+    defaults: dict[str, Any] = {}
+    for kind in _kinds():
+        defaults |= kind.keys
+    defaults |= {each.name: each.default for each in fields(Plan) if each.default is not MISSING} | {"frames": ...}
     if not isinstance(data, dict):
-        raise CalibrationError(f"a plan is a JSON object with the keys {sorted(['format', *fields])}")
+        raise CalibrationError(f"a plan is a JSON object with the keys {sorted(['format', *defaults])}")
     version = data.get("format")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise CalibrationError(
@@ -196,24 +193,11 @@ def _fields(data: object, plan: type[Plan]) -> dict[str, Any]:
             f"the plan has format {version!r:.40}, and this version of evla_compile reads up to {PLAN_FORMAT}: update"
             " evla_compile, or calibrate again with this version"
         )
-    unknown = sorted(map(repr, data.keys() - fields - {"format"}))
-    missing = [name for name, field in fields.items() if field.default is MISSING and name not in data]
+    unknown = sorted(map(repr, data.keys() - defaults - {"format"}))
+    missing = [name for name, default in defaults.items() if default is ... and name not in data]
     if unknown or missing:
         raise CalibrationError(f"a plan of format {version} has no keys {unknown!s:.200} and needs {missing}")
-    return {name: data.get(name, field.default) for name, field in fields.items()}
-
-
-def _score(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"importance {value!r:.40}: expected a finite number")
-    return float(value)  # JSON writers print 1.0 as 1
-
-
-def _layer_rule(value: object) -> LayerRule | None:
-    rule: LayerRule | None = next((rule for rule in LAYER_RULES if rule == value), None)
-    if rule is None and value is not None:
-        raise ValueError(f"layer_rule {value!r:.40}: expected one of {', '.join(LAYER_RULES)}, or null")
-    return rule
+    return {name: data.get(name, default) for name, default in defaults.items()}
 
 
 def _digest(value: object) -> str:
@@ -233,12 +217,6 @@ def _checkpoint(value: object) -> tuple[tuple[str, str], ...]:
 def _named_scores(value: object) -> tuple[tuple[str, float], ...]:
     if value == ():
         return ()
-    if not isinstance(value, dict) or len(value) > _MAX_NEURONS:
+    if not isinstance(value, Mapping) or len(value) > MAX_NAMED:
         raise ValueError(f"ranges {value!s:.60}: expected an object of numbers")
-    return tuple((str(name), _score(largest)) for name, largest in value.items())
-
-
-def _index(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r}: expected a whole number from 0 up")
-    return value
+    return tuple((str(name), score(largest)) for name, largest in value.items())

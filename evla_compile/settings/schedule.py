@@ -6,7 +6,17 @@ Tables and coefficients are float64 on the host; a step is rounded to two float3
 import math
 from dataclasses import dataclass
 
-from evla_compile.settings.config import DIFFUSION_STEPS, check_ddim_steps
+from evla_compile.arguments import is_whole
+
+DIFFUSION_STEPS = 100
+"""Length of the training noise schedule of every published CogACT (T in the paper)."""
+
+VALID_DDIM_STEPS = tuple(
+    steps
+    for steps in range(1, DIFFUSION_STEPS + 1)
+    if any(-(-DIFFUSION_STEPS // stride) == steps for stride in range(1, DIFFUSION_STEPS + 1))
+)
+"""Step counts that some integer stride over the schedule yields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,18 @@ def cumulative_alphas() -> tuple[float, ...]:
         product *= 1.0 - beta
         values.append(product)
     return tuple(values)
+
+
+def check_ddim_steps(steps: object) -> int:
+    """Return a number of denoising steps as an int, if an integer stride over the schedule yields it.
+
+    Raises:
+        ValueError: none does; the message lists the valid counts.
+    """
+    if not is_whole(steps) or steps not in VALID_DDIM_STEPS:
+        valid = ", ".join(map(str, VALID_DDIM_STEPS))
+        raise ValueError(f"ddim_steps={steps!r} has no integer stride over {DIFFUSION_STEPS} steps; valid: {valid}")
+    return int(steps)
 
 
 def ddim_timesteps(steps: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _device
 
 from evla_compile.calibration.fingerprint import check_checkpoint
-from evla_compile.compiler.pipeline import build_passes, check_plan
+from evla_compile.compiler.pipeline import build_passes
 from evla_compile.errors import UnsupportedModelError
 from evla_compile.graph.contract import GraphPass, copy_graph, fake_mode, materialize, propagate, replace_tensor
 from evla_compile.graph.finite_weights import check_finite
@@ -25,9 +25,8 @@ from evla_compile.graph.sites import indexed_modules, input_node, is_call, modul
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.passes import UnrollDiffusion
 from evla_compile.settings.anatomy import COGACT, INPUT_IDS
-from evla_compile.settings.budgets import resolve
 from evla_compile.settings.config import CompileConfig
-from evla_compile.settings.plan import Plan, plan_without_calibration
+from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration
 from evla_compile.torch_backend.dynamo_graph import DynamoGraph, find_sizes, read_graph
 
 Mode: TypeAlias = Literal["inductor", "eager"]
@@ -68,9 +67,9 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
     with own_torch_state():
         found = read_graph(gm, inputs)
         sizes = find_sizes(found.graph)
-        config = resolve(config, sizes)
+        config = config.resolve(sizes)
         if plan is None:
-            plan = plan_without_calibration(sizes.language, config)
+            plan = plan_without_calibration(sizes, config)
         check_plan(plan, config, sizes)
         _check_call(found.graph, config)
         passes = tuple(  # the loop was unrolled when it was captured

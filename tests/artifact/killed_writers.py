@@ -24,6 +24,7 @@ from evla_compile.exporters import build
 from evla_compile.exporters.to_tensorrt import BuiltEngine
 from evla_compile.host.processor import ActionStatistics
 from evla_compile.scratch import remove_stale, replacing
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.plan import Plan
@@ -63,7 +64,7 @@ def describe(folder: Path, files: ArtifactFiles) -> Manifest:
         inputs=INPUTS,
         outputs=OUTPUTS,
         config=CompileConfig(keep_layers=(0, 2), mlp_keep=0.5, text_tokens=20),
-        plan=Plan(layer_importance=(), keep_layers=(0, 2), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0, 2)),)),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 7)},
         pad_id=3,
         vocabulary=64,

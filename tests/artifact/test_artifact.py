@@ -14,6 +14,7 @@ from evla_compile.artifact.manifest import Manifest, read_manifest, write_manife
 from evla_compile.artifact.records import EngineRecord, FileRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError
 from evla_compile.host.processor import ActionStatistics
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 
@@ -63,7 +64,7 @@ def manifest_of(folder: Path, files: ArtifactFiles) -> Manifest:
         inputs=INPUTS,
         outputs=(SAMPLES, KEPT),
         config=CONFIG,
-        plan=Plan(layer_importance=(), keep_layers=(0, 2), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0, 2)),)),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 6 + (False,))},
         vocabulary=64,
         pad_id=3,

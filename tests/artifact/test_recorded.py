@@ -18,6 +18,7 @@ from evla_compile.artifact.records import FileRecord, Part, TensorSpec
 from evla_compile.errors import ArtifactError
 from evla_compile.host.inputs import GraphInputs
 from evla_compile.host.processor import ActionStatistics
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 
@@ -48,7 +49,7 @@ MANIFEST = Manifest(
     inputs=INPUTS,
     outputs=OUTPUTS,
     config=CompileConfig.dense(text_tokens=9, ddim_steps=2),
-    plan=Plan(layer_importance=(), keep_layers=(0, 2), mlp_neurons=(), frames=0),
+    plan=Plan(decisions=(LayerDecision(keep=(0, 2)),)),
     statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7)},
     vocabulary=64,
     pad_id=3,

@@ -19,8 +19,10 @@ from evla_compile.calibration.fingerprint import fingerprint_weights
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import copy_graph, get_tensor, replace_tensor
 from evla_compile.host.frames import Frame, read_frames
+from evla_compile.settings.budgets.layers import LayerDecision, drop_one_by_one, drop_trials, most_important
+from evla_compile.settings.budgets.mlp import highest
 from evla_compile.settings.config import CompileConfig
-from evla_compile.settings.plan import Plan, most_important, plan_without_calibration
+from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.settings.tolerances import TOLERANCES, check
 
 
@@ -113,7 +115,10 @@ def test_greedy_measures_each_frame_relative_to_its_own_dense_feature(
     monkeypatch.setattr(calibration, "_features", features)
     monkeypatch.setattr(calibration, "PruneLayers", lambda keep: lambda graph: (keep, None))
     frames = [Frame(Image.new("RGB", (4, 4)), "pick")] * 2
-    assert calibration._greedy_layers(small_policy, frames, 3, progress=False) == expected
+    measured: list[int] = []
+    shift = calibration._FeatureShift(small_policy, frames, lambda: measured.append(1))
+    assert drop_one_by_one(4, 3, shift) == expected
+    assert len(measured) == drop_trials(4, 3) == 4
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -165,10 +170,10 @@ def test_neurons_are_those_of_an_eager_count(tiny_policy: CogACT, frames: list[F
 
 
 def test_equal_neurons_stay_by_the_lower_index() -> None:
-    scores = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0, 2.0])
-    assert calibration._top(scores, 3) == (1, 2, 3)
-    assert calibration._top(scores, 5) == (0, 1, 2, 3, 5)
-    assert calibration._top(torch.zeros(1000), 7) == tuple(range(7))
+    scores = np.array([1, 2, 3, 2, 1, 2], dtype=np.float32)
+    assert highest(scores, 3) == (1, 2, 3)
+    assert highest(scores, 5) == (0, 1, 2, 3, 5)
+    assert highest(np.zeros(1000, dtype=np.float32), 7) == tuple(range(7))
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -248,12 +253,12 @@ def test_no_frames_are_refused(tiny_policy: CogACT) -> None:
 @pytest.mark.parametrize("config", [CompileConfig(keep_layers=4, mlp_keep=1.0), CompileConfig(keep_layers=None)])
 def test_a_reduced_budget_is_never_calibrated_on_made_up_data(config: CompileConfig, tiny_policy: CogACT) -> None:
     with pytest.raises(evla.CalibrationError, match="give calibration= frames"):
-        plan_without_calibration(tiny_policy.sizes.language, config)
+        plan_without_calibration(tiny_policy.sizes, config)
 
 
 def test_named_layers_need_no_calibration(tiny_policy: CogACT) -> None:
-    found = plan_without_calibration(tiny_policy.sizes.language, CompileConfig(keep_layers=(0, 2, 5), mlp_keep=1.0))
-    assert found == Plan(layer_importance=(), keep_layers=(0, 2, 5), mlp_neurons=(), frames=0)
+    found = plan_without_calibration(tiny_policy.sizes, CompileConfig(keep_layers=(0, 2, 5), mlp_keep=1.0))
+    assert found == Plan(decisions=(LayerDecision(keep=(0, 2, 5)),))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from evla_compile.errors import CalibrationError
 from evla_compile.estimate.estimates import skeleton
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.deferred import DeferredWeight, cut
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from evla_compile.torch_backend.backend import _Compiled
@@ -27,9 +28,7 @@ DENSE = CompileConfig.dense(text_tokens=9, batch_size=2)
 def plan(small_policy: CogACT) -> Plan:
     """A plan that keeps everything, measured on the small policy."""
     return Plan(
-        layer_importance=(),
-        keep_layers=(0, 1, 2, 3),
-        mlp_neurons=(),
+        decisions=(LayerDecision(keep=(0, 1, 2, 3)),),
         frames=1,
         checkpoint=fingerprint_weights(small_policy.state_dict()),
     )
@@ -104,7 +103,7 @@ def test_a_group_that_is_not_there_is_called_absent(small_policy: CogACT, plan: 
 
 
 def test_a_plan_of_no_weights_fits_all_of_them(plan: Plan, small_policy: CogACT) -> None:
-    unmeasured = Plan(layer_importance=(), keep_layers=plan.keep_layers, mlp_neurons=(), frames=0)
+    unmeasured = Plan(decisions=(LayerDecision(keep=plan.keep_layers),))
     check_checkpoint(unmeasured, small_policy.state_dict())
     check_checkpoint(unmeasured, skeleton(small_policy.sizes).state_dict())
 

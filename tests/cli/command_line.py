@@ -11,6 +11,7 @@ from evla_compile import cli
 from evla_compile.artifact.manifest import Manifest
 from evla_compile.artifact.records import FileRecord, Part, TensorSpec
 from evla_compile.host.processor import ActionStatistics
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 
@@ -77,7 +78,7 @@ def example_manifest(*, dataset: str = "toy", versions: str = "2.13.0") -> Manif
         inputs=inputs,
         outputs=outputs,
         config=config,
-        plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0,)),)),
         statistics={dataset: ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7)},
         vocabulary=32064,
         pad_id=3,

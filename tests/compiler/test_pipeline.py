@@ -17,7 +17,7 @@ from evla_compile.calibration.calibrate import calibrate
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.compiler import pipeline
 from evla_compile.compiler.deviations import measure_deviations
-from evla_compile.compiler.pipeline import build_passes, check_plan
+from evla_compile.compiler.pipeline import build_passes
 from evla_compile.exporters.precision import lower
 from evla_compile.exporters.split import Piece
 from evla_compile.families.cogact.model.policy import CogACT
@@ -26,9 +26,10 @@ from evla_compile.graph.sites import module_path
 from evla_compile.host.frames import Frame
 from evla_compile.host.inputs import InputSignature, draw_noise
 from evla_compile.passes.lower_precision import lowered_sites
-from evla_compile.settings.budgets import resolve
+from evla_compile.settings.budgets.layers import LayerDecision
+from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.config import PRESETS, CompileConfig
-from evla_compile.settings.plan import Plan
+from evla_compile.settings.plan import Plan, check_plan
 from evla_compile.settings.sizes import published_sizes
 from evla_compile.settings.tolerances import TOLERANCES, check
 
@@ -67,7 +68,7 @@ def test_paper_row_runs_all_passes_in_their_order(compiled: CompiledPolicy) -> N
 
 def test_dense_runs_only_exact_passes(tiny_policy: CogACT) -> None:
     config = CompileConfig.dense()
-    plan = Plan(layer_importance=(), keep_layers=tuple(range(6)), mlp_neurons=(), frames=0)
+    plan = Plan(decisions=(LayerDecision(keep=tuple(range(6))),))
     assert all(rewrite.exact for rewrite in build_passes(config, plan, tiny_policy.sizes))
 
 
@@ -210,23 +211,29 @@ def test_reduced_budgets_without_frames_or_plan_are_refused(tiny_policy: CogACT)
     [
         ({}, CompileConfig(keep_layers=5), "settings ask for keep_layers=5"),
         ({}, CompileConfig(keep_layers=(0, 1, 2, 3)), "settings ask for keep_layers"),
-        ({"keep_layers": (1, 2, 3, 9)}, BUDGETS, "keeps layer 9"),
-        ({"keep_layers": (2, 1, 3, 4)}, BUDGETS, "settings ask for keep_layers=4"),
+        ({"keep": (1, 2, 3, 9)}, BUDGETS, "keeps layer 9"),
+        ({"keep": (2, 1, 3, 4)}, BUDGETS, "settings ask for keep_layers=4"),
         (
             {},
             CompileConfig(keep_layers=4, layer_rule="greedy"),
             "chosen by layer_rule='importance', the settings ask for layer_rule='greedy'",
         ),
-        ({"layer_rule": None}, BUDGETS, "the plan's layers were named, the settings ask for layer_rule='importance'"),
+        ({"rule": None}, BUDGETS, "the plan's layers were named, the settings ask for layer_rule='importance'"),
         ({}, CompileConfig(keep_layers=4, mlp_keep=0.5), "settings ask for"),
         ({}, CompileConfig(keep_layers=4, mlp_keep=1.0), "settings ask for all"),
-        ({"mlp_neurons": ((*range(127), 999),) * 4}, BUDGETS, "beyond the decoder's 172"),
+        ({"neurons": (*range(127), 999)}, BUDGETS, "beyond the decoder's 172"),
+        ({"neurons": (*range(126), 127, 126)}, BUDGETS, "neurons of layer 1: indices .* in ascending order"),
     ],
 )
 def test_a_plan_for_something_else_is_refused(
     change: dict[str, Any], config: CompileConfig, message: str, compiled: CompiledPolicy, tiny_policy: CogACT
 ) -> None:
-    plan = Plan(**{name: getattr(compiled.plan, name) for name in Plan.__dataclass_fields__} | change)
+    layers, mlp = compiled.plan.decisions
+    if "neurons" in change:
+        mlp = MLPDecision(neurons=tuple((layer, change["neurons"]) for layer in compiled.plan.keep_layers))
+    else:
+        layers = replace(layers, **change)
+    plan = replace(compiled.plan, decisions=(layers, mlp))
     with pytest.raises(evla.CalibrationError, match=message):
         check_plan(plan, config, tiny_policy.sizes)
 
@@ -236,12 +243,12 @@ def test_the_rule_of_a_plan_matters_only_where_the_settings_leave_layers_to_it(
 ) -> None:
     named = replace(BUDGETS, keep_layers=compiled.plan.keep_layers, layer_rule="greedy")
     check_plan(compiled.plan, named, tiny_policy.sizes)
-    everything = replace(compiled.plan, keep_layers=tuple(range(6)), mlp_neurons=(), layer_rule=None)
+    everything = replace(compiled.plan, decisions=(LayerDecision(keep=tuple(range(6))),))
     check_plan(everything, CompileConfig.dense(), tiny_policy.sizes)
 
 
 def test_presets_are_the_rows_of_table_2() -> None:
-    counts = {name: resolve(config, published_sizes("base")) for name, config in PRESETS.items()}
+    counts = {name: config.resolve(published_sizes("base")) for name, config in PRESETS.items()}
     rows = {name: (config.keep_layers, config.visual_tokens) for name, config in counts.items()}
     assert rows == {"l28-t112": (28, 112), "l28-t56": (28, 56), "l22-t112": (22, 112), "l22-t56": (22, 56)}
     assert all(config.mlp_keep == 0.75 and config.cache_interval == 5 for config in PRESETS.values())
@@ -283,6 +290,6 @@ def test_an_instruction_beyond_the_text_budget_is_refused_before_the_work(
 
 def test_selection_needs_as_many_key_as_query_heads(tiny_policy: CogACT) -> None:
     sizes = replace(tiny_policy.sizes, language=replace(tiny_policy.sizes.language, kv_heads=2))
-    resolve(CompileConfig(keep_layers=4, visual_tokens=None), sizes)
+    CompileConfig(keep_layers=4, visual_tokens=None).resolve(sizes)
     with pytest.raises(ValueError, match="as many key as query heads"):
-        resolve(BUDGETS, sizes)
+        BUDGETS.resolve(sizes)

@@ -16,6 +16,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph import finite_weights
 from evla_compile.graph.deferred import DeferredWeight, cut
 from evla_compile.graph.finite_weights import check_finite, check_finite_policy
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.plan import Plan
 from evla_compile.torch_backend import backend
 from evla_compile.torch_backend.dynamo_graph import DynamoGraph
@@ -103,7 +104,7 @@ def test_a_policy_with_weights_that_are_not_finite_is_refused_before_it_is_captu
 
 
 def test_the_backend_of_torch_compile_refuses_them_before_it_rewrites() -> None:
-    plan = Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0)
+    plan = Plan(decisions=(LayerDecision(keep=(0,)),))
     captured = DynamoGraph(fx.GraphModule(nn.Module(), fx.Graph()), {NAME: 0}, ())
     compiled = backend._Compiled(captured, plan, [], "eager", 9)
     with pytest.raises(CheckpointError, match=rf"{NAME} \(1 of 2 values, the first, nan, at \[1\]\)"):

@@ -16,6 +16,7 @@ from evla_compile.exporters.artifact import ExportSettings
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.camera_frame import fit
 from evla_compile.host.inputs import GraphInputs
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 
@@ -110,7 +111,7 @@ def test_kept_tokens_take_what_predict_action_takes(
     compiled = CompiledPolicy(
         graph=fx.GraphModule(nn.Module(), fx.Graph()),
         config=config,
-        plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0,)),)),
         sizes=tiny_policy.sizes,
         processor=tiny_policy.processor,
         report=CompileReport(config=config, passes=(), deviations=()),

@@ -25,6 +25,7 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.processor import ActionStatistics
 from evla_compile.runtime import load
 from evla_compile.runtime.engine_match import check_match
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.plan import Plan
@@ -95,7 +96,7 @@ def write(folder: Path, record: EngineRecord, tokenizer_json: str, contents: dic
         inputs=INPUTS,
         outputs=(SAMPLES,),
         config=CompileConfig.dense(text_tokens=20),
-        plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0,)),)),
         statistics={"toy": ActionStatistics(low=(-1.0,) * 7, high=(1.0,) * 7, mask=(True,) * 6 + (False,))},
         vocabulary=32064,
         pad_id=3,

@@ -34,6 +34,7 @@ from evla_compile.host.processor import ActionStatistics, Processor
 from evla_compile.runtime import Provider, RuntimePolicy, load, onnx_session, onnx_versions
 from evla_compile.runtime.providers import PROVIDERS
 from evla_compile.runtime.widening import read_widened
+from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from tests.cli.command_line import evla, refused
@@ -148,7 +149,7 @@ def describe(folder: Path, names: ArtifactFiles, batch: int) -> Manifest:
         inputs=inputs_of(batch),
         outputs=outputs_of(batch),
         config=CompileConfig.dense(text_tokens=TEXT, batch_size=batch),
-        plan=Plan(layer_importance=(), keep_layers=(0,), mlp_neurons=(), frames=0),
+        plan=Plan(decisions=(LayerDecision(keep=(0,)),)),
         statistics=STATISTICS,
         vocabulary=VOCABULARY,
         pad_id=PAD,

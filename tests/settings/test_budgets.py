@@ -8,7 +8,6 @@ import pytest
 
 from evla_compile.demo.shipped_policy import DEMO_POLICY
 from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
-from evla_compile.settings.budgets import kept_neurons, resolve
 from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes, published_sizes
 
@@ -25,7 +24,7 @@ def sized(layers: int, patches: int) -> ModelSizes:
 
 
 def counts(config: CompileConfig, sizes: ModelSizes) -> tuple[Any, ...]:
-    found = resolve(config, sizes)
+    found = config.resolve(sizes)
     return found.keep_layers, found.visual_tokens, found.key_tokens
 
 
@@ -41,7 +40,7 @@ def counts(config: CompileConfig, sizes: ModelSizes) -> tuple[Any, ...]:
 def test_presets_are_the_paper_s_numbers_on_cogact(preset: str, expected: tuple[int, ...]) -> None:
     for name in ("small", "base", "large"):
         assert counts(PRESETS[preset], published_sizes(name)) == expected
-    assert kept_neurons(PRESETS[preset], 11008) == 8256
+    assert PRESETS[preset].kept_neurons(11008) == 8256
 
 
 @pytest.mark.parametrize(
@@ -65,9 +64,9 @@ def test_defaults_keep_the_same_shares_of_other_sizes(layers: int, patches: int,
     ],
 )
 def test_a_budget_is_a_count_or_a_share(settings: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    found = resolve(CompileConfig(**settings), published_sizes("base"))
+    found = CompileConfig(**settings).resolve(published_sizes("base"))
     assert (found.keep_layers, found.visual_tokens, found.key_tokens) == expected
-    assert resolve(found, published_sizes("base")) == found
+    assert found.resolve(published_sizes("base")) == found
     assert CompileConfig.from_json(found.to_json()) == found
 
 
@@ -116,12 +115,12 @@ def test_what_is_neither_a_count_nor_a_share_is_refused(settings: dict[str, Any]
 )  # fmt: skip
 def test_a_budget_that_does_not_fit_is_refused_with_one_that_does(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve(CompileConfig(**settings), sized(12, 64))
+        CompileConfig(**settings).resolve(sized(12, 64))
 
 
 def test_a_decoder_of_two_layers_is_not_told_to_keep_three() -> None:
     with pytest.raises(ValueError, match=re.escape("above; use visual_tokens=None")):
-        resolve(CompileConfig(), sized(2, 64))
+        CompileConfig().resolve(sized(2, 64))
 
 
 @pytest.mark.parametrize(
@@ -129,10 +128,10 @@ def test_a_decoder_of_two_layers_is_not_told_to_keep_three() -> None:
     [(0.75, 11008, 8256), (1.0, 172, 172), (0.75, 172, 128), (0.01, 172, 64), (0.5, 40, 40), (0.99, 128, 128)],
 )
 def test_mlp_width_is_rounded_to_a_multiple_of_64(share: float, width: int, kept: int) -> None:
-    assert kept_neurons(CompileConfig(mlp_keep=share), width) == kept
+    assert CompileConfig(mlp_keep=share).kept_neurons(width) == kept
 
 
 def test_defaults_fit_the_policy_of_the_demo() -> None:
     sizes = read_checkpoint(DEMO_POLICY).sizes
     assert counts(CompileConfig(), sizes) == (8, 14, 1)
-    assert kept_neurons(CompileConfig(), sizes.language.mlp_width) == 512  # of 688: 516, to the nearest 64
+    assert CompileConfig().kept_neurons(sizes.language.mlp_width) == 512  # of 688: 516, to the nearest 64

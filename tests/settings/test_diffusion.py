@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from evla_compile.settings.config import VALID_DDIM_STEPS
-from evla_compile.settings.schedule import cumulative_alphas, ddim_schedule, ddim_timesteps
+from evla_compile.settings.schedule import VALID_DDIM_STEPS, cumulative_alphas, ddim_schedule, ddim_timesteps
 
 PUBLISHED_ALPHAS = {
     0: 0.99936872,

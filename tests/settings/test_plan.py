@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from evla_compile.compiler.pipeline import check_plan
 from evla_compile.errors import CalibrationError
+from evla_compile.settings.budgets.layers import LayerDecision
+from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.config import CompileConfig
-from evla_compile.settings.plan import PLAN_FORMAT, Plan, stand_in_plan
+from evla_compile.settings.plan import PLAN_FORMAT, Plan, check_plan, stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
 
 
@@ -45,13 +46,13 @@ def test_a_budget_that_the_policy_lacks_is_refused(sizes: ModelSizes) -> None:
 
 
 PLAN = Plan(
-    layer_importance=(0.25, 1.0, 0.0),
-    keep_layers=(0, 1),
-    mlp_neurons=((0, 1, 5), (2, 3, 4)),
+    decisions=(
+        LayerDecision(keep=(0, 1), importance=(0.25, 1.0, 0.0), rule="greedy"),
+        MLPDecision(neurons=((0, (0, 1, 5)), (1, (2, 3, 4)))),
+    ),
     ranges=(("projector.projector.0", 3.0),),
     frames=2,
     frames_digest="0123456789abcdef",
-    layer_rule="greedy",
     checkpoint=(("llm_backbone", "fedcba9876543210"), ("projector", "00000000ffffffff")),
 )
 
@@ -72,7 +73,10 @@ def test_whole_numbers_of_json_are_numbers() -> None:
 def test_fields_that_an_older_format_lacks_have_defaults() -> None:
     needed = ("format", "layer_importance", "keep_layers", "mlp_neurons", "frames")
     found = Plan.from_json({name: value for name, value in PLAN.to_json().items() if name in needed})
-    assert found == replace(PLAN, ranges=(), frames_digest=None, layer_rule=None, checkpoint=())
+    layers, neurons = PLAN.decisions
+    assert isinstance(layers, LayerDecision)
+    decisions = (replace(layers, rule=None), neurons)
+    assert found == replace(PLAN, decisions=decisions, ranges=(), frames_digest=None, checkpoint=())
 
 
 @pytest.mark.parametrize(

@@ -331,7 +331,7 @@ def test_dynamic_shapes_are_those_of_the_configuration(flat_policy: CogACT, smal
 def test_other_shapes_and_numbers_than_those_compiled_are_refused(
     small_sizes: ModelSizes, small_sampler: fx.GraphModule, small_inputs: Sequence[Tensor]
 ) -> None:
-    plan = plan_without_calibration(small_sizes.language, SMALL)
+    plan = plan_without_calibration(small_sizes, SMALL)
     captured = DynamoGraph(small_sampler, {}, (Number("cfg_scale", 4, 1.5),))
     compiled = backend._Compiled(captured, plan, (), "eager", 9)
     image, ids, length, noise = small_inputs

@@ -26,8 +26,9 @@ from evla_compile.graph.sites import input_node, mark_stage
 from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
 from evla_compile.settings.anatomy import NOISE
-from evla_compile.settings.config import LAYER_RULES, CompileConfig, LayerRule
-from evla_compile.settings.plan import Plan, needs_calibration, plan_without_calibration
+from evla_compile.settings.budgets.layers import LAYER_RULES, LayerRule
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
 
 Backend: TypeAlias = Literal["onnx", "torch"]
@@ -301,8 +302,8 @@ def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
         EvlaError: the policy cannot be measured.
     """
     config = recipe.config(policy.sizes)
-    if not needs_calibration(policy.sizes.language, config):
-        return plan_without_calibration(policy.sizes.language, config)
+    if not config.unmeasured(policy.sizes):
+        return plan_without_calibration(policy.sizes, config)
     other = next((rule for rule in OTHER_RULES if rule == recipe.layer_rule), None)
     if other is not None and isinstance(config.keep_layers, int):
         keep = kept_by_rule(policy, frames, other, config.keep_layers, seed=recipe.layer_seed)

@@ -14,8 +14,7 @@ from evla_compile.families.cogact.model.language import cognition_token, rotary_
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.processor import Processor
 from evla_compile.passes.select_tokens import SCORING_LAYER
-from evla_compile.settings.config import DIFFUSION_STEPS
-from evla_compile.settings.schedule import cumulative_alphas
+from evla_compile.settings.schedule import DIFFUSION_STEPS, cumulative_alphas
 from evla_compile.settings.sizes import ACTION_WIDTH, ActionSizes, LanguageSizes, ModelSizes, TowerSizes
 
 FIRST_DROPPED = SCORING_LAYER + 1

@@ -1,0 +1,138 @@
+"""How many visual tokens stay (EfficientVLA section 3.3); which ones, the compiled graph decides itself; no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from evla_compile.settings.budgets.budget import Budget, Decision, Measured
+from evla_compile.settings.budgets.shares import (
+    Share,
+    count_of,
+    fitting,
+    parse_count_or_share,
+    parse_count_share_or_all,
+    read_count_or_share,
+    read_count_share_or_all,
+)
+from evla_compile.settings.setting import number_from, setting
+from evla_compile.settings.sizes import ModelSizes
+
+_PAPER_SHARE = 56 / 256
+
+_FEWEST_LAYERS = 3
+"""Layers that a selection of visual tokens needs at least: two in front of it for the scores, and one behind it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenDecision(Decision):
+    """The numbers of the selection; nothing is measured for them."""
+
+    visual_tokens: int
+    """Patches kept, key tokens included; all of them where nothing is selected."""
+    key_tokens: int
+    """Patches always kept for their relevance."""
+    task_share: float
+    """Share of the remaining budget chosen by relevance."""
+
+    def idle(self, sizes: ModelSizes) -> bool:
+        """Tell whether all visual tokens stay."""
+        return self.visual_tokens >= sizes.patches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBudget(Budget):
+    """Visual tokens to keep."""
+
+    decision: ClassVar[type[Decision]] = TokenDecision
+
+    visual_tokens: int | Share | None = setting(
+        _PAPER_SHARE,
+        text="Visual tokens kept.",
+        read=read_count_share_or_all,
+        off=None,
+        parse=parse_count_share_or_all,
+        metavar="N|SHARE|all",
+        forms="a count as in 56, a share as in 0.22, or all",
+    )
+    """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included: a count or a share
+    of the patches; None for all."""
+    key_tokens: int | Share = setting(
+        4 / 256,
+        text="Of these, always kept by relevance.",
+        read=read_count_or_share,
+        parse=parse_count_or_share,
+        metavar="N|SHARE",
+        forms="a count as in 4, or a share as in 0.016",
+    )
+    """Visual tokens always kept for their relevance to the instruction (the paper's K_key): a count or a share of the
+    patches."""
+    task_share: float = setting(0.5, text="Share of the others kept by relevance.", read=number_from(0.0, 1.0))
+    """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tokens, keys = self.visual_tokens, self.key_tokens
+        if tokens is not None and type(tokens) is type(keys):  # else the model decides
+            _check_key_tokens(tokens, keys)
+
+    def kept_tokens(self, patches: int) -> tuple[int, int]:
+        """Return how many of a frame's `patches` stay as visual tokens, all for None, and how many are key tokens.
+
+        Raises:
+            ValueError: there are fewer patches, or more key tokens than tokens; the message names values that fit.
+        """
+        key_tokens = count_of(self.key_tokens, patches)
+        if self.visual_tokens is None:
+            return patches, key_tokens  # nothing is selected, so key tokens have no effect
+        if self.visual_tokens > patches:
+            raise ValueError(
+                f"visual_tokens={self.visual_tokens}: the policy sees {patches} patches;"
+                f" {fitting('visual_tokens', _PAPER_SHARE, patches)}"
+            )
+        visual_tokens = count_of(self.visual_tokens, patches)
+        _check_key_tokens(visual_tokens, key_tokens)
+        return visual_tokens, key_tokens
+
+    def resolve(self, sizes: ModelSizes) -> Self:
+        """Return the budget with shares of the patches as counts; see `Budget.resolve`."""
+        visual_tokens, key_tokens = self.kept_tokens(sizes.patches)
+        return replace(self, visual_tokens=None if self.visual_tokens is None else visual_tokens, key_tokens=key_tokens)
+
+    def check(self, sizes: ModelSizes, left: ModelSizes) -> None:
+        """Refuse a selection where the decoder offers no scores, or too few of its layers stay; see `Budget.check`."""
+        visual_tokens, _ = self.kept_tokens(sizes.patches)
+        if visual_tokens == sizes.patches:
+            return
+        everything, language = "visual_tokens=None (--visual-tokens all)", sizes.language
+        if language.kv_heads != language.heads:
+            raise ValueError(
+                f"visual_tokens={visual_tokens}: relevance is defined for as many key as query heads, and this decoder"
+                f" has {language.kv_heads} and {language.heads}; use {everything}"
+            )
+        if left.language.layers < _FEWEST_LAYERS:
+            more = f"keep_layers={_FEWEST_LAYERS} or more, or " if language.layers >= _FEWEST_LAYERS else ""
+            raise ValueError(
+                f"visual_tokens={visual_tokens} with {left.language.layers} decoder layers: selecting visual tokens"
+                f" needs two layers below it and one above; use {more}{everything}"
+            )
+
+    def idle_settings(self) -> Mapping[str, str]:
+        """Return what decides between tokens where all stay."""
+        if self.visual_tokens is not None:
+            return {}
+        return dict.fromkeys(("key_tokens", "task_share"), "every visual token is kept; give --visual-tokens N")
+
+    def decide(self, sizes: ModelSizes, measured: Measured | None, earlier: Sequence[Decision]) -> tuple[Decision, ...]:
+        """Return the numbers of the selection; nothing is measured for them."""
+        del measured, earlier
+        visual_tokens, key_tokens = self.kept_tokens(sizes.patches)
+        return (TokenDecision(visual_tokens=visual_tokens, key_tokens=key_tokens, task_share=self.task_share),)
+
+
+def _check_key_tokens(visual_tokens: int | Share, key_tokens: int | Share) -> None:
+    """Refuse a budget of visual tokens that its key tokens alone exceed, both counts or both shares."""
+    if visual_tokens < key_tokens:
+        raise ValueError(
+            f"visual_tokens={visual_tokens} is below key_tokens={key_tokens}: the key tokens count towards the budget;"
+            f" use visual_tokens={key_tokens} or more, or key_tokens={visual_tokens} or less"
+        )
