@@ -741,3 +741,13 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"cannot be written.*choose another --out"):
         write(tmp_path / "policy")
     assert contents(tmp_path) == {"policy": "mine"}
+
+
+@pytest.mark.parametrize("name", ["gpu", "gpu_processors", "gpu_memory_bytes"])
+def test_an_engine_of_tensorrt_describes_the_gpu_that_built_it(name: str) -> None:
+    described: dict[str, Any] = {"gpu": "NVIDIA L4", "gpu_processors": 58, "gpu_memory_bytes": 24 * 2**30}
+    engine = replace(ENGINE, flavour="tensorrt", **described)
+    assert EngineRecord.from_json(json.loads(json.dumps(asdict(engine)))) == engine
+    assert EngineRecord.from_json(json.loads(json.dumps(asdict(ENGINE)))) == ENGINE
+    with pytest.raises(ValueError, match=r"gpu, gpu_processors and gpu_memory_bytes are .*None.*: expected those of"):
+        replace(engine, **{**described, name: None})
