@@ -14,7 +14,7 @@ import evla_compile as evla
 from evla_compile.artifact.cases import read_cases
 from evla_compile.artifact.files import check_files
 from evla_compile.artifact.manifest import read_manifest, write_manifest
-from evla_compile.artifact.records import FileRecord
+from evla_compile.artifact.records import FileRecord, TensorSpec
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.exporters.stage_run import StageRun
 from evla_compile.families.cogact.model.policy import CogACT
@@ -93,6 +93,39 @@ def test_a_dtype_that_there_is_not_fails_the_proof(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(evla.VerificationError, match=r"m\.onnx: its shapes cannot be inferred: .*99"):
         prove_static_shapes(tmp_path / "m.onnx")
+
+
+def test_an_operator_that_chooses_by_data_fails_the_proof_though_its_shapes_are_static(tmp_path: Path) -> None:
+    branches = {}
+    for branch in ("then_branch", "else_branch"):
+        node = helper.make_node("Constant", [], [branch], value_floats=[0.0] * 12)
+        output = helper.make_tensor_value_info(branch, TensorProto.FLOAT, [12])
+        branches[branch] = helper.make_graph([node], branch, [], [output])
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Cast", ["sum"], ["chosen"], to=TensorProto.BOOL),
+        helper.make_node("If", ["chosen"], ["y"], name="choose", **branches),
+    ]
+    model = onnx.load(write_model(tmp_path / "m.onnx", nodes))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [12]))
+    with pytest.raises(evla.VerificationError, match=r"m: If node 'choose' has a dynamic shape in \['y'\]"):
+        prove_static_shapes_of(model, "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (TensorProto.FLOAT, "float32"),
+        (TensorProto.DOUBLE, "float64"),
+        (TensorProto.FLOAT16, "float16"),
+        (TensorProto.BOOL, "bool"),
+        (TensorProto.INT64, "int64"),
+        (TensorProto.UINT8, "uint8"),
+    ],
+)
+def test_a_value_of_a_graph_is_described_as_the_manifest_does(kind: int, dtype: str) -> None:
+    value = helper.make_tensor_value_info("x", kind, [1, 3])
+    assert verification._describe(value) == str(TensorSpec(name="x", dtype=dtype, shape=(1, 3)))
 
 
 @pytest.fixture(scope="module")
