@@ -24,7 +24,7 @@ from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.processor import ActionStatistics
 from evla_compile.runtime import load
-from evla_compile.runtime.engine_match import check_match
+from evla_compile.runtime.engine_match import build_command, check_match
 from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
@@ -643,6 +643,23 @@ def test_this_machine_s_gpu_is_found_or_is_not_there() -> None:
         "" if driver is None else subprocess.run([driver, "-L"], capture_output=True, text=True, check=False).stdout
     )
     assert (find_gpu() is not None) == ("GPU 0" in listed)
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("policies/one/manifest.json", "policies/one"),
+        ("policies/one.manifest.json", "policies/one.manifest.json"),
+        ("our policies/manifest.json", "'our policies'"),
+    ],
+)
+def test_the_command_that_builds_names_what_it_is_to_build(place: str, target: str) -> None:
+    gpu = Gpu(name="Fake RTX", compute_capability="8.9", memory_bytes=2**34, processors=60, driver_version="13.0")
+    assert build_command("tensorrt", Path(place)) == f"evla build {target} --flavour tensorrt"
+    assert build_command("tensorrt", Path(place), gpu) == f"evla build {target} --flavour tensorrt"
+    assert build_command("tensorrt_rtx", Path(place)) == f"evla build {target} --flavour tensorrt_rtx"
+    built = build_command("tensorrt_rtx", Path(place), gpu)
+    assert built == f"evla build {target} --flavour tensorrt_rtx --capability 8.9"
 
 
 @pytest.mark.gpu
