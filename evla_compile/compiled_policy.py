@@ -10,9 +10,10 @@ from evla_compile.compiler.result import CompiledGraph, stage_names
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame
-from evla_compile.settings.config import OPSET, CompileConfig, Precision
+from evla_compile.settings.config import OPSET, CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.plan import Plan
+from evla_compile.settings.precision import Precision
 
 
 class CompiledPolicy(CompiledGraph):

@@ -31,8 +31,9 @@ from evla_compile.host.frames import Frame
 from evla_compile.host.inputs import GraphInputs, observations
 from evla_compile.json_text import to_json_text
 from evla_compile.settings.anatomy import SAMPLES
-from evla_compile.settings.config import OPSET, PRECISIONS, Precision
+from evla_compile.settings.config import OPSET
 from evla_compile.settings.engine_settings import EngineSettings
+from evla_compile.settings.precision import PRECISIONS, Precision
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.inputs import GraphInputs
 from evla_compile.passes.lower_precision import LowerPrecision, lowered_sites
 from evla_compile.settings.anatomy import COGACT
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import LOWER_PRECISIONS, Precision
 
 
 @own_torch_state()
@@ -32,7 +32,7 @@ def lower(pieces: Sequence[Piece], precision: Precision, ranges: tuple[tuple[str
     """
     for piece in pieces:
         stored = {str(tensor.dtype).removeprefix("torch.") for _, tensor in weights(piece.graph)}
-        if stored & {"bfloat16", "float16"}:
+        if stored & set(LOWER_PRECISIONS):
             raise ExportError(
                 f"this policy was loaded in {', '.join(sorted(stored - {'float32', 'int64', 'bool'}))}: load it with"
                 f" dtype=torch.float32, which is exact, and export it with precision={min(stored)!r}"

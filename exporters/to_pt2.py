@@ -26,7 +26,7 @@ from evla_compile.json_text import to_json_text
 from evla_compile.passes.expose_stages import ExposeStages
 from evla_compile.scratch import replacing
 from evla_compile.settings.anatomy import COGACT, SAMPLES
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import Precision
 
 Packaging: TypeAlias = Literal["exported", "aoti"]
 """An ExportedProgram, which torch runs or compiles, or an AOTInductor package: machine code for such a machine."""

@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -14,11 +14,9 @@ from evla_compile.graph.contract import GraphPass, get_tensor, replace_tensor
 from evla_compile.graph.deferred import DeferredWeight
 from evla_compile.graph.sites import argument, is_call, module_path
 from evla_compile.settings.anatomy import COGACT
+from evla_compile.settings.precision import LOWER_PRECISIONS, PRECISION_ROWS, LowerPrecisionName
 
 aten = torch.ops.aten
-
-FLOAT16_LIMIT = float(torch.finfo(torch.float16).max) / 2
-"""Largest observed value that float16 is allowed for, half of its maximum: other frames may give larger values."""
 
 _OPERANDS: Mapping[object, tuple[int, ...]] = {
     aten.linear.default: (0, 1, 2),
@@ -63,14 +61,14 @@ class LowerPrecision(GraphPass):
 
     exact: ClassVar[bool] = False
 
-    dtype: Literal["bfloat16", "float16"]
+    dtype: LowerPrecisionName
     """Dtype of the products' factors and results; they are summed in float32 by every backend."""
     ranges: tuple[tuple[str, float], ...] = ()
     """Largest absolute input or output observed in each layer, by module path; needed for float16."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r}: expected bfloat16 or float16")
+        if self.dtype not in LOWER_PRECISIONS:
+            raise ValueError(f"dtype={self.dtype!r}: expected {' or '.join(LOWER_PRECISIONS)}")
 
     def __repr__(self) -> str:
         return f"LowerPrecision(dtype={self.dtype!r})"  # the ranges would fill pages
@@ -80,8 +78,9 @@ class LowerPrecision(GraphPass):
         sites = list(lowered_sites(gm.graph))
         if not sites:
             raise PassError(f"nothing to lower: no linear layer or attention under {', '.join(COGACT.lowered)}")
-        if self.dtype == "float16":
-            check_ranges(sites, dict(self.ranges))
+        limit = PRECISION_ROWS[self.dtype].limit
+        if limit is not None:
+            check_ranges(sites, dict(self.ranges), self.dtype, limit)
         return _Lowering(gm, getattr(torch, self.dtype)).lower(sites)
 
 
@@ -98,7 +97,7 @@ def float_operands(node: fx.Node) -> list[fx.Node]:
     return [value for value in read if isinstance(value, fx.Node)]
 
 
-def check_ranges(sites: Iterable[fx.Node], ranges: dict[str, float]) -> None:
+def check_ranges(sites: Iterable[fx.Node], ranges: dict[str, float], dtype: LowerPrecisionName, limit: float) -> None:
     """Refuse float16 for layers whose observed values exceed its limit, or whose values were not observed.
 
     Raises:
@@ -108,15 +107,15 @@ def check_ranges(sites: Iterable[fx.Node], ranges: dict[str, float]) -> None:
     unknown = sorted({name for name in names if name not in ranges})
     if unknown:
         raise PassError(
-            f"float16: {len(unknown)} layers, {unknown[0]} among them, were not observed in calibration, so nothing is"
+            f"{dtype}: {len(unknown)} layers, {unknown[0]} among them, were not observed in calibration, so nothing is"
             " known of their range: calibrate the policy on real frames and compile with that plan, or choose bfloat16"
         )
     worst = max(names, key=lambda name: math.inf if math.isnan(ranges[name]) else ranges[name])
-    if not ranges[worst] <= FLOAT16_LIMIT:
-        beyond = sum(not ranges[name] <= FLOAT16_LIMIT for name in set(names))
+    if not ranges[worst] <= limit:
+        beyond = sum(not ranges[name] <= limit for name in set(names))
         raise PassError(
-            f"float16 cannot hold {worst}, where calibration observed {ranges[worst]:.4g} (limit {FLOAT16_LIMIT:.0f},"
-            f" half of float16's largest; {beyond} such layers): choose bfloat16"
+            f"{dtype} cannot hold {worst}, where calibration observed {ranges[worst]:.4g} (limit {limit:.0f},"
+            f" half of {dtype}'s largest; {beyond} such layers): choose bfloat16"
         )
 
 

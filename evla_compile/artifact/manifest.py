@@ -16,8 +16,9 @@ from evla_compile.host.inputs import InputSignature
 from evla_compile.host.processor import ActionStatistics, read_statistics
 from evla_compile.json_text import to_json_text
 from evla_compile.settings.anatomy import COGACT
-from evla_compile.settings.config import PRECISIONS, CompileConfig, Precision
+from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
+from evla_compile.settings.precision import PRECISIONS, Precision
 
 FORMAT = "evla_compile/4"
 """Version of the manifest's layout; another one is refused."""

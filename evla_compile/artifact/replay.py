@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from evla_compile.artifact.cases import RecordedCase, probe
 from evla_compile.errors import VerificationError
 from evla_compile.host.inputs import GraphInputs
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import Precision
 from evla_compile.settings.tolerances import check_stages, relative_error
 
 Run: TypeAlias = Callable[[GraphInputs], Mapping[str, NDArray[Any]]]

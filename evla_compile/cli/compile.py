@@ -19,8 +19,9 @@ from evla_compile.cli.setting_options import Dense, Preset, Settings, with_setti
 from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.host.camera_frame import Framing
 from evla_compile.memory import PeakMemory, watching_memory
-from evla_compile.settings.config import OPSET, Precision
+from evla_compile.settings.config import OPSET
 from evla_compile.settings.plan import check_plan, plan_without_calibration
+from evla_compile.settings.precision import Precision
 from evla_compile.terminal import new_console
 from evla_compile.units import bytes_text
 

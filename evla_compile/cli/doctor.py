@@ -14,8 +14,8 @@ from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
 from evla_compile.cli.settings import read_config
 from evla_compile.runtime import Provider
-from evla_compile.settings.config import Precision
 from evla_compile.settings.engine_settings import Flavour
+from evla_compile.settings.precision import Precision
 from evla_compile.terminal import new_console
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evla_compile.host.camera_frame import Framing
 from evla_compile.runtime.providers import is_widened
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import Precision
 from evla_compile.terminal import new_console
 
 

@@ -8,8 +8,8 @@ from evla_compile.artifact.files import find_manifest
 from evla_compile.artifact.manifest import Manifest, read_manifest
 from evla_compile.runtime import Provider
 from evla_compile.runtime.providers import is_widened
-from evla_compile.settings.config import Precision
 from evla_compile.settings.engine_settings import FLAVOUR_NAMES, Flavour
+from evla_compile.settings.precision import Precision
 
 Work: TypeAlias = Literal["compile", "run", "build"]
 """Kind of work: compile a policy, run it, or build its engines."""

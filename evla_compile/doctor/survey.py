@@ -21,8 +21,9 @@ from evla_compile.doctor.checks import (
 from evla_compile.doctor.facts import DISTRIBUTIONS, PROGRAMS, Facts, collect
 from evla_compile.doctor.request import Finding, Request
 from evla_compile.runtime import Provider
-from evla_compile.settings.config import CompileConfig, Precision
+from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import FLAVOURS
+from evla_compile.settings.precision import PRECISION_ROWS, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +149,7 @@ def stored_bytes(size: str, config: CompileConfig, precision: Precision) -> int:
     from evla_compile.estimate.comparison import sizes_of  # noqa: PLC0415
     from evla_compile.estimate.estimates import quick_estimates  # noqa: PLC0415
 
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16  # float16 is as wide
+    width = PRECISION_ROWS[precision].bytes
+    dtype = next(dtype for dtype in (torch.float32, torch.bfloat16) if dtype.itemsize == width)
     (found,) = quick_estimates(sizes_of(size), {"": config}, dtype=dtype).values()
     return found.total.weight_bytes

@@ -18,7 +18,7 @@ from evla_compile.runtime.onnx_versions import import_onnxruntime, refusal_advic
 from evla_compile.runtime.placement import check_placement, is_refusal, prepare_placement, refusal
 from evla_compile.runtime.providers import PROVIDERS, OnnxProvider, is_widened
 from evla_compile.runtime.widening import FACTOR, read_widened
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import Precision
 from evla_compile.units import bytes_text
 
 _DTYPES = {

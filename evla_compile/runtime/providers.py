@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import PRECISION_ROWS, Precision
 
 OnnxProvider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino"]
 """Where ONNX Runtime computes."""
@@ -75,4 +75,4 @@ PROVIDERS: Mapping[OnnxProvider, ExecutionProvider] = MappingProxyType(
 
 def is_widened(provider: Provider, precision: Precision) -> bool:
     """Tell whether a policy of a precision runs in float32 arithmetic: bfloat16 does on the "cpu"."""
-    return provider == "cpu" and precision == "bfloat16"
+    return provider == "cpu" and not PRECISION_ROWS[precision].on_cpu

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Self
 
 from evla_compile.settings.budgets.budget import Budget, Decision, Measured, MeasuredDecision, Measurement, decision_of
 from evla_compile.settings.budgets.cache import CacheBudget
@@ -26,12 +26,6 @@ TEXT_TOKENS = 32
 
 PAPER_TEXT_TOKENS = 26
 """Text tokens for which the paper's FLOPs were counted: SIMPLER's longest prompt."""
-
-Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
-"""Dtype of the weights and matrix products of vision, projector and decoder in an exported file."""
-
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""All values of `Precision`."""
 
 OPSET = 23
 """ONNX opset written by default: the first with attention and RMS normalisation as single operators."""

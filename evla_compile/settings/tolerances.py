@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from evla_compile.errors import VerificationError
 from evla_compile.settings.anatomy import COGACT
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import PRECISION_ROWS, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,17 +29,8 @@ class Tolerances:
     """Raw samples against CogACT's public code or an eager reference."""
     actions: float = 1e-4
     """Un-normalised actions against CogACT's public code."""
-    lowered: float = 1e-4
-    """A lowered graph against the graph that was lowered."""
-    bfloat16_features: float = 1e-1
-    """The same in bfloat16 (8 significant bits), up to the cognition feature; keeping another patch counts more than
-    the rounding."""
-    bfloat16_actions: float = 3e-2
-    """The same of the denoising steps and samples."""
-    float16_features: float = 1e-2
-    """The same in float16 (11 significant bits), up to the cognition feature."""
-    float16_actions: float = 5e-3
-    """The same of the denoising steps and samples."""
+    lowered: float = PRECISION_ROWS["float32"].actions
+    """A lowered graph in float32 against the graph that was lowered; in less, see `lowered_tolerance`."""
     second_consumer: float = 1e-3
     """The graph in a second, independent runtime, which was not used during development."""
 
@@ -49,12 +40,8 @@ TOLERANCES = Tolerances()
 
 def lowered_tolerance(precision: Precision, stage: str) -> float:
     """Return how far a stage of a graph lowered to `precision` may be from the float32 graph."""
-    actions = COGACT.tolerance_of(stage) == "actions"
-    if precision == "bfloat16":
-        return TOLERANCES.bfloat16_actions if actions else TOLERANCES.bfloat16_features
-    if precision == "float16":
-        return TOLERANCES.float16_actions if actions else TOLERANCES.float16_features
-    return TOLERANCES.lowered
+    row = PRECISION_ROWS[precision]
+    return row.actions if COGACT.tolerance_of(stage) == "actions" else row.features
 
 
 def check_stages(what: str, errors: Mapping[str, float], precision: Precision) -> None:

@@ -28,9 +28,10 @@ from evla_compile.host.inputs import GraphInputs
 from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.runtime import RuntimePolicy
 from evla_compile.settings import tolerances
-from evla_compile.settings.config import CompileConfig, Precision
+from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
-from evla_compile.settings.tolerances import TOLERANCES, lowered_tolerance, relative_error
+from evla_compile.settings.precision import PRECISION_ROWS, Precision
+from evla_compile.settings.tolerances import lowered_tolerance, relative_error
 from evla_compile.verification import verify as verification
 
 
@@ -149,7 +150,8 @@ def test_float16_without_observed_ranges_is_refused(compiled_policy: CompiledPol
 def test_a_lowered_policy_out_of_tolerance_is_never_written(
     compiled_policy: CompiledPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tolerances, "TOLERANCES", replace(TOLERANCES, bfloat16_features=1e-4))
+    strict = replace(PRECISION_ROWS["bfloat16"], features=1e-4)
+    monkeypatch.setattr(tolerances, "PRECISION_ROWS", {**PRECISION_ROWS, "bfloat16": strict})
     with pytest.raises(evla.VerificationError, match=r"in bfloat16: patches is .*the first that is compared"):
         compiled_policy.export(tmp_path / "policy", precision="bfloat16")
     assert not list(tmp_path.iterdir())

@@ -23,8 +23,8 @@ from evla_compile.doctor.request import Finding, Request, make_request
 from evla_compile.doctor.survey import findings, survey
 from evla_compile.errors import ArtifactError, EvlaError
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.settings.config import Precision
 from evla_compile.settings.engine_settings import EngineSettings
+from evla_compile.settings.precision import Precision
 from evla_compile.tensorrt.cuda import Gpu
 
 ADA = Gpu(

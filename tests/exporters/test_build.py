@@ -30,9 +30,10 @@ from evla_compile.exporters.split import split
 from evla_compile.exporters.to_onnx import to_model
 from evla_compile.exporters.to_tensorrt import to_tensorrt
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.settings.config import CompileConfig, Precision
+from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.plan import Plan, stand_in_plan
+from evla_compile.settings.precision import Precision
 from evla_compile.settings.sizes import published_sizes
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13, which has wheels for x86-64 alone")

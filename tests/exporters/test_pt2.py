@@ -23,6 +23,7 @@ from evla_compile.settings import tolerances
 from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
+from evla_compile.settings.precision import PRECISION_ROWS
 from evla_compile.settings.tolerances import relative_error
 
 CONFIG = CompileConfig(
@@ -81,7 +82,8 @@ def test_stages_and_precision_reach_the_file(
     assert kept.shape == (1, 40)
     assert 0 < relative_error(found.numpy(), samples(policy, inputs).numpy()) < 0.03
     assert {tensor.dtype for tensor in program.state_dict.values()} >= {torch.bfloat16, torch.float32}
-    monkeypatch.setattr(tolerances, "TOLERANCES", replace(tolerances.TOLERANCES, bfloat16_features=1e-5))
+    strict = replace(PRECISION_ROWS["bfloat16"], features=1e-5)
+    monkeypatch.setattr(tolerances, "PRECISION_ROWS", {**PRECISION_ROWS, "bfloat16": strict})
     with pytest.raises(evla.VerificationError, match="in bfloat16: patches is"):
         policy.export(tmp_path / "other.pt2", precision="bfloat16")
     assert not (tmp_path / "other.pt2").exists()

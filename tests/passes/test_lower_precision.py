@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ from evla_compile.graph.contract import measure, propagate, weights
 from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.sites import module_path
 from evla_compile.passes import ExposeStages, FoldConstants, LowerPrecision, SpecializeShapes, UnrollDiffusion
-from evla_compile.passes.lower_precision import FLOAT16_LIMIT, lowered_sites
+from evla_compile.passes.lower_precision import lowered_sites
 from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.precision import LOWER_PRECISIONS, LowerPrecisionName
 
 aten = torch.ops.aten
 STEPS = 2
-DTYPES: tuple[Literal["bfloat16", "float16"], ...] = ("bfloat16", "float16")
 
 
 class Rounding(TorchFunctionMode):
@@ -71,9 +71,9 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", LOWER_PRECISIONS)
 def test_lowering_equals_the_eager_policy_with_rounded_products(
-    dtype: Literal["bfloat16", "float16"],
+    dtype: LowerPrecisionName,
     finished: fx.GraphModule,
     small_policy: CogACT,
     small_config: CompileConfig,
@@ -163,7 +163,7 @@ def test_float16_needs_observed_ranges(finished: fx.GraphModule) -> None:
         LowerPrecision(dtype="float16")(finished)
 
 
-@pytest.mark.parametrize("largest", [FLOAT16_LIMIT * 1.01, float("inf"), float("nan")])
+@pytest.mark.parametrize("largest", [32752 * 1.01, float("inf"), float("nan")])
 def test_float16_is_refused_where_a_layer_was_seen_to_overflow_it(finished: fx.GraphModule, largest: float) -> None:
     ranges = dict(ranges_of(finished))
     hot = "llm_backbone.llm.model.layers.2.mlp.down_proj"

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evla_compile.errors import VerificationError
-from evla_compile.settings.config import Precision
+from evla_compile.settings.precision import PRECISION_ROWS, Precision
 from evla_compile.settings.tolerances import TOLERANCES, check, check_stages, lowered_tolerance, relative_error
 
 REFERENCE = np.array([[2.0, -8.0], [0.0, 1.0]], np.float32)
@@ -91,7 +91,9 @@ def test_every_stage_has_the_tolerance_of_its_precision_and_side(
 
 def test_no_tolerance_is_so_wide_that_nothing_could_fail_it() -> None:
     for name, tolerance in asdict(TOLERANCES).items():
-        assert 0 < tolerance <= (0.1 if "float16" in name else 1e-3), name
+        assert 0 < tolerance <= 1e-3, name
+    for precision, row in PRECISION_ROWS.items():
+        assert 0 < row.actions <= row.features <= 0.1, precision
 
 
 def test_the_first_stage_that_leaves_its_tolerance_is_named_with_the_one_before() -> None:

@@ -18,7 +18,8 @@ from evla_compile.artifact.records import FileRecord, TensorSpec
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.exporters.stage_run import StageRun
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.settings.config import CompileConfig, Precision
+from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.precision import Precision
 from evla_compile.verification import verify as verification
 from evla_compile.verification.verify import prove_static_shapes, prove_static_shapes_of
 
