@@ -145,7 +145,7 @@ def _budget(
         keep_layers=keep_layers,
         mlp_keep=mlp_keep,
         visual_tokens=visual_tokens,
-        key_tokens=4 if visual_tokens is None else min(4, visual_tokens),
+        key_tokens=CompileConfig().key_tokens if visual_tokens is None else min(4, visual_tokens),
         cache_interval=cache_interval,
         text_tokens=PAPER_TEXT_TOKENS,
     )
