@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import onnx
@@ -431,6 +431,19 @@ def test_a_file_of_another_ir_version_is_refused_with_advice(tmp_path: Path, tok
         ArtifactError, match=r"cannot load .*model\.onnx: .*this version runs opset 20, so another opset"
     ):
         load(export(tmp_path / "policy", tokenizer_json, graph=graph))
+
+
+def test_an_upgrade_is_of_the_package_that_brings_the_provider(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise onnxruntime.capi.onnxruntime_pybind11_state.Fail("Opset 20 is under development")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.16.3")
+    with pytest.raises(
+        ArtifactError, match=r"opset 20 needs 1\.17 or newer: pip install --upgrade onnxruntime-gpu, or"
+    ):
+        load(artifact, "cuda")
 
 
 @pytest.mark.parametrize(("text", "message"), [(b"{}", "cannot be parsed"), (b"\xff", "decode")])
