@@ -19,10 +19,11 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || $(PYTHON) -c \
 SIM_PACKAGES := libegl1 libegl-mesa0 libgles2 libgl1 libgl1-mesa-dri libosmesa6
 SIM := $(VENV)/.sim
 DOCS := $(VENV)/.docs
+MUTATION := $(VENV)/.mutation
 ROBOT := build/robot
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install sim demo test test-sim check docs dist robot bench clean
+.PHONY: help install sim demo test test-sim check docs dist robot bench mutate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,9 @@ robot: dist demo ## run the demo's artifact from the wheel in an environment wit
 bench: $(INSTALLED) ## time compilation, export and inference of the demo policy
 	$(BIN)/python -m benchmarks.compile_and_export
 
+mutate: $(MUTATION) ## put small faults into the code, one at a time, and count those that tests notice, for an hour
+	nice -n 19 $(BIN)/python -m benchmarks.mutation $(MUTATE)
+
 clean: ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
@@ -84,4 +88,8 @@ $(SIM): $(INSTALLED)
 		$(AS_ROOT) apt-get install -y --no-install-recommends $(SIM_PACKAGES); } || { \
 		echo "install your system's packages of EGL and OSMesa (Debian: $(SIM_PACKAGES)), then make sim again"; exit 1; }
 	$(PIP) -e '.[cpu,dev,sim]'
+	touch $@
+
+$(MUTATION): $(INSTALLED)
+	$(PIP) -e '.[cpu,dev,mutation]'
 	touch $@

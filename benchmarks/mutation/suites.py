@@ -1,0 +1,51 @@
+"""Which tests speak for which file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Suite:
+    """A file that is mutated, and the test files that its mutants have to pass."""
+
+    group: str
+    file: str
+    """Relative to the checkout, no link."""
+    tests: tuple[str, ...]
+    """The fastest first: a mutant's tests end with the first that fails."""
+
+
+PASSES = (
+    *("cache_features", "expose_stages", "fold_constants", "lower_precision", "narrow_last_layer", "prune_layers"),
+    *("prune_mlp", "select_tokens", "specialize_shapes", "unroll_diffusion"),
+)
+RUNTIME_TESTS = ("tests/runtime/test_runtime.py", "tests/runtime/test_lifetime.py")
+ENGINE_TESTS = ("tests/runtime/test_engine_session.py",)
+
+
+def _suite(group: str, file: str, *tests: str) -> Suite:
+    return Suite(group=group, file=file, tests=tests)
+
+
+SUITES = (
+    *(_suite("passes", f"passes/{name}.py", f"tests/passes/test_{name}.py") for name in PASSES),
+    _suite("calibration", "evla_compile/calibration/calibrate.py", "tests/calibration/test_calibration.py"),
+    _suite("calibration", "evla_compile/calibration/fingerprint.py", "tests/calibration/test_fingerprint.py"),
+    _suite("verification", "evla_compile/verification/verify.py", "tests/verification/test_verification.py"),
+    _suite("verification", "evla_compile/artifact/cases.py", "tests/artifact/test_recorded.py"),
+    _suite("verification", "evla_compile/artifact/replay.py", "tests/artifact/test_replay.py"),
+    _suite("verification", "evla_compile/settings/tolerances.py", "tests/settings/test_tolerances.py"),
+    _suite("manifest", "evla_compile/artifact/manifest.py", "tests/artifact/test_artifact.py"),
+    _suite("manifest", "evla_compile/artifact/records.py", "tests/artifact/test_artifact.py"),
+    _suite("manifest", "evla_compile/artifact/fields.py", "tests/artifact/test_artifact.py"),
+    _suite("manifest", "evla_compile/artifact/integrity.py", "tests/artifact/test_artifact.py"),
+    _suite("manifest", "evla_compile/artifact/files.py", "tests/artifact/test_artifact.py"),
+    *(
+        _suite("runtime", f"evla_compile/runtime/{name}.py", *RUNTIME_TESTS)
+        for name in ("onnx_session", "onnx_versions", "placement", "policy", "providers")
+    ),
+    *(
+        _suite("runtime", f"evla_compile/runtime/{name}.py", *ENGINE_TESTS)
+        for name in ("engine_match", "engine_resources", "engine_session", "kernel_cache")
+    ),
+    _suite("runtime", "evla_compile/runtime/latency.py", "tests/runtime/test_latency_counter.py", *ENGINE_TESTS),
+)
