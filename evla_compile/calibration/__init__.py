@@ -1,1 +1,1 @@
-"""Frames to plan: what a policy can spare, measured on real observations."""
+"""Calibration: measure on real observations which layers and neurons a policy needs least."""

@@ -1,4 +1,4 @@
-"""What `evla run` is given: frames with their instructions, noise, a place for the actions."""
+"""Inputs of `evla run`: frames with their instructions, noise, the file for the actions."""
 
 from pathlib import Path
 from zipfile import BadZipFile

@@ -1,1 +1,1 @@
-"""CogACT's official checkpoints, unchanged, to a policy."""
+"""Load CogACT's official checkpoints, unchanged."""
