@@ -4,10 +4,16 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evla_compile.demo.shipped_policy import DEMO_POLICY
 from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
+from evla_compile.settings.budgets.budget import Measured
+from evla_compile.settings.budgets.cache import CacheBudget, CacheDecision
+from evla_compile.settings.budgets.layers import LayerBudget, LayerDecision, drop_one_by_one, drop_trials
+from evla_compile.settings.budgets.mlp import MLPBudget, MLPDecision
+from evla_compile.settings.budgets.tokens import TokenBudget, TokenDecision
 from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes, published_sizes
 
@@ -135,3 +141,58 @@ def test_defaults_fit_the_policy_of_the_demo() -> None:
     sizes = read_checkpoint(DEMO_POLICY).sizes
     assert counts(CompileConfig(), sizes) == (8, 14, 1)
     assert CompileConfig().kept_neurons(sizes.language.mlp_width) == 512  # of 688: 516, to the nearest 64
+
+
+def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
+    config = CompileConfig(keep_layers=5, mlp_keep=0.5, visual_tokens=None, cache_interval=2)
+    layers, mlp, tokens, cache = config.budgets()
+    assert (layers, mlp) == (LayerBudget(keep_layers=5), MLPBudget(mlp_keep=0.5))
+    assert (tokens, cache) == (TokenBudget(visual_tokens=None), CacheBudget(cache_interval=2))
+    assert list(config.to_json()) == [
+        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "key_tokens", "task_share", "cache_interval",
+        "ddim_steps", "cfg_scale", "text_tokens", "batch_size",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "unmeasured", "measurements"),
+    [
+        ({}, {}, set()),
+        ({"keep_layers": 22}, {"keep_layers": 22}, set()),
+        ({"keep_layers": 32, "layer_rule": "greedy"}, {}, set()),
+        ({"keep_layers": 22, "layer_rule": "greedy"}, {"keep_layers": 22}, {"feature_shift"}),
+        ({"keep_layers": (0, 1, 2), "layer_rule": "greedy"}, {}, set()),
+        ({"mlp_keep": 0.5}, {"mlp_keep": 0.5}, {"neuron_scores"}),
+        ({"visual_tokens": 56, "cache_interval": 5}, {}, set()),
+    ],
+)
+def test_what_is_measured_is_what_budgets_leave_open(
+    settings: dict[str, Any], unmeasured: dict[str, Any], measurements: set[str]
+) -> None:
+    config = replace(CompileConfig.dense(), **settings)
+    assert config.unmeasured(published_sizes("base")) == unmeasured
+    assert config.measurements(published_sizes("base")) == measurements | {"layer_importance"}
+
+
+def test_decisions_follow_from_what_was_measured() -> None:
+    sizes = published_sizes("base")
+    sizes = replace(sizes, language=replace(sizes.language, layers=3, mlp_width=128))
+    scores = tuple(np.roll(np.arange(128, dtype=np.float32), 10 * layer) for layer in range(3))
+    measured = Measured(layer_importance=(0.3, 0.1, 0.2), neuron_scores=scores)
+    layers, mlp, tokens, cache = CompileConfig(keep_layers=2, mlp_keep=0.5, visual_tokens=40).decide(sizes, measured)
+    assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
+    assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
+    assert tokens == TokenDecision(visual_tokens=40, key_tokens=4, task_share=0.5)
+    assert cache == CacheDecision(interval=5)
+
+
+def test_greedy_asks_for_every_layer_left_and_drops_that_which_shifts_least() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def shift(keep: tuple[int, ...]) -> float:
+        asked.append(keep)
+        return {(0, 2, 3): 1.0, (0, 1, 3): 1.0, (2, 3): 2.0}.get(keep, 3.0)
+
+    assert drop_one_by_one(4, 2, shift) == (2, 3)
+    assert asked == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2), (2, 3), (0, 3), (0, 2)]
+    assert len(asked) == drop_trials(4, 2)

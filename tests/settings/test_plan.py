@@ -64,6 +64,27 @@ def test_a_plan_survives_json(tmp_path: Path) -> None:
     assert hash(found) == hash(PLAN)
 
 
+def test_a_plan_is_written_as_every_version_has_written_it(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.json").read_text() == (
+        '{"format": 1, "layer_importance": [0.25, 1.0, 0.0], "keep_layers": [0, 1], "mlp_neurons": ["0-1,5", "2-4"],'
+        ' "ranges": {"projector.projector.0": 3.0}, "frames": 2, "frames_digest": "0123456789abcdef",'
+        ' "layer_rule": "greedy",'
+        ' "checkpoint": {"llm_backbone": "fedcba9876543210", "projector": "00000000ffffffff"}}\n'
+    )
+
+
+def test_a_plan_reads_as_it_was_decided() -> None:
+    assert (PLAN.keep_layers, PLAN.layer_importance, PLAN.layer_rule) == ((0, 1), (0.25, 1.0, 0.0), "greedy")
+    assert PLAN.mlp_neurons == ((0, 1, 5), (2, 3, 4))
+
+
+def test_a_technique_without_a_decision_keeps_everything() -> None:
+    layers, neurons = PLAN.decisions
+    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision())
+    assert Plan(decisions=(neurons, layers)).decisions == PLAN.decisions
+
+
 def test_whole_numbers_of_json_are_numbers() -> None:
     found = Plan.from_json(PLAN.to_json() | {"layer_importance": [0.25, 1, 0], "ranges": {"projector.projector.0": 3}})
     assert found == PLAN

@@ -18,10 +18,14 @@ from evla_compile import cli
 from evla_compile.cli.setting_options import OPTIONS
 from evla_compile.cli.settings import read_config
 from evla_compile.compiled_policy import CompiledPolicy
+from evla_compile.compiler.pipeline import build_passes
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.graph.sites import module_path
 from evla_compile.host.frames import Frame
+from evla_compile.settings.anatomy import COGACT
 from evla_compile.settings.config import CompileConfig
-from evla_compile.settings.plan import Plan, check_plan
+from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration
+from evla_compile.settings.sizes import ModelSizes
 
 aten = torch.ops.aten
 DENSE = CompileConfig.dense(text_tokens=9, ddim_steps=1)
@@ -32,9 +36,10 @@ NEGATIVE: dict[str, Any] = {"relu_layers": -1}
 
 @pytest.fixture(scope="module")
 def compiled(small_policy: CogACT) -> CompiledPolicy:
-    """Compiled with a budget of two layers, calibrated on one frame."""
+    """Compiled with a budget of two layers, by a plan that was measured on one frame."""
     config = replace(DENSE, keep_layers=3, **TWO)
-    return evla.compile(small_policy, config, calibration=[Frame(Image.new("RGB", (4, 4)), "pick")], progress=False)
+    plan = evla.calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], config, progress=False)
+    return evla.compile(small_policy, config, plan=plan)
 
 
 def test_the_graph_computes_a_relu_where_the_plan_says(compiled: CompiledPolicy) -> None:
@@ -42,11 +47,8 @@ def test_the_graph_computes_a_relu_where_the_plan_says(compiled: CompiledPolicy)
     chosen = tuple(sorted(sorted(kept, key=lambda layer: importance[layer])[:2]))
     names = [report.name for report in compiled.report.passes]
     assert names[1:3] == [f"PruneLayers(keep={kept})", f"RectifyMLP(layers={chosen})"]
-    graph = compiled.graph.graph
-    paths = [
-        list(node.meta["nn_module_stack"].values())[-1][0] for node in graph.nodes if node.target is aten.relu.default
-    ]
-    assert [f"layers.{layer}.mlp" in path for layer, path in zip(chosen, paths, strict=True)] == [True, True]
+    found = compiled.graph.graph.find_nodes(op="call_function", target=aten.relu.default)
+    assert [module_path(node) for node in found] == [f"{COGACT.decoder_layers}.{layer}.mlp.act_fn" for layer in chosen]
 
 
 def test_the_plan_s_json_holds_the_decision(compiled: CompiledPolicy, tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_the_command_line_has_the_option() -> None:
     assert read_config(given, preset=None, dense=True) == replace(CompileConfig.dense(), **TWO)
 
 
-def test_a_plan_without_it_is_written_as_before(small_policy: CogACT) -> None:
-    dense = evla.compile(small_policy, DENSE)
-    assert "relu_layers" not in dense.plan.to_json()
-    assert "RectifyMLP" not in str(dense.report)
+def test_a_plan_without_it_is_written_as_before_and_needs_no_pass(small_sizes: ModelSizes) -> None:
+    plan = plan_without_calibration(small_sizes, DENSE)
+    assert "relu_layers" not in plan.to_json()
+    assert all(rewrite.exact for rewrite in build_passes(DENSE, plan, small_sizes))
