@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from evla_compile.demo.shipped_policy import DEMO_POLICY
+from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
 from evla_compile.settings.budgets.budget import Measured
 from evla_compile.settings.budgets.cache import CacheBudget, CacheDecision
@@ -196,3 +197,20 @@ def test_greedy_asks_for_every_layer_left_and_drops_that_which_shifts_least() ->
     assert drop_one_by_one(4, 2, shift) == (2, 3)
     assert asked == [(1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2), (2, 3), (0, 3), (0, 2)]
     assert len(asked) == drop_trials(4, 2)
+
+
+def test_a_decision_that_keeps_everything_is_idle_and_no_other() -> None:
+    sizes = published_sizes("base")
+    assert all(decision.idle(sizes) for decision in CompileConfig.dense().decide(sizes, None))
+    assert not any(decision.idle(sizes) for decision in CompileConfig().decide(sizes, None))
+
+
+def test_neurons_of_other_layers_than_those_that_stay_are_refused() -> None:
+    sizes = published_sizes("base")
+    config = CompileConfig(keep_layers=(0, 1, 2), mlp_keep=0.75)
+    layers, mlp, *_ = config.decide(sizes, None)
+    assert isinstance(mlp, MLPDecision)
+    config.check_decision((layers, mlp), sizes, measured=True)
+    others = MLPDecision(neurons=tuple((layer + 1, kept) for layer, kept in mlp.neurons))
+    with pytest.raises(CalibrationError, match=re.escape("in layers (1, 2, 3), the settings ask for [8256]")):
+        config.check_decision((layers, others), sizes, measured=True)

@@ -106,8 +106,8 @@ class MLPBudget(Budget):
         expected = [] if count == width else [count]
         if found != expected or (expected and tuple(layer for layer, _ in neurons) != layers):
             raise CalibrationError(
-                f"the plan keeps {found or 'all'} MLP neurons in {len(neurons)} layers, the settings ask for"
-                f" {expected or 'all'} (mlp_keep={self.mlp_keep}) in {len(layers)}"
+                f"the plan keeps {found or 'all'} MLP neurons in layers {tuple(layer for layer, _ in neurons)}, the"
+                f" settings ask for {expected or 'all'} (mlp_keep={self.mlp_keep}) in {layers}"
             )
         for layer, kept in neurons:
             try:
