@@ -163,7 +163,7 @@ def refusal(kind: type[Exception], error: BaseException) -> str:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"config": replace(SMALL, keep_layers=3)}, CalibrationError, "need to know which layers"),
+        ({"config": replace(SMALL, keep_layers=3)}, CalibrationError, "for keep_layers=3 has to be measured"),
         ({"modes": "eager"}, ValueError, r"options ['modes']: expected config, plan and mode"),
         ({"mode": "fast"}, ValueError, "options mode='fast': expected one of inductor, eager"),
         ({"config": 3}, ValueError, "expected a CompileConfig and a Plan"),
