@@ -59,7 +59,7 @@ def _time_limits(copy: Path, suites: list[Suite]) -> dict[tuple[str, ...], float
 
 
 def _note(results: Path, mutant: Mutant, trial: Trial) -> None:
-    line = asdict(mutant) | {"outcome": trial.outcome, "seconds": round(trial.seconds, 2)}
+    line = asdict(mutant) | {"outcome": trial.outcome, "reason": trial.reason, "seconds": round(trial.seconds, 2)}
     del line["source"]
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

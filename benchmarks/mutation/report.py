@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Result = Mapping[str, Any]
-"""One trial: group, file, number, change, outcome, seconds."""
+"""One trial: group, file, number, change, outcome, the test that failed, seconds."""
 
 
 def read_results(path: Path) -> list[Result]:

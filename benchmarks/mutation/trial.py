@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,12 @@ class Trial:
     seconds: float
     log: str
     """What pytest printed."""
+
+    @property
+    def reason(self) -> str:
+        """The test that failed, as pytest names it at the end; empty where none did."""
+        named = re.findall(r"^(?:FAILED|ERROR) (\S+\.py.*)$", self.log, re.MULTILINE)
+        return str(named[0])[:200] if named else ""
 
 
 def preload() -> None:

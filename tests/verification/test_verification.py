@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from evla_compile.artifact.records import FileRecord, TensorSpec
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.exporters.stage_run import StageRun
 from evla_compile.families.cogact.model.policy import CogACT
+from evla_compile.runtime import Provider
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.precision import Precision
 from evla_compile.verification import verify as verification
@@ -172,6 +174,25 @@ def test_what_the_runtime_returns_is_compared_too(artifact: Path, monkeypatch: p
     factor = np.float32(1.1)
     with pytest.raises(evla.VerificationError, match=r"artifact in the runtime: samples is 1\.00e-01 of its largest"):
         evla.verify(artifact, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "mapped"),
+    [("", "cpu", True), ("", "openvino", False), ("model.engine", None, False), ("model.engine", "cpu", True)],
+)
+def test_weights_are_mapped_on_a_cpu_alone(
+    name: str, provider: Provider | None, mapped: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object, **options: object) -> NoReturn:
+        raise evla.EvlaError(f"asked for {arguments[1]}, mapped={options['mapped']}")
+
+    monkeypatch.setattr(verification, "load", load)
+    monkeypatch.setattr(verification, "replay_graphs", lambda *_, **__: {"samples": 0.0})
+    if name:
+        (copy / "manifest.json").rename(copy / "model.manifest.json")
+        (copy / name).touch()
+    with pytest.raises(evla.EvlaError, match=f"asked for {provider}, mapped={mapped}"):
+        evla.verify(copy / name, threads=1, provider=provider)
 
 
 def accept_model(folder: Path, precision: Precision = "float32") -> None:
