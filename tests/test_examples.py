@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from PIL import Image
@@ -98,4 +99,4 @@ def test_a_command_of_the_docs_has_only_options_that_exist(page: str, line: str)
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_is_python(page: str) -> None:
     for block in blocks(page, "python"):
-        compile(block, page, "exec")
+        compile(dedent(block), page, "exec")
