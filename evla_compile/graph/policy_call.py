@@ -4,6 +4,7 @@ The values that reach the policy need not be the graph's inputs: a compiled func
 arguments, and may compute further with the samples.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,10 @@ from evla_compile.errors import UnsupportedModelError
 
 ADVICE = "compile the policy by itself, policy.compile(backend='evla'), and do the rest outside of it"
 """Advice for a function with more than one call of a policy."""
+
+_OPERATORS = ("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift")
+_WRITING = {getattr(operator, name) for name in (*_OPERATORS, "isub", "itruediv", "ixor", "setitem", "delitem")}
+"""Functions of `operator` that write into their first argument."""
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]  # torch left it so
@@ -69,7 +74,7 @@ def find_policy_call(graph: fx.Graph) -> PolicyCall:
     """Return the call of a policy in a Dynamo graph.
 
     Raises:
-        UnsupportedModelError: there is none, or more than one.
+        UnsupportedModelError: there is none, or more than one, or it writes into a tensor.
     """
     enters, leaves = (graph.find_nodes(op="call_function", target=mark) for mark in (enter_policy, leave_policy))
     if len(enters) != 1 or len(leaves) != 1:
@@ -79,7 +84,9 @@ def find_policy_call(graph: fx.Graph) -> PolicyCall:
         )
     nodes = list(graph.nodes)
     first, last = nodes.index(enters[0]), nodes.index(leaves[0])
-    return PolicyCall(enters[0], leaves[0], tuple(nodes[first + 1 : last]))
+    between = tuple(nodes[first + 1 : last])
+    _refuse_writes(between)
+    return PolicyCall(enters[0], leaves[0], between)
 
 
 def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Sequence[int]) -> fx.GraphModule:
@@ -92,7 +99,8 @@ def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Se
         rest: positions of inputs.
 
     Raises:
-        UnsupportedModelError: a node behind the policy reads a tensor that is computed within it.
+        UnsupportedModelError: a node behind the policy reads a tensor that is computed within it, or a node within it
+            writes into a tensor.
     """
     replaced = fx.GraphModule(gm, _copy(gm.graph))
     graph = replaced.graph
@@ -113,6 +121,40 @@ def replace_policy_call(gm: fx.GraphModule, run: Callable[..., Tensor], rest: Se
     graph.lint()
     replaced.recompile()
     return replaced
+
+
+def _refuse_writes(nodes: Sequence[fx.Node]) -> None:
+    """Refuse nodes that write into a tensor: later nodes read what they wrote without being their users.
+
+    Raises:
+        UnsupportedModelError: there is one.
+    """
+    for node in nodes:
+        if _writes(node):
+            raise UnsupportedModelError(
+                f"backend evla was handed a graph in which {node.name} writes into a tensor within the policy,"
+                " through a forward hook for instance, and the compiled policy would leave that out: remove the hook"
+            )
+
+
+def _writes(node: fx.Node) -> bool:
+    """Tell whether a node of a Dynamo graph changes one of its arguments, by torch's naming of such operators."""
+    if "out" in node.kwargs or node.kwargs.get("inplace"):
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name in {f"__{written.__name__}__" for written in _WRITING} or _named_in_place(name)
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    if getattr(node.target, "__module__", "") == operator.add.__module__:  # and_, is_ and the like write nothing
+        return node.target in _WRITING
+    return _named_in_place(getattr(node.target, "__name__", ""))
+
+
+def _named_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
 
 
 class _Call(nn.Module):

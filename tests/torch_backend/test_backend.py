@@ -1,5 +1,6 @@
 """torch.compile(policy, backend="evla"): what it returns, when it compiles, and what it refuses."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -407,6 +408,50 @@ def test_a_value_from_within_the_policy_is_refused() -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         fast(*(torch.zeros(2) for _ in range(4)))
     assert "reads inner within the policy" in refusal(UnsupportedModelError, caught.value)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "method": lambda inner: inner.mul_(1.5),
+    "function": torch.relu_,
+    "in-place argument": lambda inner: torch.nn.functional.relu(inner, inplace=True),
+    "output argument": lambda inner: torch.mul(inner, 1.5, out=inner),
+    "item": lambda inner: inner.__setitem__(0, 1.5),
+    "operator": lambda inner: operator.imul(inner, 1.5),  # type: ignore[no-untyped-call]  # typeshed left it so
+    "overload": lambda inner: torch.ops.aten.mul_.Tensor(inner, 1.5),
+}
+"""Ways to write into a tensor, whose results a forward hook need not return."""
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_within_the_policy_is_refused(name: str) -> None:
+    def hooked(image: Tensor, ids: Tensor, length: Tensor, noise: Tensor) -> Tensor:
+        image, ids, length, noise = enter_policy(image, ids, length, noise, 0)
+        inner = noise + 1
+        WRITES[name](inner)
+        samples: Tensor = leave_policy(inner * 2)
+        return samples
+
+    def backend_(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return replace_policy_call(gm, lambda *arguments: arguments[3], ())
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        torch.compile(hooked, backend=backend_)(*(torch.zeros(2) for _ in range(4)))
+    found = refusal(UnsupportedModelError, caught.value)
+    assert "writes into a tensor within the policy" in found
+    assert "remove the hook" in found
+
+
+def test_writes_around_the_policy_and_operators_with_similar_names_are_no_writes_within() -> None:
+    def step(image: Tensor, ids: Tensor, length: Tensor, noise: Tensor) -> Tensor:
+        image, ids, length, noise = enter_policy(image, ids, length, noise.clone().add_(1), 0)
+        chosen = operator.and_(noise > 0, operator.invert(noise > 2))
+        samples: Tensor = leave_policy(noise * chosen)
+        return samples.mul_(2)
+
+    def backend_(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return replace_policy_call(gm, lambda *arguments: arguments[3] + 1, ())
+
+    assert torch.compile(step, backend=backend_)(*(torch.zeros(2) for _ in range(4))).tolist() == [4.0, 4.0]
 
 
 def test_fullgraph_says_what_breaks_the_graph(small_policy: CogACT, small_inputs: Sequence[Tensor]) -> None:
