@@ -22,9 +22,6 @@ _PARENTS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _LEAVES = tuple((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn"))
 """Settings of float32 arithmetic by backend and kind of operator."""
 
-_FULL = ("none", "ieee")
-"""What these say where float32 is computed in full."""
-
 
 @contextmanager
 def own_torch_state() -> Iterator[None]:
@@ -36,7 +33,8 @@ def own_torch_state() -> Iterator[None]:
     the caller's, and so do dispatch modes, which count or trace operators.
 
     Blocks may be nested and may overlap in several threads. Default dtype and float32 arithmetic are settings of the
-    whole process: while any block runs, other threads see them too.
+    whole process: while any block runs, other threads see them too. Every block sets them as it is entered, and the
+    last of overlapping ones restores what the first found: what other code sets in between does not last.
     """
     with ExitStack() as stack:
         stack.enter_context(_process_state)
@@ -105,10 +103,8 @@ class _Float32Arithmetic:
             torch._C._set_fp32_precision_setter(*key, value)
 
 
-def _compute_float32_in_full() -> _Float32Arithmetic | None:
-    """Switch off everything below full float32; return what it was, None where nothing had to change."""
-    if all(torch._C._get_fp32_precision_getter(*key) in _FULL for key in _LEAVES):
-        return None
+def _compute_float32_in_full() -> _Float32Arithmetic:
+    """Switch off everything below full float32; return what it was."""
     settings = []
     for key in (*_PARENTS, *_LEAVES):  # a setting that inherits shows its own value once its parents say "none"
         settings.append((key, torch._C._get_fp32_precision_getter(*key)))
@@ -134,19 +130,19 @@ def _cudnn_allows_tf32() -> bool:
 
 
 class _ProcessState:
-    """Settings of the whole process: changed by the first block that needs them, restored behind the last."""
+    """Settings of the whole process: set by every block; the last restores what the first found."""
 
     def __init__(self) -> None:
         self._lock, self._blocks = threading.Lock(), 0
-        self._arithmetic: _Float32Arithmetic | None = None
+        self._arithmetic: _Float32Arithmetic | None = None  # of before the first block
         self._dtype = torch.float32
 
     def __enter__(self) -> None:
         with self._lock:
+            dtype, arithmetic = torch.get_default_dtype(), _compute_float32_in_full()
+            torch.set_default_dtype(torch.float32)
             if not self._blocks:
-                self._dtype = torch.get_default_dtype()
-                self._arithmetic = _compute_float32_in_full()
-                torch.set_default_dtype(torch.float32)
+                self._dtype, self._arithmetic = dtype, arithmetic
             self._blocks += 1
 
     def __exit__(self, *_: object) -> None:

@@ -165,6 +165,23 @@ def test_an_error_within_the_block_restores_the_caller_s_settings() -> None:
         assert settings() == before
 
 
+@pytest.mark.parametrize(
+    "name", ["matmul precision medium", "bfloat16 wherever there is float32", "TF32 on a GPU", "default dtype bfloat16"]
+)
+@pytest.mark.parametrize("found", [nullcontext, STATES["no TF32 in cuDNN"]], ids=["TF32 in cuDNN", "full already"])
+def test_a_block_within_another_sets_again_what_was_changed_in_between(name: str, found: State) -> None:
+    with found():
+        before = settings()
+        with own_torch_state():
+            expected = settings()
+            with STATES[name]():
+                assert settings() != expected
+                with own_torch_state():
+                    assert settings() == expected
+                assert settings() == expected  # what was found in between is not restored
+        assert settings() == before
+
+
 def test_blocks_of_two_threads_may_overlap_in_any_order() -> None:
     entered, left = threading.Event(), threading.Event()
 
