@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from evla_compile.graph.deferred import DeferredWeight, materialized
 _LOG = logging.getLogger(__name__)
 _NAMED = 5
 
-_State = tuple[tuple[int, int | None], ...]
+_State = tuple[tuple["ref[Tensor]", int], ...]
 _passed: "WeakKeyDictionary[nn.Module, _State]" = WeakKeyDictionary()
-"""Policies that passed, with the identity and version of each of their weights at that time."""
+"""Policies that passed, with each of their weights and its version at that time."""
 
 
 def check_finite_policy(policy: nn.Module) -> None:
@@ -23,18 +23,29 @@ def check_finite_policy(policy: nn.Module) -> None:
 
     Every weight is read once; mapped ones are then in the system's file cache for the next steps, as far as they fit. A
     policy that passed is not read again until a weight is replaced or written into; writes through `parameter.data`
-    are not noticed, since torch does not count them.
+    are not noticed, since torch does not count them. One with inference tensors, of which torch counts no writes at
+    all, is read every time.
 
     Raises:
         CheckpointError: the message names the tensors, by their names in the checkpoint.
     """
     weights = policy.state_dict(keep_vars=True)
-    state = tuple((id(weight), None if weight.is_inference() else weight._version) for weight in weights.values())
-    if _passed.get(policy) == state:
+    tensors = list(weights.values())
+    counted = not any(weight.is_inference() for weight in tensors)
+    if counted and _unchanged(tensors, _passed.get(policy, ())):
         return
     _LOG.info("checking that all values of %d weights are finite", len(weights))
     check_finite(weights.items())
-    _passed[policy] = state
+    if counted:
+        _passed[policy] = tuple((ref(weight), weight._version) for weight in tensors)
+
+
+def _unchanged(weights: list[Tensor], passed: _State) -> bool:
+    """Tell whether weights are the very tensors that passed, of the same versions."""
+    return len(weights) == len(passed) and all(
+        known() is weight and version == weight._version
+        for weight, (known, version) in zip(weights, passed, strict=True)
+    )
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -128,5 +128,15 @@ def test_a_policy_is_read_through_once_and_anew_when_it_was_written(
             check_finite_policy(policy)
 
 
+def test_inference_tensors_are_read_anew_every_time_since_torch_does_not_count_their_writes() -> None:
+    with torch.inference_mode():
+        module = nn.Linear(2, 2)
+    check_finite_policy(module)
+    with torch.inference_mode():
+        module.weight[1, 0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"weight \(1 of 4 values, the first, nan, at \[1, 0\]\)"):
+        check_finite_policy(module)
+
+
 def test_a_policy_without_data_is_passed(policy: CogACT) -> None:
     check_finite_policy(policy.to("meta"))
