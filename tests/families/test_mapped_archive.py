@@ -122,7 +122,7 @@ def test_a_system_that_sets_memory_aside_for_mappings_is_reported(
 
     file = pack(tmp_path / "a.pt", members)
     monkeypatch.setattr(mmap, "mmap", refuse)
-    with pytest.raises(CheckpointError, match=r"GB cannot be mapped .*Cannot allocate.*overcommit_memory"):
+    with pytest.raises(CheckpointError, match=r"kB cannot be mapped .*Cannot allocate.*overcommit_memory"):
         read_archive(file)
 
 
