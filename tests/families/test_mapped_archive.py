@@ -175,6 +175,24 @@ def test_an_archive_of_another_form_is_refused(
         read_archive(pack(tmp_path / "a.pt", changed(members, name, contents)))
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("extra", [0, 5, 6, 7, 8])  # from one place to another, mapped or copied
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path, count: int, extra: int) -> None:
+    stream = io.BytesIO()
+    torch.save({"weight": torch.ones(5, 3)}, stream)
+    with zipfile.ZipFile(stream) as archive:
+        forged = {name: archive.read(name) for name in archive.namelist()}
+    length = b"K\x0ft"  # 15 numbers, the end of the storage's identity
+    assert forged["archive/data.pkl"].count(length) == 1
+    forged["archive/data.pkl"] = forged["archive/data.pkl"].replace(length, b"K" + bytes([count]) + b"t")
+    forged[WEIGHT] = bytes(4 * count)
+    file = pack(tmp_path / "a.pt", list(forged.items()), extra=extra)
+    with pytest.raises(RuntimeError):
+        torch.load(file)
+    with pytest.raises(CheckpointError, match="not resizable"):
+        read_archive(file)
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_members_of_one_name_are_refused(tmp_path: Path, members: list[Member]) -> None:
     with pytest.raises(CheckpointError, match=rf"several members {WEIGHT}"):

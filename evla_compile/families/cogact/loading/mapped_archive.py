@@ -98,6 +98,14 @@ def _map(file: Path) -> mmap.mmap:
             ) from error
 
 
+def _fixed(stored: Tensor) -> Tensor:
+    """Return a tensor over the same memory whose storage cannot grow, as a storage mapped from a file cannot.
+
+    A storage of torch's own would grow, with whatever is in memory, for a tensor that claims more than it holds.
+    """
+    return torch.from_numpy(stored.numpy())
+
+
 class _Members:
     """The members of a zip archive, located by their own headers."""
 
@@ -148,7 +156,7 @@ class _Members:
         if found != size:
             raise CheckpointError(f"{name} holds {found} bytes, and a tensor in it claims {size}; {_AGAIN}")
         if not size:
-            return torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
+            return _fixed(torch.empty(0, dtype=torch.uint8, device="cpu")).untyped_storage()
         stored: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, count=size, offset=place)
         if place % alignment:
             stored = self._copy(name, stored)
@@ -165,7 +173,7 @@ class _Members:
         if not self._copied:
             _LOG.info("%s is not aligned to its dtype: it is copied into memory, as all further such tensors", name)
         self._copied += stored.nbytes
-        return stored.clone()
+        return _fixed(stored.clone())
 
     def _info(self, name: str) -> zipfile.ZipInfo:
         count = self._counts[name]
