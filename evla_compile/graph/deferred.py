@@ -1,8 +1,9 @@
 """Deferred (lazy) weights, computed when an operator reads them, then freed: for policies larger than memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -101,8 +102,8 @@ class DeferredWeight(Tensor):
         given = dict(kwargs or {})
         if func in (aten.detach.default, aten.alias.default) and type(args[0]) is DeferredWeight:
             return _alias(args[0])
-        if func in _VIEWS and isinstance(args[0], DeferredWeight):
-            return _View(args[0], func, args[1:], given)
+        if _returns_views(func) and isinstance(args[0], DeferredWeight):
+            return _views(args[0], func, args[1:], given)
         written = _written(func, args, given)
         values = {id(weight): weight.compute() for weight in written}
         plain_args, plain_kwargs = pytree.tree_map_only(
@@ -120,16 +121,16 @@ class DeferredWeight(Tensor):
 class _View(DeferredWeight):
     """A view of a deferred weight, computed when it is read; it cannot be written into."""
 
-    def __new__(cls, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Self:
-        form = func(torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta"), *args, **kwargs)
+    def __new__(cls, base: DeferredWeight, form: Tensor, view: Callable[[Tensor], Tensor]) -> Self:
         wrapper: Self = torch.Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride(), dtype=form.dtype, device=base.device
         )
         return wrapper
 
-    def __init__(self, base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, base: DeferredWeight, form: Tensor, view: Callable[[Tensor], Tensor]) -> None:
+        """Describe the view of `base`, of the shape, strides and dtype of `form`, that `view` takes of its value."""
         Tensor.__init__(self)
-        self._base_weight, self._func, self._args, self._kwargs = base, func, args, kwargs
+        self._base_weight, self._view = base, view
 
     def cut(self, dim: int, kept: Tensor) -> DeferredWeight:
         return DeferredWeight(self, dtype=self.dtype, dim=dim, kept=kept)
@@ -142,19 +143,39 @@ class _View(DeferredWeight):
         return low, high
 
     def compute(self) -> Tensor:
-        value: Tensor = self._func(self._base_weight.compute(), *self._args, **self._kwargs)
-        return value
+        return self._view(self._base_weight.compute())
 
 
-_VIEWS = frozenset(
+_UNMARKED_VIEWS = frozenset(
     {
-        *(aten.detach.default, aten.alias.default, aten.view.default, aten._unsafe_view.default, aten.t.default),
-        *(aten.transpose.int, aten.permute.default, aten.expand.default, aten.select.int, aten.slice.Tensor),
-        *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.diagonal.default),
-        aten.as_strided.default,
+        *(aten._unsafe_view.default, aten.unsafe_chunk.default),
+        *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
     }
 )
-"""Operators that return a view of their first argument; of a deferred weight it cannot be written into."""
+"""Operators that return views of their first argument although their schemas do not say so."""
+
+
+def _returns_views(func: Any) -> bool:
+    """Return whether an operator returns views of its first argument, one or a list, by its schema."""
+    returned = [value.alias_info for value in func._schema.returns]
+    return func in _UNMARKED_VIEWS or any(alias is not None and not alias.is_write for alias in returned)
+
+
+def _views(base: DeferredWeight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what an operator that returns views returns of a deferred weight, each tensor deferred."""
+    # In inference mode torch hands on `to` or `reshape`, which may copy, instead of the operators that they consist of.
+    parts = func.decompose(base, *args, **kwargs)
+    if parts is not NotImplemented:
+        return parts
+
+    def view_of(value: Tensor, number: int | None = None) -> Any:
+        views = func(value, *args, **kwargs)
+        return views if number is None else views[number]
+
+    form = view_of(torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device="meta"))
+    if isinstance(form, Tensor):
+        return _View(base, form, view_of)
+    return [_View(base, part, partial(view_of, number=number)) for number, part in enumerate(form)]
 
 
 def _alias(weight: DeferredWeight) -> DeferredWeight:

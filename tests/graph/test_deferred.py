@@ -87,6 +87,22 @@ def test_what_is_written_into_it_is_kept_and_reaches_its_aliases_and_not_the_sou
         lambda weight: weight.detach()[:, None].fill_(0.0),
         lambda weight: weight.__setitem__((0, 1), 3.0),
         lambda weight: torch.add(torch.ones(5), 1.0, out=weight[0]),
+        lambda weight: weight.chunk(2)[1].zero_(),
+        lambda weight: weight.split(2)[0].zero_(),
+        lambda weight: weight.split([2, 4])[1].zero_(),
+        lambda weight: weight.tensor_split(4)[3].zero_(),
+        lambda weight: weight.unsafe_chunk(2)[0].zero_(),
+        lambda weight: weight.unsafe_split(2)[0].zero_(),
+        lambda weight: weight.unsafe_split_with_sizes([2, 4])[1].zero_(),
+        lambda weight: weight.unbind(1)[2].zero_(),
+        lambda weight: [row.zero_() for row in weight],
+        lambda weight: weight.unfold(0, 2, 2).zero_(),
+        lambda weight: weight.view(torch.int32).zero_(),
+        lambda weight: weight.squeeze().zero_(),
+        lambda weight: weight[None, :, None].squeeze((0, 2)).zero_(),
+        lambda weight: weight.view(3, 2, 5).movedim(0, 1).zero_(),
+        lambda weight: torch.view_as_complex(weight.view(3, 5, 2)).zero_(),
+        lambda weight: torch._foreach_zero_(list(weight.chunk(2))),
     ],
 )
 def test_writing_into_a_view_of_it_is_an_error(stored: Tensor, write: Callable[[Tensor], object]) -> None:
@@ -105,6 +121,31 @@ def test_a_view_of_it_is_computed_when_it_is_read(stored: Tensor) -> None:
     assert torch.equal(materialized(cut(view, 2, KEPT)), expected[:, :, KEPT])
     assert type(view + 0) is Tensor
     assert torch.equal(view + 0, expected)
+
+
+def test_each_of_several_views_of_it_is_computed_when_it_is_read(stored: Tensor) -> None:
+    weight = DeferredWeight(stored, dtype=torch.float32)
+    parts, rows = torch.split(weight, [2, 4]), list(weight)
+    weight.mul_(2.0)
+    changed = 2.0 * stored.float()
+    for found, expected in zip((*parts, *rows), (*torch.split(changed, [2, 4]), *changed), strict=True):
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), torch.float32)
+        assert torch.equal(materialized(found), expected)
+    assert torch.equal(materialized(parts[1].chunk(2)[1]), changed[4:])
+    assert torch.equal(materialized(weight.view(torch.int32)), changed.view(torch.int32))
+
+
+def test_inference_mode_changes_neither_what_is_a_view_of_it_nor_what_is_a_copy(stored: Tensor) -> None:
+    with torch.inference_mode():
+        weight = DeferredWeight(stored, dtype=torch.float32)
+        for part in (*weight.chunk(2), weight.reshape(-1)):
+            with pytest.raises(TypeError, match="writes into a view"):
+                part.zero_()
+        for copied in (weight.to(torch.float64), weight.T.contiguous(), weight.T.reshape(-1)):
+            assert type(copied) is Tensor
+        assert weight.to("meta").is_meta
+        assert weight.contiguous() is weight
+        assert torch.equal(weight + 0, stored.float())
 
 
 @pytest.mark.parametrize("written", [False, True])
