@@ -321,10 +321,23 @@ def test_a_long_list_of_keys_is_capped(run: Path, stored: Groups) -> None:
     assert "extra.20" not in str(caught.value)
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(320, 80, dtype=torch.int8), torch.ones(320, 80).to_sparse()])
-def test_a_tensor_that_is_not_dense_floating_point_is_refused(run: Path, stored: Groups, tensor: Tensor) -> None:
-    with pytest.raises(CheckpointError, match=r"1 wrong types: projector\.projector\.0\.weight .*found torch\."):
-        load(rewrite(run, stored, lambda groups: groups["projector"].update({"projector.0.weight": tensor})))
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.ones(320, 80, dtype=torch.int8), r"torch\.int8, torch\.strided, cpu"),
+        (torch.ones(320, 80).to_sparse(), r"torch\.float32, torch\.sparse_coo, cpu"),
+        (torch.ones(320, 80, device="meta"), r"torch\.float32, torch\.strided, meta"),
+    ],
+)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_tensor_that_is_not_dense_floating_point_with_values_is_refused(
+    run: Path, stored: Groups, tensor: Tensor, found: str, deferred: bool
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"1 wrong types: projector\.projector\.0\.weight .*found {found}\)"):
+        load(
+            rewrite(run, stored, lambda groups: groups["projector"].update({"projector.0.weight": tensor})),
+            deferred=deferred,
+        )
 
 
 def test_parts_of_different_models_are_refused_by_the_file_name(run: Path, stored: Groups) -> None:

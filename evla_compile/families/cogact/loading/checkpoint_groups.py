@@ -104,7 +104,8 @@ def check_keys(model: CogACT, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are not exactly those of `model`, except some unused ones of the official files.
 
     Raises:
-        CheckpointError: the message lists missing and unexpected names, other shapes and other dtypes.
+        CheckpointError: the message lists missing and unexpected names, other shapes, other dtypes, and tensors
+            that were saved on the meta device, without values.
     """
     expected: dict[str, Tensor] = model.state_dict()
     shared = [name for name in expected if name in tensors]
@@ -122,9 +123,9 @@ def check_keys(model: CogACT, tensors: Mapping[str, Tensor]) -> None:
             if expected[name].shape != tensors[name].shape
         ],
         "wrong types": [
-            f"{name} (expected dense floating point, found {tensors[name].dtype}, {tensors[name].layout})"
+            f"{name} (expected dense floating point with values, found {read.dtype}, {read.layout}, {read.device})"
             for name in shared
-            if tensors[name].dtype not in _STORED_DTYPES or tensors[name].layout != torch.strided
+            if (read := tensors[name]).dtype not in _STORED_DTYPES or read.layout != torch.strided or read.is_meta
         ],
     }
     if any(faults.values()):
