@@ -40,9 +40,11 @@ def scratch(place: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if not (folder / JOURNAL).exists():
-                _remove(folder)
-            lock.close()
+            try:
+                if not (folder / JOURNAL).exists():
+                    _remove(folder)
+            finally:
+                lock.close()
 
 
 @contextmanager
@@ -55,6 +57,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; `path` is as it was.
     """
     place = path.resolve()  # a link stays one, as when it is opened for writing
+    if place.exists() and not place.is_file():
+        raise OSError(f"{place} is no regular file, so it is not replaced")
     remove_stale(place)
     with scratch(place) as folder:
         new = new_folder(folder) / place.name

@@ -40,10 +40,6 @@ def new_console(*, stderr: bool = False) -> Console:
     return _PlainConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def _is_hidden(char: str) -> bool:
-    return char not in _KEPT and unicodedata.category(char) in _HIDDEN
-
-
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii")
 

@@ -191,3 +191,10 @@ def test_the_handler_goes_with_the_block_and_other_threads_need_none(tmp_path: P
     with exiting_on_sigterm():
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"pipe is no regular file"), replacing(tmp_path / "pipe"):
+        raise AssertionError("nothing is written")
+    assert (tmp_path / "pipe").is_fifo()

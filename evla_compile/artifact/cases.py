@@ -70,7 +70,8 @@ def write_cases(cases: Sequence[RecordedCase], path: Path) -> None:
         for kind, side in (("inputs", case.inputs.by_name), ("outputs", case.outputs), ("stages", case.stages))
         for name, array in side.items()
     }
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    # No allow_pickle=, which older numpy takes for an array; all of these are numbers.
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy types the keywords as its own options
 
 
 def read_cases(path: Path, manifest: Manifest) -> list[RecordedCase]:

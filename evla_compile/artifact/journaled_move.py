@@ -60,6 +60,9 @@ def finish(folder: Path, destination: Path) -> None:
     journal = folder / JOURNAL
     if not journal.exists():
         return
+    if not destination.exists():  # its folder was deleted since: there is nothing left to finish or to protect
+        journal.unlink()
+        return
     with exclusive(destination):
         move = _Move.read(journal, destination)
         move.refuse_strangers(hashes=True)

@@ -100,9 +100,12 @@ def upright(image: Image.Image) -> Image.Image:
     """Return an image turned by the orientation in its metadata, or the image itself where there is none.
 
     Raises:
-        ValueError: the metadata is damaged, so that the orientation is unknown.
+        ValueError: the pixels cannot be read, or the metadata is damaged, so that the orientation is unknown.
     """
-    image.load()  # first: for a TIFF, Pillow turns the pixels here, and removes the orientation
+    try:
+        image.load()  # first: for a TIFF, Pillow turns the pixels here, and removes the orientation
+    except (OSError, SyntaxError) as error:  # Pillow's SyntaxError is a damaged chunk
+        raise ValueError(f"the image's pixels cannot be read ({error}): the file is cut or damaged") from error
     try:
         # Parsed separately: Pillow's own parser ignores errors, and then reports empty metadata.
         Image.Exif().load(image.info.get("exif", b""))

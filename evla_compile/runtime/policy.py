@@ -208,13 +208,13 @@ def load(
         raise ValueError(f"provider={provider!r}: expected one of {', '.join(get_args(Provider))}")
     if cuda_graph and chosen != "engine":
         raise ValueError(f"cuda_graph=True with provider={chosen!r}: expected provider='engine'")
+    if chosen == "engine" and (mapped or threads is not None or allow_cpu):
+        raise ValueError("mapped=, threads= and allow_cpu= are for ONNX Runtime: leave them out with an engine")
     place = find_manifest(local_artifact(path, lambda manifest: _needed(manifest, Path(path), chosen)))
     manifest = read_manifest(place)
     check_files(_needed(manifest, place, chosen), place.parent, hashes=check_hashes)
     processor = _read_processor(manifest, place.with_name(manifest.tokenizer.name))
     kept = None if cache is None else Path(cache)
-    if chosen == "engine" and (mapped or threads is not None or allow_cpu):
-        raise ValueError("mapped=, threads= and allow_cpu= are for ONNX Runtime: leave them out with an engine")
     source = {
         "path": str(place.absolute()),
         "provider": chosen,

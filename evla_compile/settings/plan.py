@@ -36,8 +36,8 @@ class Plan:
     """What a calibration decided, and what it rests on; with a configuration it fixes every rewrite."""
 
     decisions: tuple[MeasuredDecision, ...]
-    """One for every technique that needs measurements, in the order of the pipeline; those that are not given keep
-    everything."""
+    """One for every technique that needs measurements, in the order of the pipeline. That of the layers is always
+    given; the others keep everything where they are not."""
     ranges: tuple[tuple[str, float], ...] = ()
     """Activation ranges: the largest absolute input or output observed of each linear layer and attention, by module
     path; empty if not measured. They decide whether a layer fits float16."""

@@ -633,6 +633,16 @@ def test_a_file_that_came_in_the_way_of_a_killed_export_is_not_replaced(tmp_path
     assert not left.exists()
 
 
+def test_a_killed_export_into_a_folder_that_was_deleted_since_is_forgotten(tmp_path: Path) -> None:
+    left = tmp_path / ".policy.partial-0123abcd"
+    (left / "new").mkdir(parents=True)
+    (left / "journal.json").write_text('{"former": [], "new": [], "manifest": "manifest.json"}', encoding="utf-8")
+    check_target(tmp_path / "policy")
+    write(tmp_path / "policy")
+    check_files(read_manifest(find_manifest(tmp_path / "policy")).files, tmp_path / "policy")
+    assert not left.exists()
+
+
 def test_a_former_file_that_changes_during_the_work_is_not_replaced(target: Path) -> None:
     write(target)
     before = contents(target.parent)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "killed_writers.py"
+SCRIPT = Path(__file__).with_name("killed_writers.py")
 
 
 @pytest.mark.parametrize(

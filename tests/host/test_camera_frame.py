@@ -170,3 +170,13 @@ def test_deploy_framing_turns_a_frame_before_it_cuts(tmp_path: Path) -> None:
 def test_an_unknown_framing_is_refused(frame: Image.Image, framing: Any) -> None:
     with pytest.raises(ValueError, match=r"framing=.*: expected one of whole, deploy"):
         fit(frame, 14, framing)
+
+
+def test_a_cut_file_that_is_read_late_is_refused(tmp_path: Path) -> None:
+    """A PIL image opens by its header; its pixels are read when they are needed."""
+    noise = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    stored = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(stored[: len(stored) // 2])
+    with Image.open(tmp_path / "cut.jpg") as image, pytest.raises(ValueError, match="pixels cannot be read"):
+        rgb_image(image)

@@ -6,8 +6,6 @@ Needs the extra `sim`: `make sim`, or `pip install -e '.[sim]'` and Debian packa
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -144,19 +142,6 @@ class SimEnvironment:
         self._observation, _, _, _, info = self._environment.step(command)
         self.success = self.success or bool(info["success"] > 0.0)
         return self.success
-
-
-@contextmanager
-def open_environments(tasks: dict[str, SimTask]) -> Iterator[dict[str, SimEnvironment]]:
-    """Open an environment for each task and release them all at the end."""
-    opened: dict[str, SimEnvironment] = {}
-    try:
-        for name, task in tasks.items():
-            opened[name] = SimEnvironment(task)
-        yield opened
-    finally:
-        for environment in opened.values():
-            environment.__exit__()
 
 
 def _simulator_module(name: str) -> Any:

@@ -40,7 +40,7 @@ class Decision(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredDecision(Decision):
-    """A decision that rests on measurements, so that a plan holds it; one without arguments is idle."""
+    """A decision that rests on measurements, in a plan; without arguments it is idle, the layers' excepted."""
 
     keys: ClassVar[Mapping[str, Any]]
     """Keys of its JSON form and the value of each where an older plan lacks it; `...` where every plan has it."""
