@@ -36,6 +36,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """A test that leaves torch's gradients off would break others, far away from itself."""
+    yield
+    leaked = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert not leaked, "gradients were left off"
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return Path(__file__).parent / "golden"

@@ -172,7 +172,7 @@ def test_the_demo_prints_its_tables_within_80_columns(outcome: Outcome) -> None:
     for expected in (
         *BACKENDS,
         "step dx dy dz droll dpitch dyaw gripper",
-        "Visual tokens kept of this frame, 28 of 64:",
+        "Visual tokens kept of this frame, 28 of 64 (## kept, .. dropped):",
     ):
         assert expected in words
     assert [line.split()[0] for line in lines if len(line.split()) == 8][-16:] == list(map(str, range(16)))
