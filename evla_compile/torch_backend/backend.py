@@ -77,7 +77,25 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
         )
         compiled = _Compiled(found, plan, passes, mode, config.text_tokens)
         compiled.prepare([inputs[position] for position in found.weights.values()])
-    return replace_policy_call(gm, compiled, (*found.weights.values(), *(number.position for number in found.numbers)))
+    positions = (*found.weights.values(), *(number.position for number in found.numbers))
+    return _restoring_gradients(replace_policy_call(gm, compiled, positions))
+
+
+def _restoring_gradients(run: Compiled) -> Compiled:
+    """Return `run` such that an error leaves torch's gradients as they were.
+
+    The graph itself switches them off around the policy and on again behind it, which an error would skip.
+    """
+
+    def call(*arguments: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            return run(*arguments)
+        except BaseException:
+            torch.set_grad_enabled(enabled)
+            raise
+
+    return call
 
 
 class _Compiled:

@@ -37,13 +37,6 @@ INSTRUCTIONS = ("pick up the apple", "open the top drawer of the cabinet")
 
 
 @pytest.fixture(autouse=True)
-def gradients_after_a_refusal() -> Iterator[None]:
-    """Dynamo leaves gradients off where a compiled call of a function under `torch.no_grad` raises."""
-    yield
-    torch.set_grad_enabled(True)
-
-
-@pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
