@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from benchmarks.conditions import command_line
-from evla_compile.calibration.calibrate import LayerObserver
+from evla_compile.calibration.layer_importance import LayerObserver
 from evla_compile.demo.demo import describe_machine
 from evla_compile.families.cogact.model.language import rotary_tables
 from evla_compile.graph.capture import capture_decoder

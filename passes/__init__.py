@@ -7,6 +7,7 @@ from evla_compile.passes.lower_precision import LowerPrecision
 from evla_compile.passes.narrow_last_layer import NarrowLastLayer
 from evla_compile.passes.prune_layers import PruneLayers
 from evla_compile.passes.prune_mlp import PruneMLP
+from evla_compile.passes.repair_layers import RepairLayers
 from evla_compile.passes.select_tokens import SelectTokens
 from evla_compile.passes.specialize_shapes import SpecializeShapes
 from evla_compile.passes.unroll_diffusion import UnrollDiffusion
@@ -19,6 +20,7 @@ __all__ = [
     "NarrowLastLayer",
     "PruneLayers",
     "PruneMLP",
+    "RepairLayers",
     "SelectTokens",
     "SpecializeShapes",
     "UnrollDiffusion",

@@ -97,7 +97,7 @@ def compile_policy(
         for frame in frames or ():
             policy.processor.text(frame.instruction, config.text_tokens)
         if frames is not None and framing != "whole":  # later steps do not change an image of the policy's size
-            frames = [evla.Frame(policy.processor.image(image, framing), text) for image, text in frames]
+            frames = [evla.Frame(policy.processor.image(f.image, framing), f.instruction, f.episode) for f in frames]
         if chosen is None and frames is not None:
             chosen = evla.calibrate(policy, frames, config)
         with step("capture and rewrite the graph"):

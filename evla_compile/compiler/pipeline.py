@@ -1,10 +1,11 @@
 """The passes of a configuration and plan, in their order, and `compile_into`, which runs them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from evla_compile.calibration.calibrate import calibrate
+from evla_compile.calibration.calibrate import measure
+from evla_compile.calibration.decoder_passes import decoder_passes, lossy_pass
 from evla_compile.calibration.fingerprint import check_checkpoint
 from evla_compile.compiler.deviations import measure_deviations
 from evla_compile.compiler.report import CompileReport
@@ -13,6 +14,7 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass
 from evla_compile.graph.finite_weights import check_finite_policy
+from evla_compile.graph.plan_tensors import to_tensor
 from evla_compile.graph.run_passes import run_passes
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame, as_frames
@@ -20,17 +22,10 @@ from evla_compile.passes import (
     CacheFeatures,
     FoldConstants,
     NarrowLastLayer,
-    PruneLayers,
-    PruneMLP,
-    SelectTokens,
     SpecializeShapes,
     UnrollDiffusion,
 )
-from evla_compile.settings.budgets.budget import D, decision_of
 from evla_compile.settings.budgets.cache import CacheDecision
-from evla_compile.settings.budgets.layers import LayerDecision
-from evla_compile.settings.budgets.mlp import MLPDecision
-from evla_compile.settings.budgets.tokens import TokenDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -59,12 +54,14 @@ def compile_into(
     if plan is not None:
         check_plan(plan, config, policy.sizes)
         check_checkpoint(plan, policy.state_dict())
-    elif frames is not None:  # even where all is kept: a later float16 export needs the activation ranges
-        plan = calibrate(policy, frames, config, progress=progress)
-    else:
+    elif frames is None:
         plan = plan_without_calibration(policy.sizes, config)
-    check_finite_policy(policy)
-    graph, reports = run_passes(capture(policy, config), build_passes(config, plan, policy.sizes))
+    captured = capture(policy, config)
+    if plan is None:  # even where all is kept: a later float16 export needs the activation ranges
+        plan = measure(policy, captured, frames or (), config, progress=progress)
+    else:
+        check_finite_policy(policy)
+    graph, reports = run_passes(captured, build_passes(config, plan, policy.sizes))
     compiled = kind(
         graph=graph,
         config=config,
@@ -90,22 +87,12 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
     check_plan(plan, config, sizes)
     decisions = config.complete(plan.decisions, sizes)
 
-    def lossy(kind: type[D], build: Callable[[D], GraphPass]) -> GraphPass | None:
-        """Return the pass of a technique by its decision, none where that is idle."""
-        decision = decision_of(kind, decisions)
-        return None if decision.idle(sizes) else build(decision)
-
     passes = (
         UnrollDiffusion(ddim_steps=config.ddim_steps),  # first: from here on, every graph yields samples
-        lossy(LayerDecision, lambda layers: PruneLayers(keep=layers.keep)),
-        lossy(MLPDecision, lambda mlp: PruneMLP(neurons=mlp.neurons)),  # after the layers: none that goes is sliced
-        lossy(  # behind the second layer of those that stay
-            TokenDecision,
-            lambda tokens: SelectTokens(
-                visual_tokens=tokens.visual_tokens, key_tokens=tokens.key_tokens, task_share=tokens.task_share
-            ),
-        ),
-        lossy(CacheDecision, lambda cache: CacheFeatures(interval=cache.interval)),  # needs the unrolled loop
+        *decoder_passes(decisions, sizes, {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}),
+        lossy_pass(
+            decisions, sizes, CacheDecision, lambda c: CacheFeatures(interval=c.interval)
+        ),  # of the unrolled loop
         NarrowLastLayer(),  # exact, but only the lossy passes decide which layer is last and how long its sequence is
         SpecializeShapes(text_tokens=config.text_tokens),  # after every change of the sequence length
         FoldConstants(),  # last: static sizes make rotary tables and masks constants

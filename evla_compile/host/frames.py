@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from evla_compile.arguments import lone_surrogate
+from evla_compile.arguments import is_whole, lone_surrogate
 from evla_compile.errors import CalibrationError
 from evla_compile.host.camera_frame import CameraFrame
 from evla_compile.host.image_file import IMAGE_SUFFIXES, read_image
@@ -16,13 +16,28 @@ LISTING = "frames.jsonl"
 """File that lists the observations of a folder."""
 
 
-class Frame(NamedTuple):
-    """One observation."""
-
+class _Pair(NamedTuple):
     image: CameraFrame
-    """Camera frame, 8-bit RGB of any size."""
     instruction: str
-    """The task in words."""
+
+
+class Frame(_Pair):
+    """One observation: an (image, instruction) pair that may know its episode.
+
+    Attributes:
+        image: camera frame, 8-bit RGB of any size.
+        instruction: the task in words.
+        episode: the recorded episode that it comes from; None if unknown. Frames of one episode are alike, so a repair
+            is never judged on frames of an episode that it was fitted on.
+    """
+
+    episode: str | None
+
+    def __new__(cls, image: CameraFrame, instruction: str, episode: str | None = None) -> Self:
+        """Return a pair with an episode beside it."""
+        frame = super().__new__(cls, image, instruction)
+        frame.episode = episode
+        return frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +48,8 @@ class FrameFile:
     """The image file."""
     instruction: str
     """The task in words."""
+    episode: str | None = None
+    """The episode that it comes from; None if unknown."""
     place: str = ""
     """File and line of the listing; empty without one."""
 
@@ -44,7 +61,7 @@ class FrameFile:
             ValueError: an image without a listing is refused.
         """
         try:
-            return Frame(read_image(self.image, convert=convert), self.instruction)
+            return Frame(read_image(self.image, convert=convert), self.instruction, self.episode)
         except ValueError as error:
             if not self.place:
                 raise
@@ -63,12 +80,14 @@ def as_frames(frames: Iterable[Frame]) -> list[Frame]:
     for number, pair in enumerate(frames):
         if not isinstance(pair, tuple | list) or len(pair) != len(Frame._fields):
             raise ValueError(f"frame {number} is a {type(pair).__name__}: expected an (image, instruction) pair")
-        found.append(Frame(*pair))
+        found.append(pair if isinstance(pair, Frame) else Frame(*pair))
     return found
 
 
 def read_frames(folder: str | os.PathLike[str], *, convert: bool = False) -> list[Frame]:
-    """Read the observations of a folder: `frames.jsonl`, lines {"image": path, "instruction": text}.
+    """Read the observations of a folder: `frames.jsonl`, lines {"image": path, "instruction": text, "episode": name}.
+
+    The episode, a text or a whole number, may be left out; see `Frame.episode`.
 
     Args:
         folder: the folder, or its `frames.jsonl`.
@@ -128,4 +147,12 @@ def _parse(listing: Path, number: int, line: str) -> FrameFile:
         raise CalibrationError(
             f"{place}: instruction {instruction!r:.80} holds {half!r}, half of a character: expected whole ones"
         )
-    return FrameFile(image=listing.parent / name, instruction=instruction, place=place)
+    episode = entry.get("episode")
+    if episode is not None and not is_whole(episode) and not (isinstance(episode, str) and episode):
+        raise CalibrationError(f'{place}: "episode" is {episode!r:.80}, expected a text or a whole number')
+    return FrameFile(
+        image=listing.parent / name,
+        instruction=instruction,
+        episode=None if episode is None else str(episode),
+        place=place,
+    )

@@ -10,6 +10,7 @@ from evla_compile.settings.budgets.budget import Budget, Decision, Measured, Mea
 from evla_compile.settings.budgets.cache import CacheBudget
 from evla_compile.settings.budgets.layers import LayerBudget
 from evla_compile.settings.budgets.mlp import MLPBudget
+from evla_compile.settings.budgets.repair import RepairBudget
 from evla_compile.settings.budgets.tokens import TokenBudget
 from evla_compile.settings.schedule import check_ddim_steps
 from evla_compile.settings.setting import KEPT, Settings, number_from, setting, settings_of, whole_from
@@ -60,6 +61,7 @@ class CompileConfig(
     # Read from the last to the first, the order of the techniques in the pipeline and of the settings in JSON.
     CallSettings,
     CacheBudget,
+    RepairBudget,
     TokenBudget,
     MLPBudget,
     LayerBudget,

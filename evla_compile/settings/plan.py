@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from evla_compile.settings.budgets.layers import LayerDecision, LayerRule
 from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.budgets.plan_values import MAX_NAMED, index, score
 from evla_compile.settings.config import CompileConfig
+from evla_compile.settings.plan_tensors import PlanTensor, TensorFile, tensors_beside, write_tensors
 from evla_compile.settings.sizes import ModelSizes
 
 PLAN_FORMAT = 1
@@ -48,10 +49,18 @@ class Plan:
     checkpoint: tuple[tuple[str, str], ...] = ()
     """Fingerprint of the weights that were measured, by group (see `evla_compile.calibration.fingerprint`); empty if
     none were, so that the plan fits every policy of its sizes."""
+    tensors: Mapping[str, PlanTensor] = field(default_factory=dict, repr=False, hash=False)
+    """Weights that calibration has fitted, by module path; empty where nothing is repaired. They are kept in a
+    safetensors file beside the JSON."""
+    tensor_file: TensorFile | None = None
+    """What that file is; None where there are no tensors. A plan that was read from JSON alone, as out of a manifest,
+    knows it and lacks the tensors; see `with_tensors`."""
 
     def __post_init__(self) -> None:
         given = {type(decision): decision for decision in self.decisions}
         object.__setattr__(self, "decisions", tuple(given.get(kind) or kind() for kind in _kinds()))
+        if self.tensors and self.tensor_file is None:
+            object.__setattr__(self, "tensor_file", TensorFile.of(self.tensors))
 
     @property
     def keep_layers(self) -> tuple[int, ...]:
@@ -80,6 +89,8 @@ class Plan:
             found |= decision.to_json()
         found |= {"ranges": dict(self.ranges), "frames": self.frames, "frames_digest": self.frames_digest}
         found["checkpoint"] = dict(self.checkpoint)
+        if self.tensor_file is not None:
+            found["tensors"] = asdict(self.tensor_file)
         return {name: found[name] for name in (*_FIRST_KEYS, *sorted(found.keys() - set(_FIRST_KEYS)))}
 
     @classmethod
@@ -100,26 +111,60 @@ class Plan:
                 frames=index(values["frames"]),
                 frames_digest=None if values["frames_digest"] is None else _digest(values["frames_digest"]),
                 checkpoint=_checkpoint(values["checkpoint"]),
+                tensor_file=TensorFile.from_json(values["tensors"]),
             )
         except (TypeError, ValueError) as error:
             raise CalibrationError(f"malformed plan: {error}") from error
 
+    def with_tensors(self, file: Path) -> Self:
+        """Return the plan with the tensors of its safetensors file; a plan that has none stays as it is.
+
+        Raises:
+            CalibrationError: the file is missing, another one, or malformed.
+        """
+        return self if self.tensor_file is None else replace(self, tensors=self.tensor_file.read(file))
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as a JSON file, whole or not at all."""
-        with replacing(Path(path)) as new:
+        """Write the plan as a JSON file, and its tensors, if it has any, as X.safetensors beside it.
+
+        Each is written whole or not at all, the tensors first: a JSON file whose tensors are other ones is refused.
+
+        Raises:
+            CalibrationError: the plan was read from JSON alone, and lacks its tensors.
+        """
+        place = Path(path)
+        self.check_tensors()
+        if self.tensors:
+            with replacing(tensors_beside(place)) as new:
+                write_tensors(new, self.tensors)
+        with replacing(place) as new:
             new.write_text(to_json_text(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a JSON file that `save` wrote.
+        """Read a JSON file that `save` wrote, and map the tensors beside it.
 
         Raises:
-            CalibrationError: the file cannot be read or is no plan.
+            CalibrationError: a file cannot be read or is no plan.
         """
+        place = Path(path)
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            plan = cls.from_json(json.loads(place.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:
             raise CalibrationError(f"plan {path}: {error}") from error
+        return plan.with_tensors(tensors_beside(place))
+
+    def check_tensors(self) -> None:
+        """Refuse a plan that lacks the tensors that belong to it.
+
+        Raises:
+            CalibrationError: it does.
+        """
+        if self.tensor_file is not None and not self.tensors:
+            raise CalibrationError(
+                f"the plan belongs to {self.tensor_file.count} refit tensors, which it was read without: load it with"
+                " Plan.load from its file, or calibrate again"
+            )
 
 
 def plan_without_calibration(sizes: ModelSizes, config: CompileConfig) -> Plan:
@@ -166,6 +211,7 @@ def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:
         CalibrationError: the message says what differs.
     """
     config.check_decision(plan.decisions, sizes, measured=plan.frames > 0)
+    plan.check_tensors()
 
 
 def _kinds() -> tuple[type[MeasuredDecision], ...]:
@@ -179,7 +225,10 @@ def _values(data: object) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for kind in _kinds():
         defaults |= kind.keys
-    defaults |= {each.name: each.default for each in fields(Plan) if each.default is not MISSING} | {"frames": ...}
+    kept = {
+        each.name: each.default for each in fields(Plan) if each.default is not MISSING and each.name != "tensor_file"
+    }
+    defaults |= kept | {"frames": ..., "tensors": None}
     if not isinstance(data, dict):
         raise CalibrationError(f"a plan is a JSON object with the keys {sorted(['format', *defaults])}")
     version = data.get("format")

@@ -13,14 +13,12 @@ from torch import Tensor, fx
 
 from benchmarks.closed_loop.evaluation import evaluate
 from benchmarks.closed_loop.evaluation.layer_rules import OtherRule
+from benchmarks.closed_loop.evaluation.recipes import PAPER, RECIPES, Recipe
 from benchmarks.closed_loop.evaluation.report import _spans, console_tables, draw_plot, summarize, to_markdown
 from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult, call_noise
 from benchmarks.closed_loop.evaluation.variants import (
-    PAPER,
-    RECIPES,
     Prepared,
     RandomTokens,
-    Recipe,
     Variant,
     make_plan,
     parse_variant,
@@ -120,7 +118,7 @@ def test_layer_rules_choose_different_layers(policy: CogACT, frames: list[Frame]
 def test_random_tokens_are_drawn_from_the_noise(
     small_graph: fx.GraphModule, small_inputs: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    control, report = RandomTokens(visual_tokens=6, key_tokens=2, task_share=0.5, patches=16)(small_graph)
+    control, report = RandomTokens(visual_tokens=6, key_tokens=2, task_share=0.5, all_patches=16)(small_graph)
     chosen, _ = SelectTokens(visual_tokens=6, key_tokens=2, task_share=0.5)(small_graph)
     assert report.changes == 1
     kept = [ExposeStages(stages=("kept_patches",))(graph)[0] for graph in (control, chosen)]

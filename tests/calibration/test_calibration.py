@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ from torch import Tensor, fx, nn
 
 import evla_compile as evla
 from evla_compile.calibration import calibrate as calibration
+from evla_compile.calibration import progress as progress_bar
 from evla_compile.calibration.calibrate import calibrate
+from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import fingerprint_weights
+from evla_compile.calibration.streams import Batch
+from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import copy_graph, get_tensor, replace_tensor
 from evla_compile.host.frames import Frame, read_frames
@@ -37,8 +42,8 @@ def plan(tiny_policy: CogACT, frames: list[Frame]) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def small_perception(small_policy: CogACT) -> fx.GraphModule:
-    return calibration._perception(small_policy)
+def small_dense(small_policy: CogACT) -> fx.GraphModule:
+    return capture(small_policy, CompileConfig.dense())
 
 
 def test_importance_equals_the_golden_reference(
@@ -98,32 +103,43 @@ def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
     ],
 )
 def test_greedy_measures_each_frame_relative_to_its_own_dense_feature(
-    moved: list[list[float]], expected: tuple[int, ...], small_policy: CogACT, monkeypatch: pytest.MonkeyPatch
+    moved: list[list[float]], expected: tuple[int, ...]
 ) -> None:
     """Features of real policies leave a norm and have one length, so that an absolute distance would rank alike.
 
     Each row of `moved` says how far two frames move without that layer; their dense features are 100 and 1 long.
     """
     dense = torch.tensor([[100.0, 0.0], [1.0, 0.0]])
+    batch = Batch(places=(0, 1), image=torch.zeros(2), input_ids=torch.zeros(2, 1))
 
-    def features(graph: tuple[int, ...], inputs: Sequence[object]) -> Tensor:
-        shifts = torch.tensor(moved)[[gone for gone in range(4) if gone not in graph]].sum(0)
-        return dense + torch.stack([torch.zeros(2), shifts], dim=1)
+    class Run:
+        """States are the layers that they went through."""
 
-    monkeypatch.setattr(calibration, "_perception", lambda policy: (0, 1, 2, 3))
-    monkeypatch.setattr(calibration, "_inputs", lambda policy, *frame: frame)
-    monkeypatch.setattr(calibration, "_features", features)
-    monkeypatch.setattr(calibration, "PruneLayers", lambda keep: lambda graph: (keep, None))
-    frames = [Frame(Image.new("RGB", (4, 4)), "pick")] * 2
+        def __init__(self) -> None:
+            entry = SimpleNamespace(name="start")
+            self.layers = [SimpleNamespace(entry=entry, exit=index) for index in range(4)]
+            self.readout = "feature"
+
+        def between(self, start: object, first: object, last: object, states: list[Any]) -> list[Any]:
+            if last != "feature":
+                return [(*states[0], last)]
+            shifts = torch.tensor(moved)[[gone for gone in range(4) if gone not in states[0]]].sum(0)
+            return [dense + torch.stack([torch.zeros(2), shifts], dim=1)]
+
+    class Start(list[Any]):
+        batches = (batch,)
+
     measured: list[int] = []
-    shift = calibration._FeatureShift(small_policy, frames, lambda: measured.append(1))
+    run: Any = Run()
+    start: Any = Start([(batch, {"start": ()})])
+    shift = FeatureShift(run, start, dense, lambda: measured.append(1))
     assert drop_one_by_one(4, 3, shift) == expected
     assert len(measured) == drop_trials(4, 3) == 4
 
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
-    progress: bool, small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+    progress: bool, small_policy: CogACT, small_dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = io.StringIO()
 
@@ -131,12 +147,12 @@ def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
         assert stderr
         return Console(file=drawn, force_terminal=True, width=120)
 
-    monkeypatch.setattr(calibration, "new_console", new_console)
-    monkeypatch.setattr(calibration, "_perception", lambda policy: small_perception)
+    monkeypatch.setattr(progress_bar, "new_console", new_console)
+    monkeypatch.setattr(calibration, "capture", lambda policy, config: small_dense)
     config = CompileConfig(keep_layers=3, layer_rule="greedy")
     calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], config, progress=progress)
     shown = drawn.getvalue()
-    assert ("Calibrating" in shown) == ("Dropping layers" in shown) == ("4/4" in shown) == progress
+    assert ("Calibrating: decoder" in shown) == ("Dropping layers" in shown) == ("4/4" in shown) == progress
     assert shown.endswith("\x1b[2K") or not progress  # erased at the end
 
 
@@ -178,7 +194,7 @@ def test_equal_neurons_stay_by_the_lower_index() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_ranges_are_the_largest_values_of_all_frames(
-    order: int, small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+    order: int, small_policy: CogACT, small_dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against hooks on the linear layers of the eager policy."""
     draw = np.random.Generator(np.random.PCG64(0))
@@ -205,20 +221,20 @@ def test_ranges_are_the_largest_values_of_all_frames(
     expected = {name: max(values[name] for values in each) for name in each[0]}
     assert all(any(values[name] < expected[name] for name in expected) for values in each), "one frame has it all"
     frames = [Frame(image, "pick") for image in images]
-    monkeypatch.setattr(calibration, "_perception", lambda policy: small_perception)
+    monkeypatch.setattr(calibration, "capture", lambda policy, config: small_dense)
     found = dict(calibrate(small_policy, frames, CompileConfig.dense(), progress=False).ranges)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_values_that_overflow_are_refused_by_the_name_of_their_layer(
-    small_policy: CogACT, small_perception: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
+    small_policy: CogACT, small_dense: fx.GraphModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights are finite, their products are not."""
-    graph = copy_graph(small_perception)
+    graph = copy_graph(small_dense)
     for name in ("gate_proj", "up_proj"):
         weight = f"llm_backbone.llm.model.layers.2.mlp.{name}.weight"
         replace_tensor(graph, weight, get_tensor(graph, weight) * 1e30)
-    monkeypatch.setattr(calibration, "_perception", lambda policy: graph)
+    monkeypatch.setattr(calibration, "capture", lambda policy, config: graph)
     with pytest.raises(evla.CalibrationError, match=r"layers\.2\.mlp\S* yields (inf|nan) on a calibration frame"):
         calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], CompileConfig.dense(), progress=False)
 
@@ -269,7 +285,9 @@ def folder(tmp_path: Path, frame: Image.Image) -> Path:
 
 
 def test_calibration_folder_is_read(folder: Path, frame: Image.Image) -> None:
-    ((image, instruction),) = read_frames(folder)
+    (found,) = read_frames(folder)
+    image, instruction = found
+    assert found.episode is None
     assert instruction == "pick coke can"
     assert np.array_equal(np.asarray(image), np.asarray(frame))
 
@@ -286,6 +304,8 @@ def test_calibration_folder_is_read(folder: Path, frame: Image.Image) -> None:
         ('{"image": "grey.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*grey\.png is greyscale"),
         ('{"image": "cut.png", "instruction": "pick"}', r"frames\.jsonl:1: image .*cut\.png cannot be read"),
         ('{"image": "0.png", "instruction": "pick \\ud83d"}', r"frames\.jsonl:1: instruction .*half of a character"),
+        ('{"image": "0.png", "instruction": "pick", "episode": ""}', r'frames\.jsonl:1: "episode" is \'\', expected'),
+        ('{"image": "0.png", "instruction": "pick", "episode": 1.5}', r'frames\.jsonl:1: "episode" is 1\.5, expected'),
         ("[" * 100_000, r"frames\.jsonl:1: not JSON"),
     ],
 )

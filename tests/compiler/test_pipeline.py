@@ -286,10 +286,3 @@ def test_an_instruction_beyond_the_text_budget_is_refused_before_the_work(
     frames = [Frame(frame, "open"), Frame(frame, "open"), Frame(frame, "open " * 40)]
     with pytest.raises(ValueError, match="its budget is 32"):
         evla.compile(tiny_policy, BUDGETS, calibration=frames, progress=False)
-
-
-def test_selection_needs_as_many_key_as_query_heads(tiny_policy: CogACT) -> None:
-    sizes = replace(tiny_policy.sizes, language=replace(tiny_policy.sizes.language, kv_heads=2))
-    CompileConfig(keep_layers=4, visual_tokens=None).resolve(sizes)
-    with pytest.raises(ValueError, match="as many key as query heads"):
-        BUDGETS.resolve(sizes)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import PassReport, copy_graph, propagate, replace_tensor
 from evla_compile.graph.flops import product_flops
 from evla_compile.graph.sites import decoder_layers, is_call, module_path, stage_node
+from evla_compile.graph.token_scores import top
 from evla_compile.passes import PruneLayers, SelectTokens
-from evla_compile.passes.select_tokens import _top
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.tolerances import TOLERANCES, relative_error
 
@@ -257,11 +258,27 @@ def test_a_second_selection_is_refused(half: tuple[fx.GraphModule, PassReport]) 
         replace(HALF, visual_tokens=4)(selected)
 
 
-def test_key_heads_shared_by_queries_are_refused(small_policy: CogACT) -> None:
-    language = replace(small_policy.sizes.language, kv_heads=2, layers=3)
-    grouped = CogACT(replace(small_policy.sizes, language=language), small_policy.processor).requires_grad_(False)
-    with pytest.raises(PassError, match=r"as many key as query heads, found scale 0\.3\d+ and 4 against 2 heads"):
-        HALF(capture(grouped, CompileConfig.dense(text_tokens=9)))
+def test_relevance_of_grouped_key_heads_is_that_of_every_query_head(
+    small_policy: CogACT, small_inputs: Inputs, node_values: NodeValues
+) -> None:
+    language = replace(small_policy.sizes.language, kv_heads=2)
+    sizes = replace(small_policy.sizes, language=language)
+    grouped = CogACT(sizes, small_policy.processor).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in grouped.parameters():
+        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    repeated = deepcopy(small_policy)
+    weights = grouped.state_dict()
+    for name in [name for name in weights if name.endswith(("k_proj.weight", "v_proj.weight"))]:
+        weights[name] = weights[name].unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
+    repeated.load_state_dict(weights)
+    config = CompileConfig.dense(text_tokens=9, batch_size=2)
+    found, expected = (
+        node_values(graph, (*small_inputs, TIME))[stage_node(graph.graph, stage)]
+        for graph in (HALF(capture(policy, config))[0] for policy in (grouped, repeated))
+        for stage in ("relevance",)
+    )
+    assert relative_error(found.numpy(), expected.numpy()) < 1e-5
 
 
 def test_attention_without_a_literal_scale_is_refused(small_graph: fx.GraphModule) -> None:
@@ -269,14 +286,14 @@ def test_attention_without_a_literal_scale_is_refused(small_graph: fx.GraphModul
     attention = decoder_layers(unscaled.graph)[1].attention
     attention.kwargs = {}
     assert is_call(attention, aten.scaled_dot_product_attention.default)
-    with pytest.raises(PassError, match=r"layers\.1: expected attention with a literal scale .* found scale None"):
+    with pytest.raises(PassError, match=r"layers\.1: expected attention with a literal scale, found None"):
         HALF(unscaled)
 
 
 def test_equal_scores_go_to_the_lower_index() -> None:
     graph = fx.Graph()
     scores = fx.Proxy(graph.placeholder("scores"), fx.proxy.GraphAppendingTracer(graph))
-    graph.output(_top(scores, 5).node)
+    graph.output(top(scores, 5).node)
     run = fx.GraphModule(nn.Module(), graph)
     rows = torch.tensor([[1.0, 2.0, 3.0, 2.0, 1.0, 2.0], [0.0] * 6])
     assert run(rows).tolist() == [[2, 1, 3, 5, 0], [0, 1, 2, 3, 4]]

@@ -14,6 +14,7 @@ from evla_compile.settings.budgets.budget import Measured
 from evla_compile.settings.budgets.cache import CacheBudget, CacheDecision
 from evla_compile.settings.budgets.layers import LayerBudget, LayerDecision, drop_one_by_one, drop_trials
 from evla_compile.settings.budgets.mlp import MLPBudget, MLPDecision
+from evla_compile.settings.budgets.repair import RepairBudget, RepairDecision
 from evla_compile.settings.budgets.tokens import TokenBudget, TokenDecision
 from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes, published_sizes
@@ -146,11 +147,13 @@ def test_defaults_fit_the_policy_of_the_demo() -> None:
 
 def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
     config = CompileConfig(keep_layers=5, mlp_keep=0.5, visual_tokens=None, cache_interval=2)
-    layers, mlp, tokens, cache = config.budgets()
+    layers, mlp, tokens, repair, cache = config.budgets()
     assert (layers, mlp) == (LayerBudget(keep_layers=5), MLPBudget(mlp_keep=0.5))
     assert (tokens, cache) == (TokenBudget(visual_tokens=None), CacheBudget(cache_interval=2))
+    assert repair == RepairBudget()
     assert list(config.to_json()) == [
-        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "key_tokens", "task_share", "cache_interval",
+        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "key_tokens", "task_share", "token_rule",
+        "merge_tokens", "token_seed", "repair", "repair_rho", "repair_weights", "repair_frames", "cache_interval",
         "ddim_steps", "cfg_scale", "text_tokens", "batch_size",
     ]  # fmt: skip
 
@@ -180,17 +183,20 @@ def test_decisions_follow_from_what_was_measured() -> None:
     sizes = replace(sizes, language=replace(sizes.language, layers=3, mlp_width=128))
     scores = tuple(np.roll(np.arange(128, dtype=np.float32), 10 * layer) for layer in range(3))
     measured = Measured(layer_importance=(0.3, 0.1, 0.2), neuron_scores=scores)
-    layers, mlp, tokens, cache = CompileConfig(keep_layers=2, mlp_keep=0.5, visual_tokens=40).decide(sizes, measured)
+    config = CompileConfig(keep_layers=2, mlp_keep=0.5, visual_tokens=40)
+    layers, mlp, tokens, repair, cache = config.decide(sizes, measured)
     assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
     assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
     assert tokens == TokenDecision(visual_tokens=40, key_tokens=4, task_share=0.5)
+    assert repair == RepairDecision()
     assert cache == CacheDecision(interval=5)
 
 
 def test_greedy_asks_for_every_layer_left_and_drops_that_which_shifts_least() -> None:
     asked: list[tuple[int, ...]] = []
 
-    def shift(keep: tuple[int, ...]) -> float:
+    def shift(layers: tuple[int, ...], without: int) -> float:
+        keep = tuple(layer for layer in layers if layer != without)
         asked.append(keep)
         return {(0, 2, 3): 1.0, (0, 1, 3): 1.0, (2, 3): 2.0}.get(keep, 3.0)
 
@@ -202,7 +208,9 @@ def test_greedy_asks_for_every_layer_left_and_drops_that_which_shifts_least() ->
 def test_a_decision_that_keeps_everything_is_idle_and_no_other() -> None:
     sizes = published_sizes("base")
     assert all(decision.idle(sizes) for decision in CompileConfig.dense().decide(sizes, None))
-    assert not any(decision.idle(sizes) for decision in CompileConfig().decide(sizes, None))
+    decisions = CompileConfig().decide(sizes, None)
+    assert [type(decision) for decision in decisions if decision.idle(sizes)] == [RepairDecision]
+    assert not RepairDecision(scope="last", rho=0.1, layers=(3,)).idle(sizes)
 
 
 def test_neurons_of_other_layers_than_those_that_stay_are_refused() -> None:
@@ -210,7 +218,7 @@ def test_neurons_of_other_layers_than_those_that_stay_are_refused() -> None:
     config = CompileConfig(keep_layers=(0, 1, 2), mlp_keep=0.75)
     layers, mlp, *_ = config.decide(sizes, None)
     assert isinstance(mlp, MLPDecision)
-    config.check_decision((layers, mlp), sizes, measured=True)
+    config.check_decision((layers, mlp, RepairDecision()), sizes, measured=True)
     others = MLPDecision(neurons=tuple((layer + 1, kept) for layer, kept in mlp.neurons))
     with pytest.raises(CalibrationError, match=re.escape("in layers (1, 2, 3), the settings ask for [8256]")):
-        config.check_decision((layers, others), sizes, measured=True)
+        config.check_decision((layers, others, RepairDecision()), sizes, measured=True)

@@ -10,6 +10,7 @@ import pytest
 from evla_compile.errors import CalibrationError
 from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.mlp import MLPDecision
+from evla_compile.settings.budgets.repair import RepairDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import PLAN_FORMAT, Plan, check_plan, stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
@@ -80,8 +81,9 @@ def test_a_plan_reads_as_it_was_decided() -> None:
 
 
 def test_a_technique_without_a_decision_keeps_everything() -> None:
-    layers, neurons = PLAN.decisions
-    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision())
+    layers, neurons, repair = PLAN.decisions
+    assert repair == RepairDecision()
+    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), RepairDecision())
     assert Plan(decisions=(neurons, layers)).decisions == PLAN.decisions
 
 
@@ -94,9 +96,9 @@ def test_whole_numbers_of_json_are_numbers() -> None:
 def test_fields_that_an_older_format_lacks_have_defaults() -> None:
     needed = ("format", "layer_importance", "keep_layers", "mlp_neurons", "frames")
     found = Plan.from_json({name: value for name, value in PLAN.to_json().items() if name in needed})
-    layers, neurons = PLAN.decisions
+    layers, *others = PLAN.decisions
     assert isinstance(layers, LayerDecision)
-    decisions = (replace(layers, rule=None), neurons)
+    decisions = (replace(layers, rule=None), *others)
     assert found == replace(PLAN, decisions=decisions, ranges=(), frames_digest=None, checkpoint=())
 
 

@@ -23,14 +23,28 @@ GIVEN: dict[str, Any] = {
     "visual_tokens": "0.25",
     "key_tokens": "3",
     "task_share": 0.25,
+    "token_rule": "relevance",
+    "merge_tokens": True,
+    "token_seed": 0,
+    "repair": "gaps",
+    "repair_rho": "0.1",
+    "repair_weights": "0.5,1,10",
+    "repair_frames": 30,
     "cache_interval": 2,
     "ddim_steps": 5,
     "cfg_scale": 1.0,
     "text_tokens": 20,
     "batch_size": 2,
 }
-CONFIG = CompileConfig(**GIVEN | {"keep_layers": 0.5, "visual_tokens": 0.25, "key_tokens": 3})
-ARGUMENTS = [word for name, value in GIVEN.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+WEIGHTS = (0.5, 1.0, 10.0)
+READ = {"keep_layers": 0.5, "visual_tokens": 0.25, "key_tokens": 3, "repair_rho": 0.1, "repair_weights": WEIGHTS}
+CONFIG = CompileConfig(**GIVEN | READ)
+ARGUMENTS = [
+    word
+    for name, value in GIVEN.items()
+    if name != "token_seed"  # of another rule
+    for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
+]
 
 
 def test_every_setting_has_an_option() -> None:

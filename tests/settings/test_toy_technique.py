@@ -30,15 +30,15 @@ FILES = {"rectified.py": "settings/budgets/rectified.py", "rectify_mlp.py": "pas
 LINES = (
     ("settings/config.py", "    CallSettings,\n", "    RectifiedBudget,\n"),
     (
-        "compiler/pipeline.py",
+        "calibration/decoder_passes.py",
         "        lossy(LayerDecision, lambda layers: PruneLayers(keep=layers.keep)),\n",
         "        lossy(RectifiedDecision, lambda rectified: RectifyMLP(layers=rectified.layers)),\n",
     ),
 )
 IMPORTS = (
     ("settings/config.py", "from evla_compile.settings.budgets.rectified import RectifiedBudget\n"),
-    ("compiler/pipeline.py", "from evla_compile.settings.budgets.rectified import RectifiedDecision\n"),
-    ("compiler/pipeline.py", "from evla_compile.passes.rectify_mlp import RectifyMLP\n"),
+    ("calibration/decoder_passes.py", "from evla_compile.settings.budgets.rectified import RectifiedDecision\n"),
+    ("calibration/decoder_passes.py", "from evla_compile.passes.rectify_mlp import RectifyMLP\n"),
 )
 TIME = torch.tensor([30.0])
 

@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.closed_loop.evaluation.episode_strips import draw_strips
+from benchmarks.closed_loop.evaluation.recipes import RECIPES
 from benchmarks.closed_loop.evaluation.report import console_tables, draw_plot, summarize, to_markdown
 from benchmarks.closed_loop.evaluation.rollout import Deviation, EpisodeResult, Execution, Worker
-from benchmarks.closed_loop.evaluation.variants import RECIPES, Prepared, Variant, parse_variant, prepare
+from benchmarks.closed_loop.evaluation.variants import Prepared, Variant, parse_variant, prepare
 from benchmarks.closed_loop.simulation.environment import simulator_lack
 from benchmarks.closed_loop.simulation.tasks import EVALUATION_SEEDS, MAX_STEPS, TASKS
 from benchmarks.conditions import command_line

@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, fx
 
-from evla_compile.calibration.calibrate import LayerObserver, calibrate
+from evla_compile.calibration.calibrate import calibrate
+from evla_compile.calibration.layer_importance import LayerObserver
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.frames import Frame

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, OtherRule, kept_by_rule
+from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, kept_by_rule
+from benchmarks.closed_loop.evaluation.recipes import RECIPES, Recipe, frontier_recipe
 from evla_compile import runtime
 from evla_compile.calibration.calibrate import calibrate
 from evla_compile.compiled_policy import CompiledPolicy
@@ -26,10 +27,7 @@ from evla_compile.graph.sites import input_node, mark_stage
 from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
 from evla_compile.settings.anatomy import NOISE
-from evla_compile.settings.budgets.layers import LAYER_RULES, LayerRule
-from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
-from evla_compile.settings.sizes import ModelSizes
 
 Backend: TypeAlias = Literal["onnx", "torch"]
 """ONNX Runtime on the CPU, or the same graph in torch."""
@@ -50,111 +48,6 @@ class Policy(Protocol):
         seed: int | None = None,
     ) -> NDArray[np.float64]:
         """Return the action chunk [A,7]."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """Settings of a named variant of a policy; counts are shares of what the policy has."""
-
-    layers: float = 1.0
-    """Decoder layers kept."""
-    layer_rule: LayerRule | OtherRule = "importance"
-    """Which layers go: by a rule of `CompileConfig`, or of layer_rules.py."""
-    layer_seed: int = 0
-    """Seed of "random"."""
-    mlp_keep: float = 1.0
-    """MLP neurons kept in each layer."""
-    tokens: float = 1.0
-    """Visual tokens kept."""
-    random_tokens: bool = False
-    """A control: random tokens, drawn in every call."""
-    cache_interval: int = 1
-    """Denoising steps between two recomputations of the action head."""
-    ddim_steps: int = 10
-    """Denoising steps."""
-    noise: int = 0
-    """Which set of initial noises the episodes use; all variants but those that measure its effect share set 0."""
-
-    def __str__(self) -> str:
-        parts = []
-        if self.layers < 1:
-            rule = f"{self.layer_rule}, draw {self.layer_seed}" if self.layer_rule == "random" else self.layer_rule
-            parts.append(f"{self.layers:.0%} of the decoder layers ({rule})")
-        if self.mlp_keep < 1:
-            parts.append(f"{self.mlp_keep:.0%} of the MLP neurons")
-        if self.tokens < 1:
-            drawn = " (random in every call)" if self.random_tokens else ""
-            parts.append(f"{self.tokens:.0%} of the visual tokens{drawn}")
-        if self.cache_interval > 1:
-            parts.append(f"cache N={self.cache_interval}")
-        if self.ddim_steps != CompileConfig.dense().ddim_steps:
-            parts.append(f"{self.ddim_steps} denoising steps")
-        if self.noise:
-            parts.append(f"initial noises of set {self.noise}")
-        return ", ".join(parts) or "everything kept"
-
-    def config(self, sizes: ModelSizes) -> CompileConfig:
-        """Return the compile settings for a policy of these sizes.
-
-        The key tokens keep the paper's proportion, 4 of 56.
-        """
-        layers, tokens = round(self.layers * sizes.language.layers), round(self.tokens * sizes.patches)
-        return CompileConfig(
-            keep_layers=None if layers == sizes.language.layers else layers,
-            layer_rule=next((rule for rule in LAYER_RULES if rule == self.layer_rule), "importance"),
-            mlp_keep=self.mlp_keep,
-            visual_tokens=None if tokens == sizes.patches else tokens,
-            key_tokens=max(1, round(tokens / 14)),
-            cache_interval=self.cache_interval,
-            ddim_steps=self.ddim_steps,
-        )
-
-
-PAPER = Recipe(layers=22 / 32, mlp_keep=0.75, tokens=56 / 256, cache_interval=5)
-"""The paper's headline row in proportion: 69 % of the layers, 75 % of the neurons, 22 % of the tokens, N = 5."""
-
-RECIPES: dict[str, Recipe] = {
-    "dense": Recipe(),
-    "dense-again": Recipe(),
-    "dense-noise-1": Recipe(noise=1),
-    "dense-noise-2": Recipe(noise=2),
-    "layers-11": Recipe(layers=11 / 12),
-    "layers-10": Recipe(layers=10 / 12),
-    "layers-9": Recipe(layers=9 / 12),
-    "layers-8": Recipe(layers=8 / 12),
-    "mlp-75": Recipe(mlp_keep=0.75),
-    "tokens-44": Recipe(tokens=112 / 256),
-    "tokens-22": Recipe(tokens=56 / 256),
-    "tokens-11": Recipe(tokens=28 / 256),
-    "cache-2": Recipe(cache_interval=2),
-    "cache-5": Recipe(cache_interval=5),
-    "cache-10": Recipe(cache_interval=10),
-    "ddim-5": Recipe(ddim_steps=5),
-    "layers-tokens": replace(PAPER, mlp_keep=1.0, cache_interval=1),
-    "layers-mlp": replace(PAPER, tokens=1.0, cache_interval=1),
-    "layers-mlp-cache": replace(PAPER, tokens=1.0),
-    "tokens-cache": replace(PAPER, layers=1.0, mlp_keep=1.0),
-    "efficientvla": PAPER,
-    "l28-t112": Recipe(layers=28 / 32, mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
-    "random-layers-1": Recipe(layers=8 / 12, layer_rule="random", layer_seed=1),
-    "random-layers-2": Recipe(layers=8 / 12, layer_rule="random", layer_seed=2),
-    "random-layers-3": Recipe(layers=8 / 12, layer_rule="random", layer_seed=3),
-    "last-layers": Recipe(layers=8 / 12, layer_rule="last"),
-    "random-tokens": Recipe(tokens=56 / 256, random_tokens=True),
-    "random-tokens-11": Recipe(tokens=28 / 256, random_tokens=True),
-    "layers-8-keep-last": Recipe(layers=8 / 12, layer_rule="keep-last"),
-    "layers-8-cognition": Recipe(layers=8 / 12, layer_rule="cognition"),
-    "layers-8-greedy": Recipe(layers=8 / 12, layer_rule="greedy"),
-    "layers-9-greedy": Recipe(layers=9 / 12, layer_rule="greedy"),
-    "layers-10-greedy": Recipe(layers=10 / 12, layer_rule="greedy"),
-    "efficientvla-greedy": replace(PAPER, layer_rule="greedy"),
-    "mild-9": Recipe(layers=9 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=2),
-    "mild-9-all-tokens": Recipe(layers=9 / 12, layer_rule="greedy", mlp_keep=0.75, cache_interval=5),
-    "mild-10-all-tokens": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, cache_interval=5),
-    "mild-12": Recipe(mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
-    "demo": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
-}
-"""The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,14 +77,14 @@ class RandomTokens(SelectTokens):
     and the same on every backend.
     """
 
-    patches: int
+    all_patches: int
     """Visual tokens to draw from."""
 
-    def _choose(self, relevance: Value, patches: Value, width: int) -> Value:
-        noise = input_node(relevance.node.graph, NOISE)
+    def _choose(self, scores: Value, states: Value, similarity: Value | None, *, patches: int, width: int) -> Value:
+        noise = input_node(scores.node.graph, NOISE)
         batch, chunk, actions = noise.meta["val"].shape
-        draw = aten.reshape.default(type(relevance)(noise, relevance.tracer), [batch, chunk * actions])
-        ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.patches), stable=True, dim=1)[1]
+        draw = aten.reshape.default(type(scores)(noise, scores.tracer), [batch, chunk * actions])
+        ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.all_patches), stable=True, dim=1)[1]
         kept = aten.slice.Tensor(ranking, 1, 0, self.visual_tokens)
         return mark_stage(aten.sort.default(kept, 1)[0], "kept_patches")
 
@@ -233,9 +126,12 @@ def parse_variant(text: str) -> Variant:
     if backend not in ("", *BACKENDS):
         raise ValueError(f"--variant {text}: expected one of {', '.join(BACKENDS)} behind the @")
     if not path:
-        if name not in RECIPES:
-            raise ValueError(f"--variant {text}: expected NAME=PATH or one of {', '.join(RECIPES)}")
-        return Variant(name=text, backend=_backend(backend or "onnx"), recipe=RECIPES[name])
+        recipe = RECIPES.get(name) or frontier_recipe(name)
+        if recipe is None:
+            raise ValueError(
+                f"--variant {text}: expected NAME=PATH, budgets such as l6-m50-t8-n5, or one of {', '.join(RECIPES)}"
+            )
+        return Variant(name=text, backend=_backend(backend or "onnx"), recipe=recipe)
     file = Path(path)
     if not file.exists():
         raise ValueError(f"--variant {text}: {file} does not exist")
@@ -308,7 +204,7 @@ def make_plan(policy: CogACT, recipe: Recipe, frames: Sequence[Frame]) -> Plan:
     if other is not None and isinstance(config.keep_layers, int):
         keep = kept_by_rule(policy, frames, other, config.keep_layers, seed=recipe.layer_seed)
         config = replace(config, keep_layers=keep)
-    return calibrate(policy, frames, config, progress=False)
+    return calibrate(policy, recipe.calibration(frames), config, progress=False)
 
 
 def _compile(policy: CogACT, recipe: Recipe, plan: Plan, frames: Sequence[Frame] = ()) -> CompiledPolicy:
@@ -335,7 +231,7 @@ def _controlled(rewrite: GraphPass, recipe: Recipe, patches: int) -> GraphPass:
         visual_tokens=rewrite.visual_tokens,
         key_tokens=rewrite.key_tokens,
         task_share=rewrite.task_share,
-        patches=patches,
+        all_patches=patches,
     )
 
 

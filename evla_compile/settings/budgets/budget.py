@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from evla_compile.settings.setting import Settings
 from evla_compile.settings.sizes import ModelSizes
 
-Measurement: TypeAlias = Literal["layer_importance", "neuron_scores", "feature_shift"]
+Measurement: TypeAlias = Literal["layer_importance", "neuron_scores", "feature_shift", "repair"]
 """Name of a field of `Measured`."""
 
 
@@ -24,9 +24,11 @@ class Measured:
     neuron_scores: tuple[NDArray[np.float32], ...] = ()
     """Score of every MLP neuron of every decoder layer, float32 [M] each: the mean over tokens of |silu(gate) up| times
     the norm of its column of the down projection."""
-    feature_shift: Callable[[tuple[int, ...]], float] | None = None
-    """Measures, when it is called, how far the cognition feature f moves with these decoder layers alone: the mean over
-    frames of |f - f_dense| / |f_dense|."""
+    feature_shift: Callable[[tuple[int, ...], int], float] | None = None
+    """Measures, when it is called with decoder layers and one of them, how far the cognition feature f moves with these
+    layers but for that one: the mean over frames of |f - f_dense| / |f_dense|."""
+    repair: Callable[[Sequence["Decision"]], "Decision"] | None = None
+    """Repairs, when it is called with the decisions of the techniques in front, and returns its own decision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -208,7 +208,7 @@ def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(ranked[len(importance) - count :]))
 
 
-def drop_one_by_one(layers: int, count: int, shift: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
+def drop_one_by_one(layers: int, count: int, shift: Callable[[tuple[int, ...], int], float]) -> tuple[int, ...]:
     """Return the `count` layers that stay, ascending, where one goes after the other.
 
     Each time that one goes without which the feature moves least, the lower index among equals.
@@ -216,12 +216,13 @@ def drop_one_by_one(layers: int, count: int, shift: Callable[[tuple[int, ...]], 
     Args:
         layers: layers that there are.
         count: layers to keep.
-        shift: how far the feature moves with certain layers alone.
+        shift: how far the feature moves with certain layers but for one of them.
     """
     keep = tuple(range(layers))
     while len(keep) > count:
-        shifts = {left: shift(left) for left in (tuple(layer for layer in keep if layer != gone) for gone in keep)}
-        keep = min(shifts, key=lambda left: shifts[left])
+        shifts = {gone: shift(keep, gone) for gone in keep}
+        least = min(keep, key=lambda gone: shifts[gone])
+        keep = tuple(layer for layer in keep if layer != least)
     return keep
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self, TypeAlias, get_args
 
 from evla_compile.settings.budgets.budget import Budget, Decision, Measured
 from evla_compile.settings.budgets.shares import (
@@ -14,10 +14,16 @@ from evla_compile.settings.budgets.shares import (
     read_count_or_share,
     read_count_share_or_all,
 )
-from evla_compile.settings.setting import number_from, setting
+from evla_compile.settings.setting import number_from, one_of, read_bool, setting, whole_from
 from evla_compile.settings.sizes import ModelSizes
 
 _PAPER_SHARE = 56 / 256
+
+TokenRule: TypeAlias = Literal["relevance", "coverage", "fastv", "uniform", "random"]
+"""Which visual tokens stay; see `evla_compile.passes.SelectTokens`."""
+
+TOKEN_RULES: tuple[TokenRule, ...] = get_args(TokenRule)
+"""All values of `TokenRule`."""
 
 _FEWEST_LAYERS = 3
 """Layers that a selection of visual tokens needs at least: two in front of it for the scores, and one behind it."""
@@ -33,6 +39,12 @@ class TokenDecision(Decision):
     """Patches always kept for their relevance."""
     task_share: float
     """Share of the remaining budget chosen by relevance."""
+    rule: TokenRule = "relevance"
+    """Which patches stay."""
+    merge: bool = False
+    """Whether the patches that go are averaged into those that stay."""
+    seed: int = 0
+    """Decides the draw of "random"."""
 
     def idle(self, sizes: ModelSizes) -> bool:
         """Tell whether all visual tokens stay."""
@@ -68,6 +80,20 @@ class TokenBudget(Budget):
     patches."""
     task_share: float = setting(0.5, text="Share of the others kept by relevance.", read=number_from(0.0, 1.0))
     """Share of the remaining visual budget given by relevance rather than by diversity (the paper's alpha)."""
+    token_rule: TokenRule = setting(
+        "relevance", text="Which visual tokens stay: by the paper's rule, or another.", read=one_of(TOKEN_RULES)
+    )
+    """Which visual tokens stay: the paper's most relevant and most diverse ones ("relevance"); those that cover the
+    image's contents ("coverage", k-center); or, for comparison, those that the last token attends to most ("fastv"), a
+    fixed grid ("uniform"), a fixed draw ("random")."""
+    merge_tokens: bool = setting(
+        False,
+        text="Whether visual tokens that go are averaged into those that stay.",
+        read=read_bool,
+    )
+    """Whether every visual token that goes is averaged into the one that stays and is most like it."""
+    token_seed: int = setting(0, text="Seed of the draw of --token-rule random.", read=whole_from(0, 2**32 - 1))
+    """Seed of the draw of `token_rule="random"`, made once, when the policy is compiled."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,11 +130,6 @@ class TokenBudget(Budget):
         if visual_tokens == sizes.patches:
             return
         everything, language = "visual_tokens=None (--visual-tokens all)", sizes.language
-        if language.kv_heads != language.heads:
-            raise ValueError(
-                f"visual_tokens={visual_tokens}: relevance is defined for as many key as query heads, and this decoder"
-                f" has {language.kv_heads} and {language.heads}; use {everything}"
-            )
         if left.language.layers < _FEWEST_LAYERS:
             more = f"keep_layers={_FEWEST_LAYERS} or more, or " if language.layers >= _FEWEST_LAYERS else ""
             raise ValueError(
@@ -118,15 +139,31 @@ class TokenBudget(Budget):
 
     def idle_settings(self) -> Mapping[str, str]:
         """Return what decides between tokens where all stay."""
-        if self.visual_tokens is not None:
-            return {}
-        return dict.fromkeys(("key_tokens", "task_share"), "every visual token is kept; give --visual-tokens N")
+        names = {"key_tokens": "relevance", "task_share": "relevance", "token_seed": "random"}
+        if self.visual_tokens is None:
+            return dict.fromkeys(
+                (*names, "token_rule", "merge_tokens"), "every visual token is kept; give --visual-tokens N"
+            )
+        rule = self.token_rule
+        return {
+            name: f"--token-rule {rule} does not read it; give --token-rule {of}"
+            for name, of in names.items()
+            if of != rule
+        }
 
     def decide(self, sizes: ModelSizes, measured: Measured | None, earlier: Sequence[Decision]) -> tuple[Decision, ...]:
         """Return the numbers of the selection; nothing is measured for them."""
         del measured, earlier
         visual_tokens, key_tokens = self.kept_tokens(sizes.patches)
-        return (TokenDecision(visual_tokens=visual_tokens, key_tokens=key_tokens, task_share=self.task_share),)
+        decision = TokenDecision(
+            visual_tokens=visual_tokens,
+            key_tokens=key_tokens,
+            task_share=self.task_share,
+            rule=self.token_rule,
+            merge=self.merge_tokens,
+            seed=self.token_seed,
+        )
+        return (decision,)
 
 
 def _check_key_tokens(visual_tokens: int | Share, key_tokens: int | Share) -> None:

@@ -1,0 +1,53 @@
+"""A graph that is run stretch by stretch against the same graph run at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from evla_compile.graph import walk as module
+from evla_compile.graph.sites import decoder_layers, stage_node
+from evla_compile.graph.walk import GraphWalk
+
+NodeValues = Callable[[fx.GraphModule, Sequence[Tensor]], dict[fx.Node, Any]]
+TIME = torch.tensor([30.0])
+
+
+def run(graph: fx.GraphModule, inputs: dict[str, Tensor], batch: int) -> tuple[Tensor, GraphWalk]:
+    readout = stage_node(graph.graph, "cognition")
+    walk = GraphWalk(graph, [*(layer.exit for layer in decoder_layers(graph.graph)), readout])
+    values: dict[str, Any] = dict(inputs)
+    for stretch in range(len(walk.stretches)):
+        with walk.loaded(stretch):
+            values = walk.run_stretch(stretch, values, batch)
+    found: Tensor = values[readout.name]
+    return found, walk
+
+
+@pytest.mark.parametrize("limit", [1, 2**40], ids=["a stretch for every weight", "a stretch for every stop"])
+def test_stretches_yield_what_the_graph_yields_at_once(
+    limit: int,
+    small_graph: fx.GraphModule,
+    small_inputs: tuple[Tensor, ...],
+    node_values: NodeValues,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "WEIGHT_LIMIT", limit)
+    expected = node_values(small_graph, (*small_inputs, TIME))[stage_node(small_graph.graph, "cognition")]
+    names = ("image", "input_ids", "text_length")
+    found, walk = run(small_graph, dict(zip(names, small_inputs, strict=False)), 2)
+    assert torch.equal(found, expected)
+    assert (len(walk.stretches) == 5) == (limit > 1)
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 1]])
+def test_a_batch_may_have_another_size_than_the_capture(
+    rows: list[int], small_graph: fx.GraphModule, small_inputs: tuple[Tensor, ...], node_values: NodeValues
+) -> None:
+    expected = node_values(small_graph, (*small_inputs, TIME))[stage_node(small_graph.graph, "cognition")]
+    names = ("image", "input_ids", "text_length")
+    inputs = {name: value[rows] for name, value in zip(names, small_inputs, strict=False)}
+    found, _ = run(small_graph, inputs, len(rows))
+    torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=1e-6)
