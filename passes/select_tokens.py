@@ -32,7 +32,7 @@ SCORING_LAYER = 1
 """Position in the kept stack of the layer whose attention scores the patches; the selection follows it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectTokens(GraphPass):
     """Keep `visual_tokens` patches from the third kept decoder layer on, lossy.
 
@@ -75,6 +75,12 @@ class SelectTokens(GraphPass):
     """Whether the patches that go are averaged into those that stay."""
     seed: int = 0
     """Decides the draw of "random"."""
+
+    def __repr__(self) -> str:
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("visual_tokens", "key_tokens", "task_share")]
+        others = {"rule": "relevance", "merge": False, "seed": 0}
+        shown += [f"{name}={getattr(self, name)!r}" for name, usual in others.items() if getattr(self, name) != usual]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __post_init__(self) -> None:
         if self.key_tokens < 1:
