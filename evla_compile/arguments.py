@@ -53,6 +53,21 @@ def number(name: str, value: object, *, low: float, high: float, low_open: bool 
     raise ValueError(f"{name}={value!r}: expected a number in {'(' if low_open else '['}{low}, {high}]")
 
 
+def true_or_false(name: str, value: object) -> bool:
+    """Return a truth value as a bool; numpy's are accepted, numbers are not.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+
+    Raises:
+        ValueError: it is of another type; the message names it and its value.
+    """
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise ValueError(f"{name}={value!r}: expected True or False")
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Tell whether a value is a whole number of Python or numpy; booleans and whole floats are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

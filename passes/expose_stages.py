@@ -21,8 +21,9 @@ class ExposeStages(GraphPass):
     - `layers.0` and so on: the hidden states behind each decoder layer, by its index in the checkpoint, [B,S,D];
     - `cognition` [B,1,D];
     - `denoising.0` and so on, once unrolled: the actions after each step, [B,A,F];
-    - once visual tokens are selected, `relevance` [B,P], and the indices `key_patches`, `task_patches`,
-      `diverse_patches` and `kept_patches`, int64 [B,K];
+    - once visual tokens are selected, the indices `kept_patches`, int64 [B,K]; of rules that score patches, `relevance`
+      [B,P]; of the paper's rule, `key_patches`, `task_patches` and `diverse_patches`, int64 [B,K]; with merging,
+      `merge_weights` [B,K,P];
     - `samples` [B,A,F], the output of the graph itself.
 
     Refuses a name that the graph does not have, and repeated names.

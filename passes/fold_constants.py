@@ -15,7 +15,8 @@ class FoldConstants(GraphPass):
 
     After unrolling and specialisation these are the timestep embeddings, the embedded "no condition" of classifier-free
     guidance, the rotary tables, prefix tokens and slices of positional embeddings. Nodes that compute the same from the
-    same constants share one value. Refuses nothing: what depends on a symbolic size is not constant, and stays.
+    same constants share one value. A stage stays a node, and so does what reads it: `ExposeStages` finds it by name.
+    Refuses nothing: what depends on a symbolic size is not constant, and stays.
     """
 
     exact: ClassVar[bool] = True
@@ -29,7 +30,9 @@ class FoldConstants(GraphPass):
         folded: list[fx.Node] = []
         with torch.no_grad():
             for node in graph.nodes:
-                if node.op == "call_function" and all(read in values for read in node.all_input_nodes):
+                if node.op != "call_function" or "stage" in node.meta:
+                    continue
+                if all(read in values for read in node.all_input_nodes):
                     call = (node.args, dict(node.kwargs))
                     twin[node] = twins.setdefault(f"{node.target} {fx.map_arg(call, twin.__getitem__)}", node)
                     args, kwargs = fx.map_arg(call, values.__getitem__)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def small_graph(small_policy: CogACT, small_config: CompileConfig) -> fx.GraphMo
 def small_unguided_graph(small_policy: CogACT) -> fx.GraphModule:
     """The small graph without guidance."""
     return capture(small_policy, CompileConfig.dense(text_tokens=9, batch_size=2, cfg_scale=1.0))
+
+
+@pytest.fixture(scope="session")
+def small_grouped_policy(small_policy: CogACT) -> CogACT:
+    """The small policy with two key heads for its four query heads."""
+    language = replace(small_policy.sizes.language, kv_heads=2)
+    policy = CogACT(replace(small_policy.sizes, language=language), small_policy.processor).eval()
+    known = small_policy.state_dict()
+    policy.load_state_dict({name: known[name][: len(value)] for name, value in policy.state_dict().items()})
+    return policy.requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from evla_compile.verification.verify import verify
 WHOLE = {
     "visual_tokens": 56,
     "key_tokens": 5,
+    "token_seed": 6,
     "cache_interval": 2,
     "text_tokens": 40,
     "batch_size": 3,

@@ -20,7 +20,7 @@ from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from evla_compile.settings.precision import PRECISIONS, Precision
 
-FORMAT = "evla_compile/4"
+FORMAT = "evla_compile/5"
 """Version of the manifest's layout; another one is refused."""
 MOST_TOKENS = 2**31 - 1
 """Rows of a token embedding, at most: more than any model has, and within the index type of every runtime."""

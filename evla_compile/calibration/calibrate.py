@@ -11,6 +11,7 @@ from torch import fx
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
 from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import FramesDigest, fingerprint_weights
+from evla_compile.calibration.held_out import split_frames
 from evla_compile.calibration.progress import drawing_progress
 from evla_compile.calibration.repair_trials import RepairTrials
 from evla_compile.calibration.streams import Batch, Shelf, batches_of
@@ -58,23 +59,26 @@ def calibrate(
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
     config = (config or CompileConfig()).resolve(policy.sizes)
-    return measure(policy, capture(policy, config), frames, config, progress=progress)
+    plan, _ = measure(policy, frames, config, progress=progress)
+    return plan
 
 
 @own_torch_state()
 def measure(
-    policy: CogACT, graph: fx.GraphModule, frames: Iterable[Frame], config: CompileConfig, *, progress: bool
-) -> Plan:
-    """Return the plan of `calibrate` for a policy that is captured already; `graph` is its noise prediction."""
+    policy: CogACT, frames: Iterable[Frame], config: CompileConfig, *, progress: bool
+) -> tuple[Plan, fx.GraphModule]:
+    """Return the plan of `calibrate`, and the captured policy that it was measured on."""
     sizes = policy.sizes
     config.decide(sizes, None)  # refuses budgets that do not fit, before anything is measured
     asked = config.measurements(sizes)
     observations = as_frames(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
+    split = split_frames(observations, config.repair_frames) if "repair" in asked else None
     check_finite_policy(policy)
+    graph = capture(policy, config)
     batches, shelf = batches_of(policy, observations), Shelf()
-    trials = RepairTrials(policy, graph, observations, batches, config, shelf) if "repair" in asked else None
+    trials = None if split is None else RepairTrials(policy, graph, batches, split, config, shelf)
     run = DenseRun(graph, batches, shelf)
     found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked)
     with drawing_progress(wanted=progress) as bar:
@@ -100,7 +104,7 @@ def measure(
             ),
         )
     refit = {} if trials is None else trials.tensors
-    return Plan(
+    plan = Plan(
         decisions=planned(decisions),
         ranges=found.ranges(),
         frames=len(observations),
@@ -108,6 +112,7 @@ def measure(
         checkpoint=fingerprint_weights(policy.state_dict()),
         tensors={name: to_plan_tensor(tensor) for name, tensor in refit.items()},
     )
+    return plan, graph
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -40,9 +40,9 @@ def decoder_passes(
                 visual_tokens=tokens.visual_tokens,
                 key_tokens=tokens.key_tokens,
                 task_share=tokens.task_share,
-                rule=tokens.rule,
-                merge=tokens.merge,
-                seed=tokens.seed,
+                token_rule=tokens.token_rule,
+                token_seed=tokens.token_seed,
+                merge_tokens=tokens.merge_tokens,
             ),
         ),
     )

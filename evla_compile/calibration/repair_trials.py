@@ -9,14 +9,13 @@ from torch import Tensor, fx
 
 from evla_compile.calibration.decoder_passes import decoder_passes
 from evla_compile.calibration.dense_measures import DenseRun
-from evla_compile.calibration.held_out import split_frames
+from evla_compile.calibration.held_out import Split
 from evla_compile.calibration.progress import CalibrationProgress
 from evla_compile.calibration.repair import Repair, RowWeights, Trial
 from evla_compile.calibration.streams import Batch, Shelf, Stream
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.host.frames import Frame
 from evla_compile.host.inputs import draw_noise
 from evla_compile.settings.budgets.budget import Decision
 from evla_compile.settings.budgets.repair import (
@@ -39,18 +38,23 @@ class RepairTrials:
         self,
         policy: CogACT,
         graph: fx.GraphModule,
-        frames: Sequence[Frame],
         batches: Sequence[Batch],
+        split: Split,
         config: CompileConfig,
         shelf: Shelf,
     ) -> None:
-        """Split the frames.
+        """Take what the repairs need.
 
-        Raises:
-            CalibrationError: there are too few.
+        Args:
+            policy: the dense policy.
+            graph: its noise prediction.
+            batches: all frames.
+            split: which of them are fitted on, and which decide.
+            config: the budgets.
+            shelf: where streams and solved weights are kept.
         """
         self._policy, self._graph, self._batches, self._config, self._shelf = policy, graph, batches, config, shelf
-        self._split = split_frames(frames, config.repair_frames)
+        self._split = split
         self.tensors: Mapping[str, Tensor] = {}
 
     def prepare(self, run: DenseRun, start: Stream, features: Tensor, bar: CalibrationProgress) -> None:

@@ -74,8 +74,11 @@ def _refuse_idle(config: CompileConfig, given: Mapping[str, Any]) -> None:
     """
     for name, reason in config.idle_settings().items():
         if name in given:
-            option = option_name(name)
-            raise ValueError(f"{option} {given[name]} would have no effect, since {reason}, or leave {option} out")
+            option, value = option_name(name), given[name]
+            typed = f"{option} {value}"
+            if isinstance(value, bool):  # a pair of flags
+                option = typed = option if value else option.replace("--", "--no-", 1)
+            raise ValueError(f"{typed} would have no effect, since {reason}, or leave {option} out")
 
 
 def read_plan(path: Path) -> Plan:

@@ -56,11 +56,11 @@ def compile_into(
         check_checkpoint(plan, policy.state_dict())
     elif frames is None:
         plan = plan_without_calibration(policy.sizes, config)
-    captured = capture(policy, config)
     if plan is None:  # even where all is kept: a later float16 export needs the activation ranges
-        plan = measure(policy, captured, frames or (), config, progress=progress)
+        plan, captured = measure(policy, frames or (), config, progress=progress)
     else:
         check_finite_policy(policy)
+        captured = capture(policy, config)
     graph, reports = run_passes(captured, build_passes(config, plan, policy.sizes))
     compiled = kind(
         graph=graph,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evla_compile.errors import CalibrationError
+from evla_compile.json_text import to_json_text
 from evla_compile.settings.budgets.plan_values import MAX_NAMED, index
 
 TensorType: TypeAlias = Literal["F32", "F16", "BF16"]
@@ -141,7 +142,7 @@ def _parts(tensors: Mapping[str, PlanTensor]) -> Iterator[bytes | memoryview]:
     for name in sorted(tensors):
         start, end = end, end + tensors[name].values.nbytes
         header[name] = {**tensors[name].form, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = to_json_text(header).encode()
     text += b" " * (-len(text) % 8)  # the values begin at a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
     for name in sorted(tensors):

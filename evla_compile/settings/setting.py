@@ -86,14 +86,3 @@ def one_of(choices: tuple[T, ...]) -> Callable[[str, Any], T]:
         return chosen
 
     return read
-
-
-def read_bool(name: str, value: Any) -> bool:
-    """Return a truth value as it is.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r}: expected True or False")
-    return value

@@ -153,7 +153,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
     ("change", "message"),
     [
         (drop("format"), "'format' is missing"),
-        (put("format", value="evla_compile/3"), r"'evla_compile/3', but this version.*'evla_compile/4'"),
+        (put("format", value="evla_compile/4"), r"'evla_compile/4', but this version.*'evla_compile/5'"),
         (drop("tokenizer"), "'tokenizer' is missing"),
         (put("created_by", value=1), "'created_by' is 1: expected a text"),
         (put("parts", 0, "model", value="model.onnx"), "'model' is 'model.onnx': expected an object"),

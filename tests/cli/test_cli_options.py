@@ -73,6 +73,28 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
         ({"key_tokens": "99"}, True, "--key-tokens 99 would have no effect, since every visual token is kept"),
         ({"task_share": 0.5}, True, "--task-share 0.5 would have no effect"),
         ({"visual_tokens": "all", "key_tokens": "4"}, False, "leave --key-tokens out"),
+        (
+            {"token_rule": "coverage"},
+            True,
+            "--token-rule coverage would have no effect, since every visual token is kept",
+        ),
+        (
+            {"merge_tokens": True},
+            True,
+            "^--merge-tokens would have .* since every visual .* or leave --merge-tokens out",
+        ),
+        ({"merge_tokens": False}, True, "^--no-merge-tokens would have no effect, .* or leave --no-merge-tokens out"),
+        (
+            {"token_seed": 1},
+            False,
+            "--token-seed 1 .* since the rule relevance draws nothing; give --token-rule random",
+        ),
+        (
+            {"token_rule": "fastv", "key_tokens": "4"},
+            False,
+            "--key-tokens 4 .* since the rule fastv keeps no tokens by it; give --token-rule relevance",
+        ),
+        ({"token_rule": "random", "task_share": 0.2}, False, "the rule random keeps no tokens by it"),
         ({"layer_rule": "greedy"}, True, "--layer-rule greedy would have no effect, since no layer is left to a rule"),
         ({"keep_layers": "0,1,4", "layer_rule": "importance"}, False, "give --keep-layers a count"),
     ],
@@ -88,6 +110,10 @@ def test_options_that_decide_something_pass() -> None:
     given = options | {"visual_tokens": "20", "key_tokens": "9", "keep_layers": "3", "layer_rule": "greedy"}
     config = read_config(given, preset=None, dense=True)
     assert (config.visual_tokens, config.key_tokens, config.keep_layers) == (20, 9, 3)
+    drawn = read_config(
+        options | {"token_rule": "random", "token_seed": 4, "merge_tokens": True}, preset="l22-t56", dense=False
+    )
+    assert (drawn.token_rule, drawn.token_seed, drawn.merge_tokens) == ("random", 4, True)
 
 
 def test_what_was_not_measured_says_how_to_measure_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_every_report_continues_the_one_before(compiled: CompiledPolicy) -> None
 
 def test_report_prints_every_pass_and_the_deviation(compiled: CompiledPolicy) -> None:
     text = str(compiled.report)
-    assert "SelectTokens(visual_tokens=56, key_tokens=4, task_share=0.5)" in text
+    assert "SelectTokens(visual_tokens=56, key_tokens=4, task_share=0.5, token_rule='relevance'" in text
     assert "samples: " in text
     assert {deviation.stage for deviation in compiled.report.deviations} == {"cognition", "samples", "actions"}
     assert all(deviation.relative > 0 for deviation in compiled.report.deviations)
@@ -286,3 +286,8 @@ def test_an_instruction_beyond_the_text_budget_is_refused_before_the_work(
     frames = [Frame(frame, "open"), Frame(frame, "open"), Frame(frame, "open " * 40)]
     with pytest.raises(ValueError, match="its budget is 32"):
         evla.compile(tiny_policy, BUDGETS, calibration=frames, progress=False)
+
+
+def test_query_heads_may_share_key_heads(tiny_policy: CogACT) -> None:
+    sizes = replace(tiny_policy.sizes, language=replace(tiny_policy.sizes.language, kv_heads=2))
+    assert BUDGETS.resolve(sizes).visual_tokens == 56

@@ -152,8 +152,8 @@ def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
     assert (tokens, cache) == (TokenBudget(visual_tokens=None), CacheBudget(cache_interval=2))
     assert repair == RepairBudget()
     assert list(config.to_json()) == [
-        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "key_tokens", "task_share", "token_rule",
-        "merge_tokens", "token_seed", "repair", "repair_rho", "repair_weights", "repair_frames", "cache_interval",
+        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "token_rule", "key_tokens", "task_share",
+        "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames", "cache_interval",
         "ddim_steps", "cfg_scale", "text_tokens", "batch_size",
     ]  # fmt: skip
 
@@ -187,7 +187,9 @@ def test_decisions_follow_from_what_was_measured() -> None:
     layers, mlp, tokens, repair, cache = config.decide(sizes, measured)
     assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
     assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
-    assert tokens == TokenDecision(visual_tokens=40, key_tokens=4, task_share=0.5)
+    assert tokens == TokenDecision(
+        visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="relevance", token_seed=0, merge_tokens=False
+    )
     assert repair == RepairDecision()
     assert cache == CacheDecision(interval=5)
 

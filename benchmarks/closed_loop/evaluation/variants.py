@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import fx
 
 from benchmarks.closed_loop.evaluation.layer_rules import OTHER_RULES, kept_by_rule
 from benchmarks.closed_loop.evaluation.recipes import RECIPES, Recipe, frontier_recipe
@@ -22,8 +23,9 @@ from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import GraphPass, Value
+from evla_compile.graph.patch_scores import ScoringSite
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.graph.sites import input_node, mark_stage
+from evla_compile.graph.sites import input_node
 from evla_compile.host.frames import Frame
 from evla_compile.passes import SelectTokens
 from evla_compile.settings.anatomy import NOISE
@@ -77,16 +79,16 @@ class RandomTokens(SelectTokens):
     and the same on every backend.
     """
 
-    all_patches: int
+    patches: int
     """Visual tokens to draw from."""
 
-    def _choose(self, scores: Value, states: Value, similarity: Value | None, *, patches: int, width: int) -> Value:
-        noise = input_node(scores.node.graph, NOISE)
+    def _choose(self, gm: fx.GraphModule, site: ScoringSite, similar: Value | None) -> Value:
+        noise = input_node(gm.graph, NOISE)
         batch, chunk, actions = noise.meta["val"].shape
-        draw = aten.reshape.default(type(scores)(noise, scores.tracer), [batch, chunk * actions])
-        ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.all_patches), stable=True, dim=1)[1]
+        draw = aten.reshape.default(site.proxy(noise), [batch, chunk * actions])
+        ranking = aten.sort.stable(aten.slice.Tensor(draw, 1, 0, self.patches), stable=True, dim=1)[1]
         kept = aten.slice.Tensor(ranking, 1, 0, self.visual_tokens)
-        return mark_stage(aten.sort.default(kept, 1)[0], "kept_patches")
+        return aten.sort.default(kept, 1)[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +233,8 @@ def _controlled(rewrite: GraphPass, recipe: Recipe, patches: int) -> GraphPass:
         visual_tokens=rewrite.visual_tokens,
         key_tokens=rewrite.key_tokens,
         task_share=rewrite.task_share,
-        all_patches=patches,
+        merge_tokens=rewrite.merge_tokens,
+        patches=patches,
     )
 
 

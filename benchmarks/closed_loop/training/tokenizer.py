@@ -20,7 +20,7 @@ def make_tokenizer() -> str:
 
     Every printable ASCII character is a piece, so that any English instruction can be written in it.
     """
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))  # no password
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_WORD_BOUNDARY, prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(replacement=_WORD_BOUNDARY, prepend_scheme="first")
