@@ -118,7 +118,7 @@ def test_layer_rules_choose_different_layers(policy: CogACT, frames: list[Frame]
 def test_random_tokens_are_drawn_from_the_noise(
     small_graph: fx.GraphModule, small_inputs: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> None:
-    control, report = RandomTokens(visual_tokens=6, key_tokens=2, task_share=0.5, all_patches=16)(small_graph)
+    control, report = RandomTokens(visual_tokens=6, key_tokens=2, task_share=0.5, patches=16)(small_graph)
     chosen, _ = SelectTokens(visual_tokens=6, key_tokens=2, task_share=0.5)(small_graph)
     assert report.changes == 1
     kept = [ExposeStages(stages=("kept_patches",))(graph)[0] for graph in (control, chosen)]
@@ -144,7 +144,7 @@ def test_variants_are_named_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "expected NAME=PATH or one of dense"),
+        ("fast", "budgets such as l6-m50-t8-n5, or one of dense"),
         ("dense@cuda", "expected one of onnx, torch"),
         ("mine=absent", "absent does not exist"),
         ("mine=.@torch", "torch runs run directories"),
