@@ -105,7 +105,7 @@ def recorded_stages(manifest: Manifest) -> tuple[str, ...]:
     """Return the stages that every export records, as outputs or samples, in data-flow order."""
     numbers: dict[str, Iterable[int]] = {
         "layer": manifest.plan.keep_layers,
-        "step": range(manifest.config.ddim_steps - 1),  # what the last step yields are the samples
+        "step": range(manifest.config.denoising_steps - 1),  # what the last step yields are the samples
     }
     names: list[str] = []
     for stage in COGACT.stages:

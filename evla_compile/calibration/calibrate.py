@@ -5,9 +5,11 @@ every weight is read once for all of them.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from torch import fx
 
+from evla_compile.calibration.cache_search import CacheShift
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
 from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import FramesDigest, fingerprint_weights
@@ -39,6 +41,9 @@ def calibrate(
     index among equals. With `layer_rule="greedy"`, which is not in the paper, layers go one after the other, each time
     the one without which the cognition feature f changes least, by the mean over frames of |f - f_dense| / |f_dense|.
     To drop d of L layers, the decoder runs up to d (L - d/2) times for every frame: at full size, give it few frames.
+
+    A number of denoising steps that compute (`cache_steps`) is decided by trying all sets of that many, with step 0, on
+    the dense policy's cognition features: those stay with which the actions move least.
 
     A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of the down projection.
     Calibration also records the largest value in every layer that could be computed in half precision.
@@ -94,6 +99,11 @@ def measure(
             shift = FeatureShift(run, start, features, bar.step("Dropping layers", count))
         if trials is not None:
             trials.prepare(run, start, features, bar)
+        cache_shift = None
+        if "cache_shift" in asked:
+            cache_shift = CacheShift(
+                policy, features, config, partial(bar.step, "Choosing cache steps", config.cache_candidates)
+            )
         decisions = config.decide(
             sizes,
             Measured(
@@ -101,6 +111,7 @@ def measure(
                 neuron_scores=found.neuron_scores(),
                 feature_shift=shift,
                 repair=trials,
+                cache_shift=cache_shift,
             ),
         )
     refit = {} if trials is None else trials.tensors

@@ -90,9 +90,9 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
     passes = (
         UnrollDiffusion(ddim_steps=config.ddim_steps),  # first: from here on, every graph yields samples
         *decoder_passes(decisions, sizes, {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}),
-        lossy_pass(
-            decisions, sizes, CacheDecision, lambda c: CacheFeatures(interval=c.interval)
-        ),  # of the unrolled loop
+        lossy_pass(  # of the unrolled loop
+            decisions, sizes, CacheDecision, lambda c: CacheFeatures(steps=c.steps, extrapolate=c.extrapolate)
+        ),
         NarrowLastLayer(),  # exact, but only the lossy passes decide which layer is last and how long its sequence is
         SpecializeShapes(text_tokens=config.text_tokens),  # after every change of the sequence length
         FoldConstants(),  # last: static sizes make rotary tables and masks constants

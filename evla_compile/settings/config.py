@@ -6,18 +6,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
-from evla_compile.settings.budgets.budget import Budget, Decision, Measured, MeasuredDecision, Measurement, decision_of
+from evla_compile.settings.budgets.budget import Budget, Decision, Measured, Measurement
 from evla_compile.settings.budgets.cache import CacheBudget
 from evla_compile.settings.budgets.layers import LayerBudget
 from evla_compile.settings.budgets.mlp import MLPBudget
 from evla_compile.settings.budgets.repair import RepairBudget
+from evla_compile.settings.budgets.sampler import DenoisingSettings
 from evla_compile.settings.budgets.tokens import TokenBudget
-from evla_compile.settings.schedule import check_ddim_steps
-from evla_compile.settings.setting import KEPT, Settings, number_from, setting, settings_of, whole_from
+from evla_compile.settings.schedule import DDIM_STEPS
+from evla_compile.settings.setting import KEPT, number_from, setting, settings_of, whole_from
 from evla_compile.settings.sizes import ModelSizes
-
-DDIM_STEPS = 10
-"""Denoising steps with which CogACT is evaluated."""
 
 CFG_SCALE = 1.5
 """Guidance scale with which CogACT is evaluated."""
@@ -39,11 +37,9 @@ check_text_tokens = partial(whole_from(4, 2048), "text_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CallSettings(Settings):
+class CallSettings(DenoisingSettings):
     """Settings of every call of the compiled policy, whatever is kept of it."""
 
-    ddim_steps: int = setting(DDIM_STEPS, text="Denoising steps.", read=lambda _, steps: check_ddim_steps(steps))
-    """Denoising steps of the DDIM sampler (eta 0); only counts that an integer stride over 100 yields."""
     cfg_scale: float = setting(
         CFG_SCALE, text="Classifier-free guidance; 1 for none.", read=lambda _, scale: check_cfg_scale(scale)
     )
@@ -187,19 +183,14 @@ class CompileConfig(
             decisions += budget.decide(sizes, measured, decisions)
         return decisions[len(earlier) :]
 
-    def complete(self, planned: Sequence[MeasuredDecision], sizes: ModelSizes) -> tuple[Decision, ...]:
-        """Return the decision of every technique: a plan's where it holds one, else what follows from the sizes.
-
-        Raises:
-            ValueError: a budget does not fit the sizes.
-        """
-        decisions: tuple[Decision, ...] = ()
+    def complete(
+        self, planned: Sequence[Decision], sizes: ModelSizes, earlier: Sequence[Decision] = ()
+    ) -> tuple[Decision, ...]:
+        """Return the decision of every technique, in the order of the pipeline; see `Budget.complete`."""
+        decisions = tuple(earlier)
         for budget in self.budgets():
-            if issubclass(budget.decision, MeasuredDecision):
-                decisions += (decision_of(budget.decision, planned),)
-            else:
-                decisions += budget.decide(sizes, None, decisions)
-        return decisions
+            decisions += budget.complete(planned, sizes, decisions)
+        return decisions[len(earlier) :]
 
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse decisions that were made for other budgets or sizes; see `Budget.check_decision`."""

@@ -179,8 +179,8 @@ def plan_without_calibration(sizes: ModelSizes, config: CompileConfig) -> Plan:
         settings = " and ".join(f"{name}={value}" for name, value in unmeasured.items())
         raise CalibrationError(
             f"what the policy can spare for {settings} has to be measured: give calibration= frames of the robot's"
-            " task, or the plan= of an earlier calibration; without either, name the layers in a tuple and leave the"
-            " other budgets at everything (mlp_keep=1.0), or use CompileConfig.dense()"
+            " task, or the plan= of an earlier calibration; without either, name the layers and the steps in tuples and"
+            " leave the other budgets at everything (mlp_keep=1.0), or use CompileConfig.dense()"
         )
     return stand_in_plan(sizes, config)
 
@@ -199,7 +199,7 @@ def stand_in_plan(sizes: ModelSizes, config: CompileConfig) -> Plan:
 
 def planned(decisions: tuple[Decision, ...]) -> tuple[MeasuredDecision, ...]:
     """Return the decisions that a plan holds."""
-    return tuple(decision for decision in decisions if isinstance(decision, MeasuredDecision))
+    return tuple(decision for decision in decisions if isinstance(decision, MeasuredDecision) and decision.in_plan)
 
 
 def check_plan(plan: Plan, config: CompileConfig, sizes: ModelSizes) -> None:

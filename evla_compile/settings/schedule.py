@@ -11,6 +11,9 @@ from evla_compile.arguments import is_whole
 DIFFUSION_STEPS = 100
 """Length of the training noise schedule of every published CogACT (T in the paper)."""
 
+DDIM_STEPS = 10
+"""Denoising steps with which CogACT is evaluated."""
+
 VALID_DDIM_STEPS = tuple(
     steps
     for steps in range(1, DIFFUSION_STEPS + 1)

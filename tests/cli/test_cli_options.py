@@ -97,12 +97,25 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
         ({"token_rule": "random", "task_share": 0.2}, False, "the rule random keeps no tokens by it"),
         ({"layer_rule": "greedy"}, True, "--layer-rule greedy would have no effect, since no layer is left to a rule"),
         ({"keep_layers": "0,1,4", "layer_rule": "importance"}, False, "give --keep-layers a count"),
+        ({"cache_steps": "0,3,7", "cache_interval": 5}, True, "says which steps compute; give --cache-steps uniform"),
+        ({"cache_extrapolate": True}, True, "no step is reused behind two computed ones; give --cache-steps"),
+        ({"cache_extrapolate": False, "cache_steps": "0,"}, True, "no step is reused behind two computed ones"),
     ],
 )
 def test_an_option_that_decides_nothing_is_refused(given: dict[str, object], dense: bool, expected: str) -> None:
     options = dict.fromkeys(CompileConfig().to_json()) | given
     with pytest.raises(ValueError, match=expected):
         read_config(options, preset=None, dense=dense)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("3", 3), ("0,3,7", (0, 3, 7)), ("0,", (0,)), (" 0, 6 ", (0, 6)), ("uniform", None)]
+)
+def test_cache_steps_are_a_number_or_named(text: str, expected: object) -> None:
+    options = dict.fromkeys(CompileConfig().to_json()) | {"cache_steps": text}
+    assert read_config(options, preset=None, dense=True).cache_steps == expected
+    with pytest.raises(ValueError, match=r"--cache-steps all: expected a count as in 3, steps as in 0,3,7, or uniform"):
+        read_config(options | {"cache_steps": "all"}, preset=None, dense=True)
 
 
 def test_options_that_decide_something_pass() -> None:

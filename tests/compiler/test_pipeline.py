@@ -228,7 +228,7 @@ def test_reduced_budgets_without_frames_or_plan_are_refused(tiny_policy: CogACT)
 def test_a_plan_for_something_else_is_refused(
     change: dict[str, Any], config: CompileConfig, message: str, compiled: CompiledPolicy, tiny_policy: CogACT
 ) -> None:
-    layers, mlp = compiled.plan.decisions
+    layers, mlp, *_ = compiled.plan.decisions
     if "neurons" in change:
         mlp = MLPDecision(neurons=tuple((layer, change["neurons"]) for layer in compiled.plan.keep_layers))
     else:

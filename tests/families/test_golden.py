@@ -124,7 +124,7 @@ def test_the_rewritten_graph_equals_the_reference_of_the_method(
         budget = {name: settings[name] for name in ("visual_tokens", "key_tokens")}
         lossy.append(SelectTokens(**budget, task_share=settings["alpha"]))
     if "cache_interval" in settings:
-        lossy.append(CacheFeatures(interval=settings["cache_interval"]))
+        lossy.append(CacheFeatures(steps=tuple(range(0, settings["steps"], settings["cache_interval"]))))
     graph = finished(sampler(settings["cfg"], settings["steps"]), *lossy)
     values, expected = node_values(graph, inputs_of(settings["case"])), load(golden_dir / settings["file"])
     cognition = value(values, graph, "cognition")

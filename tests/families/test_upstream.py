@@ -265,7 +265,7 @@ def test_lossy_rewrites_give_the_samples_that_they_give_on_our_own_graph(
         PruneLayers(keep=(0, 1, 3)),
         PruneMLP(neurons=tuple((layer, tuple(range(0, 48, 2))) for layer in (0, 1, 3))),
         SelectTokens(visual_tokens=7, key_tokens=2, task_share=0.5),
-        CacheFeatures(interval=2),
+        CacheFeatures(steps=(0, 2)),
     )
     ours, theirs = small_unrolled, small_upstream_graph
     for rewrite in rewrites:

@@ -1,6 +1,7 @@
 """`CacheFeatures` against the paper's caching, block by block."""
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from evla_compile.errors import PassError
 from evla_compile.families.cogact.model.policy import CogACT
-from evla_compile.graph.contract import copy_graph, inserting, propagate
+from evla_compile.graph.contract import copy_graph, inserting, measure, propagate
 from evla_compile.graph.flops import product_flops
 from evla_compile.graph.sites import argument, is_call, module_path, nodes_under
 from evla_compile.passes import CacheFeatures, UnrollDiffusion
@@ -22,25 +23,45 @@ aten = torch.ops.aten
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def sample_by_hand(policy: CogACT, inputs: Inputs, *, steps: int, interval: int, cfg_scale: float) -> Tensor:
-    """Cache the attention and MLP outputs of every block by themselves, condition token included, as the paper does."""
+def uniform(interval: int, of: int = 5) -> tuple[int, ...]:
+    return tuple(range(0, of, interval))
+
+
+def sample_by_hand(
+    policy: CogACT, inputs: Inputs, *, of: int, steps: tuple[int, ...], cfg_scale: float, extrapolate: bool = False
+) -> Tensor:
+    """Cache the attention and MLP outputs of every block by themselves, condition token included, as the paper does.
+
+    Extrapolated is each of them, on the line through its values at the last two computed steps.
+    """
     *observation, x = inputs
     net = policy.action_model.net
     z = policy.cognition(*observation)
     batch, guided = len(x), cfg_scale > 1
     if guided:
         z = torch.cat([z, net.z_embedder.uncondition[None].expand(batch, -1, -1)])
-    cache: dict[int, tuple[Tensor, Tensor]] = {}
-    for number, step in enumerate(ddim_schedule(steps)):
+    cache: dict[tuple[int, str], dict[int, Tensor]] = defaultdict(dict)
+
+    def reused(values: dict[int, Tensor], number: int) -> Tensor:
+        *_, last = values
+        if not extrapolate or len(values) == 1:
+            return values[last]
+        before = list(values)[-2]
+        share = (number - before) / (last - before)
+        return (1 - share) * values[before] + share * values[last]
+
+    for number, step in enumerate(ddim_schedule(of)):
         condition = net.z_embedder(z) + net.t_embedder(torch.tensor([float(step.timestep)]))[:, None]
         tokens = net.x_embedder(torch.cat([x, x]) if guided else x)
         hidden = torch.cat([condition, tokens], dim=1) + net.positional_embedding
         for depth, block in enumerate(net.blocks):
-            if number % interval == 0:
+            if number in steps:
                 attention = block.attn(block.norm1(hidden))  # type: ignore[operator]  # a submodule
                 mlp = block.mlp(block.norm2(hidden + attention))  # type: ignore[operator]  # a submodule
-                cache[depth] = attention, mlp
-            hidden = hidden + cache[depth][0] + cache[depth][1]
+                cache[depth, "attention"][number], cache[depth, "mlp"][number] = attention, mlp
+            else:
+                attention, mlp = (reused(cache[depth, part], number) for part in ("attention", "mlp"))
+            hidden = hidden + attention + mlp
         noise = net.final_layer(hidden)[:, 1:]
         if guided:
             noise = noise[batch:] + cfg_scale * (noise[:batch] - noise[batch:])
@@ -52,23 +73,61 @@ def sample_by_hand(policy: CogACT, inputs: Inputs, *, steps: int, interval: int,
 def test_it_equals_caching_by_hand(
     small_policy: CogACT, small_sampler: fx.GraphModule, small_inputs: Inputs, interval: int
 ) -> None:
-    cached, report = CacheFeatures(interval=interval)(small_sampler)
-    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=interval, cfg_scale=1.5)
+    cached, report = CacheFeatures(steps=uniform(interval))(small_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, of=5, steps=uniform(interval), cfg_scale=1.5)
     assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
-    computed = len(range(0, 5, interval))
-    assert (report.changes, report.exact) == (5 - computed, False)
+    assert (report.changes, report.exact) == (5 - len(uniform(interval)), False)
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("steps", [(0,), (0, 2), (0, 4), (0, 1, 3), (0, 2, 3), (0, 3, 4)])
+def test_any_steps_equal_caching_by_hand(
+    small_policy: CogACT, small_sampler: fx.GraphModule, small_inputs: Inputs, steps: tuple[int, ...], extrapolate: bool
+) -> None:
+    cached, report = CacheFeatures(steps=steps, extrapolate=extrapolate)(small_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, of=5, steps=steps, cfg_scale=1.5, extrapolate=extrapolate)
+    assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
+    assert report.changes == 5 - len(steps)
+
+
+def test_extrapolated_steps_share_a_difference_and_have_one_multiply_add_more(
+    small_graph: fx.GraphModule,
+) -> None:
+    sampler, _ = UnrollDiffusion(ddim_steps=8)(small_graph)
+    plain, extrapolated = (
+        CacheFeatures(steps=(0, 2, 5), extrapolate=extrapolate)(sampler)[0] for extrapolate in (False, True)
+    )
+    added = {}
+    for step in range(8):
+        before, after = (
+            Counter(n.target for n in nodes_under(gm.graph, f"{COGACT.denoising}.{step}"))
+            for gm in (plain, extrapolated)
+        )
+        assert not before - after
+        added[step] = dict(after - before)
+    once = {aten.mul.Tensor: 1, aten.add.Tensor: 1}
+    difference = {aten.sub.Tensor: 1}
+    assert added == {0: {}, 1: {}, 2: difference, 3: once, 4: once, 5: difference, 6: once, 7: once}
+    assert measure(extrapolated).weight_bytes == measure(plain).weight_bytes
+
+
+def test_before_a_second_computed_step_nothing_is_extrapolated(small_sampler: fx.GraphModule) -> None:
+    plain, extrapolated = (
+        CacheFeatures(steps=(0, 4), extrapolate=extrapolate)(small_sampler)[0] for extrapolate in (False, True)
+    )
+    assert str(plain.graph) == str(extrapolated.graph)
 
 
 def test_it_equals_caching_by_hand_without_guidance(
     small_policy: CogACT, small_unguided_graph: fx.GraphModule, small_inputs: Inputs
 ) -> None:
-    cached, _ = CacheFeatures(interval=3)(UnrollDiffusion(ddim_steps=5)(small_unguided_graph)[0])
-    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.0)
+    cached, _ = CacheFeatures(steps=uniform(3))(UnrollDiffusion(ddim_steps=5)(small_unguided_graph)[0])
+    expected = sample_by_hand(small_policy, small_inputs, of=5, steps=uniform(3), cfg_scale=1.0)
     assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
 
 
 def test_a_reused_step_embeds_the_actions_adds_the_cache_and_reads_the_noise_out(small_sampler: fx.GraphModule) -> None:
-    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    cached, _ = CacheFeatures(steps=uniform(2))(small_sampler)
     net = f"{COGACT.denoising}.1.{COGACT.action_model}.net"
     operators = Counter(
         (module_path(n).removeprefix(net), n.target) for n in nodes_under(cached.graph, f"{COGACT.denoising}.1")
@@ -88,7 +147,7 @@ def test_a_reused_step_embeds_the_actions_adds_the_cache_and_reads_the_noise_out
 
 
 def test_a_computed_step_keeps_its_operators_and_adds_one_difference(small_sampler: fx.GraphModule) -> None:
-    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    cached, _ = CacheFeatures(steps=uniform(2))(small_sampler)
     for step, added in (("0", {aten.sub.Tensor: 1}), ("2", {aten.sub.Tensor: 1}), ("4", {})):
         before, after = (
             Counter(n.target for n in nodes_under(gm.graph, f"{COGACT.denoising}.{step}"))
@@ -99,7 +158,7 @@ def test_a_computed_step_keeps_its_operators_and_adds_one_difference(small_sampl
 
 
 def test_attention_and_weights_of_reused_steps_are_gone(small_sampler: fx.GraphModule) -> None:
-    cached, report = CacheFeatures(interval=2)(small_sampler)
+    cached, report = CacheFeatures(steps=uniform(2))(small_sampler)
     attention = [
         n for n in nodes_under(cached.graph, COGACT.denoising) if is_call(n, aten.scaled_dot_product_attention.default)
     ]
@@ -120,31 +179,31 @@ def test_the_input_graph_is_untouched(
     small_sampler: fx.GraphModule, untouched: Callable[[fx.GraphModule], AbstractContextManager[None]]
 ) -> None:
     with untouched(small_sampler):
-        CacheFeatures(interval=3)(small_sampler)
+        CacheFeatures(steps=uniform(3))(small_sampler)
 
 
-def test_an_interval_of_one_changes_nothing(small_sampler: fx.GraphModule) -> None:
-    same, report = CacheFeatures(interval=1)(small_sampler)
+def test_computing_every_step_changes_nothing(small_sampler: fx.GraphModule) -> None:
+    same, report = CacheFeatures(steps=uniform(1))(small_sampler)
     assert report.changes == 0
     assert str(same.graph) == str(small_sampler.graph)
 
 
 def test_a_sampler_that_is_not_unrolled_is_refused(small_graph: fx.GraphModule) -> None:
     with pytest.raises(PassError, match="no unrolled denoising step in the graph: run UnrollDiffusion first"):
-        CacheFeatures(interval=2)(small_graph)
+        CacheFeatures(steps=uniform(2))(small_graph)
 
 
 def test_a_cached_sampler_is_refused(small_sampler: fx.GraphModule) -> None:
-    cached, _ = CacheFeatures(interval=2)(small_sampler)
+    cached, _ = CacheFeatures(steps=uniform(2))(small_sampler)
     with pytest.raises(PassError, match=r"no DiT block under 'denoising\.1\..*': its features are cached already"):
-        CacheFeatures(interval=3)(cached)
+        CacheFeatures(steps=uniform(3))(cached)
 
 
 def test_where_the_final_layer_reads_the_condition_token_all_tokens_are_cached(
     small_policy: CogACT, late_sampler: fx.GraphModule, small_inputs: Inputs
 ) -> None:
-    cached, report = CacheFeatures(interval=3)(late_sampler)
-    expected = sample_by_hand(small_policy, small_inputs, steps=5, interval=3, cfg_scale=1.5)
+    cached, report = CacheFeatures(steps=uniform(3))(late_sampler)
+    expected = sample_by_hand(small_policy, small_inputs, of=5, steps=uniform(3), cfg_scale=1.5)
     assert relative_error(cached(*small_inputs).numpy(), expected.numpy()) <= TOLERANCES.samples
     assert report.changes == 3
     net = f"{COGACT.denoising}.1.{COGACT.action_model}.net"
@@ -175,7 +234,12 @@ def late_sampler(small_sampler: fx.GraphModule) -> fx.GraphModule:
     return late
 
 
-@pytest.mark.parametrize("interval", [0, -1])
-def test_an_interval_below_one_is_refused(interval: int) -> None:
-    with pytest.raises(ValueError, match=rf"interval={interval}: expected a whole number from 1 up"):
-        CacheFeatures(interval=interval)
+@pytest.mark.parametrize("steps", [(), (1, 3), (0, 3, 3), (0, 4, 2), (0, -1)])
+def test_steps_that_do_not_ascend_from_0_are_refused(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"steps={steps}: expected ascending denoising steps from 0")):
+        CacheFeatures(steps=steps)
+
+
+def test_steps_that_the_sampler_lacks_are_refused(small_sampler: fx.GraphModule) -> None:
+    with pytest.raises(PassError, match=re.escape("the sampler has no steps [5, 7]; it has 0 to 4")):
+        CacheFeatures(steps=(0, 3, 5, 7))(small_sampler)

@@ -153,8 +153,8 @@ def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
     assert repair == RepairBudget()
     assert list(config.to_json()) == [
         "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "token_rule", "key_tokens", "task_share",
-        "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames", "cache_interval",
-        "ddim_steps", "cfg_scale", "text_tokens", "batch_size",
+        "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames", "ddim_steps",
+        "cache_interval", "cache_steps", "cache_extrapolate", "cfg_scale", "text_tokens", "batch_size",
     ]  # fmt: skip
 
 
@@ -168,6 +168,10 @@ def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
         ({"keep_layers": (0, 1, 2), "layer_rule": "greedy"}, {}, set()),
         ({"mlp_keep": 0.5}, {"mlp_keep": 0.5}, {"neuron_scores"}),
         ({"visual_tokens": 56, "cache_interval": 5}, {}, set()),
+        ({"cache_steps": (0, 3, 7), "cache_extrapolate": True}, {}, set()),
+        ({"cache_steps": 3}, {"cache_steps": 3}, {"cache_shift"}),
+        ({"cache_steps": 1}, {}, set()),  # there is one such set
+        ({"cache_steps": 10}, {}, set()),
     ],
 )
 def test_what_is_measured_is_what_budgets_leave_open(
@@ -191,7 +195,7 @@ def test_decisions_follow_from_what_was_measured() -> None:
         visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="relevance", token_seed=0, merge_tokens=False
     )
     assert repair == RepairDecision()
-    assert cache == CacheDecision(interval=5)
+    assert cache == CacheDecision(steps=(0, 5), of=10)
 
 
 def test_greedy_asks_for_every_layer_left_and_drops_that_which_shifts_least() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from evla_compile.errors import CalibrationError
+from evla_compile.settings.budgets.cache import CacheDecision
 from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.budgets.repair import RepairDecision
@@ -81,10 +82,10 @@ def test_a_plan_reads_as_it_was_decided() -> None:
 
 
 def test_a_technique_without_a_decision_keeps_everything() -> None:
-    layers, neurons, repair = PLAN.decisions
-    assert repair == RepairDecision()
-    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), RepairDecision())
-    assert Plan(decisions=(neurons, layers)).decisions == PLAN.decisions
+    layers, neurons, repair, cache = PLAN.decisions
+    assert (repair, cache) == (RepairDecision(), CacheDecision())
+    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), RepairDecision(), CacheDecision())
+    assert Plan(decisions=(cache, neurons, layers)).decisions == PLAN.decisions
 
 
 def test_whole_numbers_of_json_are_numbers() -> None:
@@ -132,6 +133,21 @@ def test_fields_that_an_older_format_lacks_have_defaults() -> None:
         ({"checkpoint": {"llm_backbone": 3}}, "digest 3: expected 16 hexadecimal digits"),
         ({"checkpoint": {"\x1b[2J": "0123456789abcdef"}}, "expected digests by group"),
         ({"checkpoint": []}, "expected digests by group"),
+        (
+            {"cache_steps": [0, 3]},
+            r"cache_steps \(0, 3\) of 0, cache_extrapolate False: .* to below 0",
+        ),
+        (
+            {"cache_steps": [0, 3], "cache_of_steps": 3},
+            r"\(0, 3\) of 3, .*: expected steps from 0 to below 3",
+        ),
+        ({"cache_steps": [0, 3], "cache_of_steps": 101}, "of 101, .*, a sampler of at most 100 steps"),
+        ({"cache_steps": [1, 3], "cache_of_steps": 10}, r"cache_steps \(1, 3\) of 10"),
+        ({"cache_steps": [0, 3, 3], "cache_of_steps": 10}, "in ascending order"),
+        ({"cache_steps": [0, True], "cache_of_steps": 10}, "True: expected a whole number from 0 up"),
+        ({"cache_steps": list(range(101)), "cache_of_steps": 100}, "101 cache steps: expected at most 100"),
+        ({"cache_steps": [0], "cache_of_steps": 10, "cache_extrapolate": 1}, "cache_extrapolate 1: .*true or false"),
+        ({"cache_steps": 3, "cache_of_steps": 10}, "malformed plan: object of type 'int' has no len"),
     ],
 )
 def test_a_malformed_plan_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -29,14 +29,17 @@ GIVEN: dict[str, Any] = {
     "repair_rho": "0.1",
     "repair_weights": "0.5,1,10",
     "repair_frames": 30,
-    "cache_interval": 2,
     "ddim_steps": 5,
+    "cache_interval": 2,
+    "cache_steps": "uniform",
+    "cache_extrapolate": True,
     "cfg_scale": 1.0,
     "text_tokens": 20,
     "batch_size": 2,
 }
 WEIGHTS = (0.5, 1.0, 10.0)
 READ = {"keep_layers": 0.5, "visual_tokens": 0.25, "key_tokens": 3, "repair_rho": 0.1, "repair_weights": WEIGHTS}
+READ["cache_steps"] = None
 CONFIG = CompileConfig(**GIVEN | READ)
 ARGUMENTS = [
     word

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from evla_compile.settings.setting import Settings
 from evla_compile.settings.sizes import ModelSizes
 
-Measurement: TypeAlias = Literal["layer_importance", "neuron_scores", "feature_shift", "repair"]
+Measurement: TypeAlias = Literal["layer_importance", "neuron_scores", "feature_shift", "repair", "cache_shift"]
 """Name of a field of `Measured`."""
 
 
@@ -29,6 +29,9 @@ class Measured:
     layers but for that one: the mean over frames of |f - f_dense| / |f_dense|."""
     repair: Callable[[Sequence["Decision"]], "Decision"] | None = None
     """Repairs, when it is called with the decisions of the techniques in front, and returns its own decision."""
+    cache_shift: Callable[[tuple[int, ...]], float] | None = None
+    """Measures, when it is called, how far actions move where these denoising steps alone compute: the mean over frames
+    of |a - a_full|, over the mean of |a_full|."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,11 @@ class MeasuredDecision(Decision):
 
     keys: ClassVar[Mapping[str, Any]]
     """Keys of its JSON form and the value of each where an older plan lacks it; `...` where every plan has it."""
+
+    @property
+    def in_plan(self) -> bool:
+        """Whether a plan holds it; not where it follows from the settings alone."""
+        return True
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -130,6 +138,23 @@ class Budget(Settings, ABC):
             measured: what calibration measured; None where nothing was, for a decision with the right counts.
             earlier: decisions of the techniques in front of this one.
         """
+
+    def complete(
+        self, planned: Sequence[Decision], sizes: ModelSizes, earlier: Sequence[Decision] = ()
+    ) -> tuple[Decision, ...]:
+        """Return the decision where a plan is given, as a tuple of one: the plan's, or what follows from the settings.
+
+        Args:
+            planned: decisions of the plan.
+            sizes: sizes of the dense model.
+            earlier: decisions of the techniques in front of this one.
+
+        Raises:
+            ValueError: the budget does not fit the sizes.
+        """
+        if issubclass(self.decision, MeasuredDecision):
+            return (decision_of(self.decision, planned),)
+        return self.decide(sizes, None, earlier)
 
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse a decision, one of a plan's, that was made for another budget or for other sizes.

@@ -112,21 +112,29 @@ class DiT(nn.Module):
             z_B1Z: cognition feature.
             cfg_scale: eps_uncond + cfg_scale * (eps_cond - eps_uncond); 1.0 runs the conditional half alone.
         """
+        hidden = self.embed(x_BAF, timestep, z_B1Z, cfg_scale)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.read_noise(hidden[:, 1:], cfg_scale, x_BAF.dtype)
+
+    def embed(self, x_BAF: Tensor, timestep: Tensor, z_B1Z: Tensor, cfg_scale: float) -> Tensor:
+        """Return what enters the blocks, [G,1+A,D], the condition token first; arguments as of `forward`."""
         dtype = self.positional_embedding.dtype
-        batch, guided = x_BAF.shape[0], cfg_scale > 1.0
         time_11D = self.t_embedder(timestep)[:, None]
         condition = self.z_embedder(z_B1Z.to(dtype)) + time_11D  # [B,1,D]
         tokens = self.x_embedder(x_BAF.to(dtype)) + self.positional_embedding[1:]  # [B,A,D]
-        if guided:
+        if cfg_scale > 1.0:
             unconditional = self.z_embedder(self.z_embedder.uncondition[None]) + time_11D  # [1,1,D]
-            condition = torch.cat([condition, unconditional.expand(batch, -1, -1)])  # [G,1,D]
+            condition = torch.cat([condition, unconditional.expand(x_BAF.shape[0], -1, -1)])  # [G,1,D]
             tokens = torch.cat([tokens, tokens])  # [G,A,D]
-        hidden = torch.cat([condition + self.positional_embedding[:1], tokens], dim=1)  # [G,1+A,D]
-        for block in self.blocks:
-            hidden = block(hidden)
-        noise: Tensor = self.final_layer(hidden[:, 1:]).to(x_BAF.dtype)  # [G,A,F]
-        if not guided:
+        return torch.cat([condition + self.positional_embedding[:1], tokens], dim=1)  # [G,1+A,D]
+
+    def read_noise(self, tokens_GAD: Tensor, cfg_scale: float, dtype: torch.dtype) -> Tensor:
+        """Return the predicted noise [B,A,F] for the action tokens behind the blocks, guided as `forward` says."""
+        noise: Tensor = self.final_layer(tokens_GAD).to(dtype)  # [G,A,F]
+        if cfg_scale <= 1.0:
             return noise
+        batch = noise.shape[0] // 2
         conditional_noise, unconditional_noise = noise[:batch], noise[batch:]
         return unconditional_noise + cfg_scale * (conditional_noise - unconditional_noise)
 

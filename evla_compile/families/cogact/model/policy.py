@@ -23,8 +23,8 @@ from evla_compile.host.camera_frame import CameraFrame, Framing
 from evla_compile.host.inputs import GraphInputs, InputSignature, is_batch
 from evla_compile.host.predictor import predict_action
 from evla_compile.host.processor import Processor
-from evla_compile.settings.config import CFG_SCALE, DDIM_STEPS, TEXT_TOKENS, check_cfg_scale, check_text_tokens
-from evla_compile.settings.schedule import check_ddim_steps, ddim_schedule
+from evla_compile.settings.config import CFG_SCALE, TEXT_TOKENS, check_cfg_scale, check_text_tokens
+from evla_compile.settings.schedule import DDIM_STEPS, check_ddim_steps, ddim_schedule
 from evla_compile.settings.sizes import ModelSizes
 
 

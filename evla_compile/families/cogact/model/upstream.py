@@ -21,8 +21,8 @@ from evla_compile.families.cogact.model.action import ActionEmbedder, DiT
 from evla_compile.families.cogact.model.language import LlamaDecoder, rotary_tables
 from evla_compile.families.cogact.model.policy import Projector
 from evla_compile.families.cogact.model.vision import Block, Mlp, VisionTower, normalize_pixels
-from evla_compile.settings.config import CFG_SCALE, DDIM_STEPS
-from evla_compile.settings.schedule import ddim_schedule
+from evla_compile.settings.config import CFG_SCALE
+from evla_compile.settings.schedule import DDIM_STEPS, ddim_schedule
 from evla_compile.settings.sizes import ActionSizes, LanguageSizes, ModelSizes, TowerSizes
 
 
