@@ -11,6 +11,7 @@ from evla_compile.passes.repair_layers import RepairLayers
 from evla_compile.passes.select_tokens import SelectTokens
 from evla_compile.passes.specialize_shapes import SpecializeShapes
 from evla_compile.passes.unroll_diffusion import UnrollDiffusion
+from evla_compile.passes.unroll_solver import UnrollSolver
 
 __all__ = [
     "CacheFeatures",
@@ -24,4 +25,5 @@ __all__ = [
     "SelectTokens",
     "SpecializeShapes",
     "UnrollDiffusion",
+    "UnrollSolver",
 ]

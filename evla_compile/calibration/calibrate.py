@@ -9,13 +9,15 @@ from functools import partial
 
 from torch import fx
 
-from evla_compile.calibration.cache_search import CacheShift
+from evla_compile.calibration.action_shift import ActionShift
+from evla_compile.calibration.cache_search import CachedRun
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
 from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import FramesDigest, fingerprint_weights
 from evla_compile.calibration.held_out import split_frames
 from evla_compile.calibration.progress import drawing_progress
 from evla_compile.calibration.repair_trials import RepairTrials
+from evla_compile.calibration.solver_search import SolverRun
 from evla_compile.calibration.streams import Batch, Shelf, batches_of
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.capture import capture
@@ -42,8 +44,9 @@ def calibrate(
     the one without which the cognition feature f changes least, by the mean over frames of |f - f_dense| / |f_dense|.
     To drop d of L layers, the decoder runs up to d (L - d/2) times for every frame: at full size, give it few frames.
 
-    A number of denoising steps that compute (`cache_steps`) is decided by trying all sets of that many, with step 0, on
-    the dense policy's cognition features: those stay with which the actions move least.
+    A number of denoising steps that compute (`cache_steps`), or of a solver's timesteps (`solver_steps`), is decided by
+    trying all sets of that many, on the dense policy's cognition features: that is taken with which the actions are
+    nearest to those of all steps of DDIM, from equal noise.
 
     A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of the down projection.
     Calibration also records the largest value in every layer that could be computed in half precision.
@@ -99,11 +102,13 @@ def measure(
             shift = FeatureShift(run, start, features, bar.step("Dropping layers", count))
         if trials is not None:
             trials.prepare(run, start, features, bar)
-        cache_shift = None
+        solver_shift = cache_shift = None
+        if "solver_shift" in asked:
+            begin = partial(bar.step, "Choosing timesteps", len(config.timestep_sets()))
+            solver_shift = ActionShift(policy, features, config, partial(SolverRun, policy, config), begin)
         if "cache_shift" in asked:
-            cache_shift = CacheShift(
-                policy, features, config, partial(bar.step, "Choosing cache steps", config.cache_candidates)
-            )
+            begin = partial(bar.step, "Choosing denoising steps", config.cache_candidates)
+            cache_shift = ActionShift(policy, features, config, partial(CachedRun, policy, config), begin)
         decisions = config.decide(
             sizes,
             Measured(
@@ -111,6 +116,7 @@ def measure(
                 neuron_scores=found.neuron_scores(),
                 feature_shift=shift,
                 repair=trials,
+                solver_shift=solver_shift,
                 cache_shift=cache_shift,
             ),
         )

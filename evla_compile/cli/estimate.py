@@ -71,7 +71,8 @@ def estimate_summary(estimates: "Mapping[str, Estimate]", config: CompileConfig)
         estimate_table(estimates),
         component_table(estimates),
         roofline_table(estimates),
-        f"One call at batch {config.batch_size}, {config.text_tokens} text tokens, {config.ddim_steps} denoising steps;"
+        f"One call at batch {config.batch_size}, {config.text_tokens} text tokens, {config.ddim_steps} denoising steps"
+        " where the sampler is DDIM;"
         f" vision and language in {dtype}, the action head in float32.\n"
         "FLOP count all that is executed; FLOP (paper) as EfficientVLA printed them: linear layers, convolutions and"
         " layer norms, no attention products. The last column is its share of upstream's.\n"

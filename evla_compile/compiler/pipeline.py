@@ -24,8 +24,10 @@ from evla_compile.passes import (
     NarrowLastLayer,
     SpecializeShapes,
     UnrollDiffusion,
+    UnrollSolver,
 )
 from evla_compile.settings.budgets.cache import CacheDecision
+from evla_compile.settings.budgets.sampler import SamplerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -87,8 +89,10 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
     check_plan(plan, config, sizes)
     decisions = config.complete(plan.decisions, sizes)
 
+    solver = lossy_pass(decisions, sizes, SamplerDecision, lambda s: UnrollSolver(timesteps=s.timesteps))
+    sampler = solver or UnrollDiffusion(ddim_steps=config.ddim_steps)
     passes = (
-        UnrollDiffusion(ddim_steps=config.ddim_steps),  # first: from here on, every graph yields samples
+        sampler,  # first: from here on, every graph yields samples
         *decoder_passes(decisions, sizes, {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}),
         lossy_pass(  # of the unrolled loop
             decisions, sizes, CacheDecision, lambda c: CacheFeatures(steps=c.steps, extrapolate=c.extrapolate)

@@ -11,7 +11,7 @@ from evla_compile.settings.budgets.cache import CacheBudget
 from evla_compile.settings.budgets.layers import LayerBudget
 from evla_compile.settings.budgets.mlp import MLPBudget
 from evla_compile.settings.budgets.repair import RepairBudget
-from evla_compile.settings.budgets.sampler import DenoisingSettings
+from evla_compile.settings.budgets.sampler import DenoisingSettings, SamplerBudget
 from evla_compile.settings.budgets.tokens import TokenBudget
 from evla_compile.settings.schedule import DDIM_STEPS
 from evla_compile.settings.setting import KEPT, number_from, setting, settings_of, whole_from
@@ -57,6 +57,7 @@ class CompileConfig(
     # Read from the last to the first, the order of the techniques in the pipeline and of the settings in JSON.
     CallSettings,
     CacheBudget,
+    SamplerBudget,
     RepairBudget,
     TokenBudget,
     MLPBudget,

@@ -63,6 +63,11 @@ def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[st
         ValueError: an option is unknown, or the first call was not of the configuration's sizes.
     """
     config, plan, mode = _read_options(options or {})
+    if config.solver != "ddim":
+        raise ValueError(
+            f"solver={config.solver!r}: torch.compile captures the policy's own loop, which is DDIM, so its steps"
+            " cannot be replaced; give the backend solver='ddim', or compile the policy with evla_compile.compile"
+        )
     _check_modes(gm.graph)
     with own_torch_state():
         found = read_graph(gm, inputs)

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,9 +12,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, fx
 
-from evla_compile.calibration import cache_search
+from evla_compile.calibration import action_shift
 from evla_compile.calibration import progress as progress_bar
-from evla_compile.calibration.cache_search import CacheShift
+from evla_compile.calibration.action_shift import ActionShift
+from evla_compile.calibration.cache_search import CachedRun
 from evla_compile.calibration.calibrate import calibrate
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.frames import Frame
@@ -32,6 +34,10 @@ def features(small_policy: CogACT) -> Tensor:
     ids = torch.tensor([small_policy.processor.prompt_ids("pick")] * 2)
     image = torch.stack([torch.from_numpy(small_policy.processor.image(frame.image)) for frame in FRAMES])
     return small_policy.cognition(image, ids, torch.tensor([ids.shape[1]] * 2))[:, 0]
+
+
+def cache_shift(policy: CogACT, features: Tensor, config: CompileConfig) -> ActionShift:
+    return ActionShift(policy, features, config, partial(CachedRun, policy, config))
 
 
 def shift_by_graph(
@@ -63,7 +69,7 @@ def test_it_measures_what_compiled_samplers_do(
     cfg_scale: float,
     extrapolate: bool,
 ) -> None:
-    shift = CacheShift(small_policy, features, replace(CONFIG, cfg_scale=cfg_scale, cache_extrapolate=extrapolate))
+    shift = cache_shift(small_policy, features, replace(CONFIG, cfg_scale=cfg_scale, cache_extrapolate=extrapolate))
     graph = small_graph if cfg_scale > 1 else small_unguided_graph
     for steps in ((0, 1, 3), (0, 2, 3), (0, 4), (0, 1, 3)):
         expected = shift_by_graph(graph, small_policy, features, steps, extrapolate=extrapolate)
@@ -75,9 +81,9 @@ def test_it_measures_what_compiled_samplers_do(
 def test_rows_are_computed_in_parts_with_the_same_result(
     small_policy: CogACT, features: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = CacheShift(small_policy, features, CONFIG)((0, 2))
-    monkeypatch.setattr(cache_search, "_MOST_ROWS", 24)
-    assert CacheShift(small_policy, features, CONFIG)((0, 2)) == pytest.approx(whole, rel=1e-5)
+    whole = cache_shift(small_policy, features, CONFIG)((0, 2))
+    monkeypatch.setattr(action_shift, "_MOST_ROWS", 24)
+    assert cache_shift(small_policy, features, CONFIG)((0, 2)) == pytest.approx(whole, rel=1e-5)
 
 
 def test_every_frame_has_a_noise_and_few_frames_have_several(small_policy: CogACT, features: Tensor) -> None:
@@ -88,28 +94,28 @@ def test_every_frame_has_a_noise_and_few_frames_have_several(small_policy: CogAC
         return draw_noise(shape, seed)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_search, "draw_noise", draw)
+        patch.setattr(action_shift, "draw_noise", draw)
         for frames, draws in ((1, 64), (2, 32), (3, 22), (64, 1), (65, 1)):
             drawn.clear()
-            CacheShift(small_policy, features[:1].repeat(frames, 1), CONFIG)
+            cache_shift(small_policy, features[:1].repeat(frames, 1), CONFIG)
             assert drawn == [((draws, 5, 7), seed) for seed in range(frames)]
 
 
 def test_what_candidates_begin_with_runs_once(small_policy: CogACT, features: Tensor) -> None:
     config = replace(CONFIG, cache_extrapolate=True)
-    lone = [CacheShift(small_policy, features, config)((0, *pair)) for pair in combinations(range(1, 5), 2)]
-    shift = CacheShift(small_policy, features, config)
+    lone = [cache_shift(small_policy, features, config)((0, *pair)) for pair in combinations(range(1, 5), 2)]
+    shift = cache_shift(small_policy, features, config)
     runs: list[int] = []
     handle = small_policy.action_model.net.blocks[0].register_forward_hook(lambda *_: runs.append(1))
     assert [shift((0, *pair)) for pair in combinations(range(1, 5), 2)] == lone
     handle.remove()
-    assert len(runs) == 0 + 1 + 1 + 2 + 1 + 2  # of the candidates in turn; a run with all steps went before
+    assert len(runs) == 3 + 1 + 1 + 2 + 1 + 2  # of the candidates in turn: those in front are not computed again
 
 
 def test_calibration_chooses_the_steps_that_move_actions_least(small_policy: CogACT, features: Tensor) -> None:
     config = replace(CONFIG, cache_steps=3, cache_extrapolate=True)
     plan = calibrate(small_policy, FRAMES, config, progress=False)
-    shift = CacheShift(small_policy, features, config)
+    shift = cache_shift(small_policy, features, config)
     shifts = {(0, *pair): shift((0, *pair)) for pair in combinations(range(1, 5), 2)}
     best = min(shifts, key=lambda steps: shifts[steps])
     assert CacheDecision(steps=best, of=5, extrapolate=True, searched=True) in plan.decisions
@@ -127,4 +133,4 @@ def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
         progress_bar, "new_console", lambda stderr: Console(file=drawn, force_terminal=stderr, width=120)
     )
     calibrate(small_policy, FRAMES, replace(CONFIG, cache_steps=2), progress=progress)
-    assert ("Choosing cache steps" in drawn.getvalue()) == progress
+    assert ("Choosing denoising steps" in drawn.getvalue()) == progress

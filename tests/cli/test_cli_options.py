@@ -98,6 +98,7 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
         ({"layer_rule": "greedy"}, True, "--layer-rule greedy would have no effect, since no layer is left to a rule"),
         ({"keep_layers": "0,1,4", "layer_rule": "importance"}, False, "give --keep-layers a count"),
         ({"cache_steps": "0,3,7", "cache_interval": 5}, True, "says which steps compute; give --cache-steps uniform"),
+        ({"solver": "dpm++", "solver_steps": 3, "cache_interval": 5}, True, "computes every step; give --solver ddim"),
         ({"cache_extrapolate": True}, True, "no step is reused behind two computed ones; give --cache-steps"),
         ({"cache_extrapolate": False, "cache_steps": "0,"}, True, "no step is reused behind two computed ones"),
     ],
@@ -116,6 +117,13 @@ def test_cache_steps_are_a_number_or_named(text: str, expected: object) -> None:
     assert read_config(options, preset=None, dense=True).cache_steps == expected
     with pytest.raises(ValueError, match=r"--cache-steps all: expected a count as in 3, steps as in 0,3,7, or uniform"):
         read_config(options | {"cache_steps": "all"}, preset=None, dense=True)
+
+
+def test_timesteps_of_the_solver_are_read() -> None:
+    options = dict.fromkeys(CompileConfig().to_json()) | {"solver": "dpm++", "solver_timesteps": "90, 45,10"}
+    assert read_config(options, preset="l22-t56", dense=False).solver_timesteps == (90, 45, 10)
+    with pytest.raises(ValueError, match=r"--solver-timesteps 3.5: expected descending timesteps from 99 to 0"):
+        read_config(options | {"solver_timesteps": "3.5"}, preset=None, dense=True)
 
 
 def test_options_that_decide_something_pass() -> None:

@@ -23,6 +23,8 @@ from evla_compile.verification.verify import verify
         ({"cache_steps": (0, 3, 7)}, 10),
         ({"cache_steps": (0, 1, 4), "cache_extrapolate": True, "cfg_scale": 1.0, "ddim_steps": 6}, 6),
         ({"cache_steps": 2, "cache_extrapolate": True, "ddim_steps": 4}, 4),
+        ({"solver": "dpm++", "solver_timesteps": (90, 45, 10), "cfg_scale": 1.0}, 3),
+        ({"solver": "dpm++", "solver_steps": 2}, 2),
     ],
 )
 def test_the_file_computes_what_the_graph_does(

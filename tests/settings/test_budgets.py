@@ -15,6 +15,7 @@ from evla_compile.settings.budgets.cache import CacheBudget, CacheDecision
 from evla_compile.settings.budgets.layers import LayerBudget, LayerDecision, drop_one_by_one, drop_trials
 from evla_compile.settings.budgets.mlp import MLPBudget, MLPDecision
 from evla_compile.settings.budgets.repair import RepairBudget, RepairDecision
+from evla_compile.settings.budgets.sampler import SamplerBudget, SamplerDecision
 from evla_compile.settings.budgets.tokens import TokenBudget, TokenDecision
 from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes, published_sizes
@@ -147,14 +148,15 @@ def test_defaults_fit_the_policy_of_the_demo() -> None:
 
 def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
     config = CompileConfig(keep_layers=5, mlp_keep=0.5, visual_tokens=None, cache_interval=2)
-    layers, mlp, tokens, repair, cache = config.budgets()
+    layers, mlp, tokens, repair, sampler, cache = config.budgets()
     assert (layers, mlp) == (LayerBudget(keep_layers=5), MLPBudget(mlp_keep=0.5))
     assert (tokens, cache) == (TokenBudget(visual_tokens=None), CacheBudget(cache_interval=2))
-    assert repair == RepairBudget()
+    assert (repair, sampler) == (RepairBudget(), SamplerBudget())
     assert list(config.to_json()) == [
         "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "token_rule", "key_tokens", "task_share",
         "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames", "ddim_steps",
-        "cache_interval", "cache_steps", "cache_extrapolate", "cfg_scale", "text_tokens", "batch_size",
+        "solver", "solver_steps", "solver_timesteps", "cache_interval", "cache_steps", "cache_extrapolate", "cfg_scale",
+        "text_tokens", "batch_size",
     ]  # fmt: skip
 
 
@@ -172,6 +174,9 @@ def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
         ({"cache_steps": 3}, {"cache_steps": 3}, {"cache_shift"}),
         ({"cache_steps": 1}, {}, set()),  # there is one such set
         ({"cache_steps": 10}, {}, set()),
+        ({"solver": "dpm++", "solver_steps": 3}, {"solver_steps": 3}, {"solver_shift"}),
+        ({"solver": "dpm++", "solver_steps": 1}, {}, set()),
+        ({"solver": "dpm++", "solver_timesteps": (90, 45, 10)}, {}, set()),
     ],
 )
 def test_what_is_measured_is_what_budgets_leave_open(
@@ -188,13 +193,13 @@ def test_decisions_follow_from_what_was_measured() -> None:
     scores = tuple(np.roll(np.arange(128, dtype=np.float32), 10 * layer) for layer in range(3))
     measured = Measured(layer_importance=(0.3, 0.1, 0.2), neuron_scores=scores)
     config = CompileConfig(keep_layers=2, mlp_keep=0.5, visual_tokens=40)
-    layers, mlp, tokens, repair, cache = config.decide(sizes, measured)
+    layers, mlp, tokens, repair, sampler, cache = config.decide(sizes, measured)
     assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
     assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
     assert tokens == TokenDecision(
         visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="relevance", token_seed=0, merge_tokens=False
     )
-    assert repair == RepairDecision()
+    assert (repair, sampler) == (RepairDecision(), SamplerDecision())
     assert cache == CacheDecision(steps=(0, 5), of=10)
 
 
@@ -215,7 +220,7 @@ def test_a_decision_that_keeps_everything_is_idle_and_no_other() -> None:
     sizes = published_sizes("base")
     assert all(decision.idle(sizes) for decision in CompileConfig.dense().decide(sizes, None))
     decisions = CompileConfig().decide(sizes, None)
-    assert [type(decision) for decision in decisions if decision.idle(sizes)] == [RepairDecision]
+    assert [type(decision) for decision in decisions if decision.idle(sizes)] == [RepairDecision, SamplerDecision]
     assert not RepairDecision(scope="last", rho=0.1, layers=(3,)).idle(sizes)
 
 

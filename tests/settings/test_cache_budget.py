@@ -11,8 +11,9 @@ import pytest
 
 from evla_compile.errors import CalibrationError
 from evla_compile.settings.budgets.budget import Measured
-from evla_compile.settings.budgets.cache import MOST_CANDIDATES, CacheDecision, candidates
+from evla_compile.settings.budgets.cache import CacheDecision, candidates
 from evla_compile.settings.budgets.layers import LayerDecision
+from evla_compile.settings.budgets.sampler import MOST_SETS
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration, planned, stand_in_plan
 from evla_compile.settings.sizes import published_sizes
@@ -175,5 +176,5 @@ def test_settings_that_decide_nothing_are_known(settings: dict[str, Any], idle: 
 
 def test_candidates_are_all_sets_that_begin_with_step_0() -> None:
     assert list(candidates(2, 4)) == [(0, 1), (0, 2), (0, 3)]
-    assert len(list(candidates(6, 12))) <= MOST_CANDIDATES
+    assert len(list(candidates(6, 12))) <= MOST_SETS
     assert replace(DENSE, cache_steps=6, ddim_steps=12).searched_steps == 6

@@ -12,6 +12,7 @@ from evla_compile.settings.budgets.cache import CacheDecision
 from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.budgets.repair import RepairDecision
+from evla_compile.settings.budgets.sampler import SamplerDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import PLAN_FORMAT, Plan, check_plan, stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
@@ -82,10 +83,10 @@ def test_a_plan_reads_as_it_was_decided() -> None:
 
 
 def test_a_technique_without_a_decision_keeps_everything() -> None:
-    layers, neurons, repair, cache = PLAN.decisions
-    assert (repair, cache) == (RepairDecision(), CacheDecision())
-    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), RepairDecision(), CacheDecision())
-    assert Plan(decisions=(cache, neurons, layers)).decisions == PLAN.decisions
+    layers, neurons, *others = PLAN.decisions
+    assert others == [RepairDecision(), SamplerDecision(), CacheDecision()]
+    assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), *others)
+    assert Plan(decisions=(*others, neurons, layers)).decisions == PLAN.decisions
 
 
 def test_whole_numbers_of_json_are_numbers() -> None:
@@ -147,6 +148,11 @@ def test_fields_that_an_older_format_lacks_have_defaults() -> None:
         ({"cache_steps": [0, True], "cache_of_steps": 10}, "True: expected a whole number from 0 up"),
         ({"cache_steps": list(range(101)), "cache_of_steps": 100}, "101 cache steps: expected at most 100"),
         ({"cache_steps": [0], "cache_of_steps": 10, "cache_extrapolate": 1}, "cache_extrapolate 1: .*true or false"),
+        ({"solver_timesteps": [90, 45]}, "ddim_steps=0 has no integer stride"),
+        ({"solver_timesteps": [45, 90], "solver_ddim_steps": 10}, r"solver_timesteps=\[45, 90\]: expected descending"),
+        ({"solver_timesteps": [90, True], "solver_ddim_steps": 10}, "True: expected a whole number from 0 up"),
+        ({"solver_timesteps": [], "solver_ddim_steps": 10}, r"solver_timesteps=\[\]: expected descending"),
+        ({"solver_timesteps": 90, "solver_ddim_steps": 10}, "malformed plan: 'int' object is not iterable"),
         ({"cache_steps": 3, "cache_of_steps": 10}, "malformed plan: object of type 'int' has no len"),
     ],
 )

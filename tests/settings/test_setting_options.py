@@ -30,6 +30,9 @@ GIVEN: dict[str, Any] = {
     "repair_weights": "0.5,1,10",
     "repair_frames": 30,
     "ddim_steps": 5,
+    "solver": "ddim",
+    "solver_steps": None,
+    "solver_timesteps": None,
     "cache_interval": 2,
     "cache_steps": "uniform",
     "cache_extrapolate": True,
@@ -44,6 +47,7 @@ CONFIG = CompileConfig(**GIVEN | READ)
 ARGUMENTS = [
     word
     for name, value in GIVEN.items()
+    if value is not None  # of another solver
     for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
 ]
 

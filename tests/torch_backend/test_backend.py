@@ -168,6 +168,11 @@ def refusal(kind: type[Exception], error: BaseException) -> str:
         ({"modes": "eager"}, ValueError, r"options ['modes']: expected config, plan and mode"),
         ({"mode": "fast"}, ValueError, "options mode='fast': expected one of inductor, eager"),
         ({"config": 3}, ValueError, "expected a CompileConfig and a Plan"),
+        (
+            {"config": replace(SMALL, solver="dpm++", solver_timesteps=(90, 45))},
+            ValueError,
+            "solver='dpm\\+\\+': torch.compile captures the policy's own loop",
+        ),
         ({"config": replace(SMALL, ddim_steps=5)}, ValueError, "called with ddim_steps=10, not 5"),
         ({"config": replace(SMALL, cfg_scale=2.0)}, ValueError, "called with cfg_scale=1.5, not 2.0"),
         ({"config": replace(SMALL, batch_size=1)}, ValueError, "called with batch_size=2, not 1"),

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from evla_compile.settings.setting import Settings
 from evla_compile.settings.sizes import ModelSizes
 
-Measurement: TypeAlias = Literal["layer_importance", "neuron_scores", "feature_shift", "repair", "cache_shift"]
+Measurement: TypeAlias = Literal[
+    "layer_importance", "neuron_scores", "feature_shift", "repair", "solver_shift", "cache_shift"
+]
 """Name of a field of `Measured`."""
 
 
@@ -29,9 +31,11 @@ class Measured:
     layers but for that one: the mean over frames of |f - f_dense| / |f_dense|."""
     repair: Callable[[Sequence["Decision"]], "Decision"] | None = None
     """Repairs, when it is called with the decisions of the techniques in front, and returns its own decision."""
+    solver_shift: Callable[[tuple[int, ...]], float] | None = None
+    """Measures, when it is called, how far actions a of the solver at these timesteps are from those of DDIM: the mean
+    over frames of |a - a_ddim|, over the mean of |a_ddim|."""
     cache_shift: Callable[[tuple[int, ...]], float] | None = None
-    """Measures, when it is called, how far actions move where these denoising steps alone compute: the mean over frames
-    of |a - a_full|, over the mean of |a_full|."""
+    """Measures, when it is called, how far actions a move where these denoising steps alone compute, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

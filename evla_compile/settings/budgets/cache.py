@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 from math import comb
 from typing import Any, ClassVar, Self
 
-from evla_compile.arguments import is_listed, is_whole
+from evla_compile.arguments import is_listed, is_whole, true_or_false
 from evla_compile.errors import CalibrationError
 from evla_compile.settings.budgets.budget import (
     Budget,
@@ -17,13 +17,10 @@ from evla_compile.settings.budgets.budget import (
     decision_of,
 )
 from evla_compile.settings.budgets.plan_values import ascending, index
-from evla_compile.settings.budgets.sampler import DenoisingSettings
+from evla_compile.settings.budgets.sampler import MOST_SETS, SamplerSettings
 from evla_compile.settings.schedule import DIFFUSION_STEPS
-from evla_compile.settings.setting import read_bool, setting, whole_from
+from evla_compile.settings.setting import setting, whole_from
 from evla_compile.settings.sizes import ModelSizes
-
-MOST_CANDIDATES = 500
-"""Sets of steps that a search tries at most: enough for any number of 12 steps, for 3 of 25 and for 4 of 15."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +104,7 @@ def _parse_steps(text: str) -> int | tuple[int, ...] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheBudget(DenoisingSettings, Budget):
+class CacheBudget(SamplerSettings, Budget):
     """Denoising steps that reuse what earlier ones computed."""
 
     decision: ClassVar[type[Decision]] = CacheDecision
@@ -119,7 +116,7 @@ class CacheBudget(DenoisingSettings, Budget):
         off=1,
     )
     """Denoising steps between two recomputations of the DiT's blocks (the paper's N); 1 recomputes always. It decides
-    nothing where `cache_steps` is given."""
+    nothing where `cache_steps` is given, nor with a solver other than DDIM, of which every step computes."""
     cache_steps: int | tuple[int, ...] | None = setting(
         None,
         text="Denoising steps that compute, in place of an interval.",
@@ -132,7 +129,7 @@ class CacheBudget(DenoisingSettings, Budget):
     """Denoising steps at which the DiT's blocks compute, not in the paper: ascending steps from 0; their number, for
     calibration to choose the best of all sets; None for every `cache_interval`-th."""
     cache_extrapolate: bool = setting(
-        False, text="Extrapolate what is reused from the last two computed steps.", read=read_bool, off=False
+        False, text="Extrapolate what is reused from the last two computed steps.", read=true_or_false, off=False
     )
     """Whether a reused step extrapolates linearly from the last two computed ones, not in the paper; else it reuses
     the last one as it is."""
@@ -140,15 +137,21 @@ class CacheBudget(DenoisingSettings, Budget):
     def __post_init__(self) -> None:
         super().__post_init__()
         steps, of = self.cache_steps, self.denoising_steps
+        if self.solver != "ddim" and (steps is not None or self.cache_extrapolate):
+            raise ValueError(
+                f"cache_steps={steps}, cache_extrapolate={self.cache_extrapolate} with solver={self.solver!r}, which"
+                f" computes each of its {of} steps: a step less is better than a step that reuses; give solver='ddim',"
+                " or fewer steps of the solver"
+            )
         if steps is not None and (steps[-1] if isinstance(steps, tuple) else steps - 1) >= of:
             raise ValueError(
                 f"cache_steps={steps}: the sampler takes {of} steps (ddim_steps={self.ddim_steps}); name some of 0 to"
                 f" {of - 1}, or give their number, up to {of}"
             )
-        if self.cache_candidates > MOST_CANDIDATES:
+        if self.cache_candidates > MOST_SETS:
             raise ValueError(
                 f"cache_steps={steps} of {of} steps (ddim_steps={self.ddim_steps}): calibration would have to try"
-                f" {self.cache_candidates:,} sets of steps, and it tries {MOST_CANDIDATES} at most; name the steps, as"
+                f" {self.cache_candidates:,} sets of steps, and it tries {MOST_SETS} at most; name the steps, as"
                 f" in cache_steps={self.computed_steps()}, or take fewer denoising steps"
             )
 
@@ -168,12 +171,17 @@ class CacheBudget(DenoisingSettings, Budget):
         of, steps = self.denoising_steps, self.cache_steps
         if isinstance(steps, tuple):
             return steps
+        if self.solver != "ddim":
+            return tuple(range(of))
         if steps is None:
             return tuple(range(0, of, self.cache_interval))
         return tuple(place * of // steps for place in range(steps))
 
     def idle_settings(self) -> Mapping[str, str]:
         """Return the interval beside named steps, and the extrapolation where it applies to no step."""
+        if self.solver != "ddim":
+            reason = f"solver={self.solver!r} computes every step; give --solver ddim"
+            return dict.fromkeys(("cache_interval", "cache_extrapolate"), reason)
         found = {}
         if self.cache_steps is not None:
             found["cache_interval"] = (
