@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -36,8 +36,8 @@ from evla_compile.settings.sizes import published_sizes
 from evla_compile.settings.tolerances import TOLERANCES, check
 from evla_compile.verification.verify import prove_static_shapes_of
 
-CONFIG = evla.CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
-"""L=22, T=56, N=5, and the longest of SIMPLER's prompts."""
+CONFIG = replace(evla.CompileConfig.preset("l22-t56"), text_tokens=PAPER_TEXT_TOKENS)
+"""EfficientVLA with L=22, T=56, N=5, and the longest of SIMPLER's prompts."""
 
 Result: TypeAlias = dict[str, Any]
 """Measurements of a stage, by name."""

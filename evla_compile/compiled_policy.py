@@ -84,6 +84,7 @@ def compile(
     calibration: Iterable[Frame] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> CompiledPolicy:
     """Compile a CogACT policy: capture it, rewrite it by `config`, and make all its shapes static.
 
@@ -91,13 +92,14 @@ def compile(
 
     Args:
         policy: the dense policy, from `load`.
-        config: budgets and sampler settings; None for the paper's headline row, `CompileConfig()`. The result's
-            `config` has counts in place of shares.
+        config: budgets and sampler settings; None for `CompileConfig()`, the budgets of the paper's headline row with
+            repair. The result's `config` has counts in place of shares.
         calibration: real observations, (image, instruction) pairs, to measure layers, neurons and the ranges that
             float16 needs on. The report then also says how far the compiled policy is from the dense one on the first
             of them.
         plan: the result of an earlier `calibrate` of the same weights for the same budgets, instead of measuring again.
         progress: whether to draw a progress bar of the calibration on standard error.
+        scratch: folder from which an interrupted calibration goes on; see `calibrate`.
 
     Raises:
         CheckpointError: a weight has values that are not finite; every weight is read once to know.
@@ -106,4 +108,6 @@ def compile(
         ValueError: a budget does not fit the policy, or a frame is refused.
         PassError: the captured graph lacks a site that a rewrite needs.
     """
-    return compile_into(CompiledPolicy, policy, config, calibration=calibration, plan=plan, progress=progress)
+    return compile_into(
+        CompiledPolicy, policy, config, calibration=calibration, plan=plan, progress=progress, scratch=scratch
+    )

@@ -15,16 +15,20 @@ from rich.table import Table
 import evla_compile as evla
 
 DENSE = evla.CompileConfig.dense()
-PAPER = evla.CompileConfig()
+PAPER = evla.CompileConfig.preset("l22-t56")
 ROWS = {
     "dense": DENSE,
     "layers": replace(DENSE, keep_layers=PAPER.keep_layers),
     "MLP": replace(DENSE, mlp_keep=PAPER.mlp_keep),
     "tokens": replace(
-        DENSE, visual_tokens=PAPER.visual_tokens, key_tokens=PAPER.key_tokens, task_share=PAPER.task_share
+        DENSE,
+        visual_tokens=PAPER.visual_tokens,
+        token_rule=PAPER.token_rule,
+        merge_tokens=PAPER.merge_tokens,
     ),
     "cache": replace(DENSE, cache_interval=PAPER.cache_interval),
     "all": PAPER,
+    "ours": evla.CompileConfig(),
 }
 
 

@@ -33,6 +33,7 @@ from evla_compile.json_text import to_json_text
 from evla_compile.settings.anatomy import SAMPLES
 from evla_compile.settings.config import OPSET
 from evla_compile.settings.engine_settings import EngineSettings
+from evla_compile.settings.plan_tensors import write_tensors
 from evla_compile.settings.precision import PRECISIONS, Precision
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def export_artifact(compiled: CompiledGraph, target: str | os.PathLike[str], set
     graph = compiled.exposing((*outputs, *inner))
     pieces = lower(split(graph, (*outputs, *inner), settings.parts), settings.precision, compiled.plan.ranges)
     size = sum(tensor.numel() * tensor.element_size() for piece in pieces for _, tensor in weights(piece.graph))
-    check_space(target, (2 if wanted else 1) * size + ROOM_BYTES)
+    refit = 0 if compiled.plan.tensor_file is None else compiled.plan.tensor_file.size
+    check_space(target, (2 if wanted else 1) * size + refit + ROOM_BYTES)
     files = ArtifactFiles.of(target)
     cases = record_cases(compiled, outputs, inner)
     report = compiled.report.to_json()
@@ -95,6 +97,8 @@ def export_artifact(compiled: CompiledGraph, target: str | os.PathLike[str], set
         parts = tuple(_write_part(piece, files, folder, inner, len(pieces), settings) for piece in pieces)
         (folder / files.tokenizer).write_text(compiled.processor.tokenizer_json, encoding="utf-8")
         (folder / files.report).write_text(to_json_text(report, indent=1) + "\n", encoding="utf-8")
+        if compiled.plan.tensors:
+            write_tensors(folder / files.tensors, compiled.plan.tensors)
         write_cases(cases, folder / files.cases)
         manifest = _describe(compiled, files, folder, parts, cases[0], settings)
         write_manifest(manifest, folder / files.manifest)
@@ -161,6 +165,7 @@ def _describe(
         precision=settings.precision,
         tokenizer=FileRecord.measure(folder / files.tokenizer),
         report=FileRecord.measure(folder / files.report),
+        tensors=FileRecord.measure(folder / files.tensors) if compiled.plan.tensors else None,
         cases=FileRecord.measure(folder / files.cases),
         inputs=tuple(_spec(*entry) for entry in inputs),
         outputs=tuple(

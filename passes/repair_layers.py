@@ -47,13 +47,15 @@ class RepairLayers(GraphPass):
     def _repair(self, gm: fx.GraphModule, layer: DecoderLayer) -> None:
         down = layer.named("mlp.down_proj")
         if len(down.args) > 2:
-            raise PassError(f"{layer.path}: its down projection has a bias already: repair it once")
+            raise PassError(f"decoder layer {layer.index}: its down projection has a bias already: repair it once")
         for projection in (layer.named("self_attn.o_proj"), down):  # 1 and 2
             weight = argument(projection, 1)
             old = get_tensor(gm, str(weight.target))
             new = self._tensor(f"{module_path(projection)}.weight", tuple(old.shape), old.dtype)
             if len(weight.users) != 1:
-                raise PassError(f"{layer.path}: {weight.target} is read elsewhere too, so it cannot be refit")
+                raise PassError(
+                    f"decoder layer {layer.index}: {weight.target} is read elsewhere too, so it cannot be refit"
+                )
             replace_tensor(gm, str(weight.target), new.to(old.device))
         name = f"{module_path(down)}.bias"
         bias = self._tensor(name, (old.shape[0],), old.dtype)

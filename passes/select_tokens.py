@@ -152,7 +152,7 @@ class SelectTokens(GraphPass):
             return aten.sort.default(top(scores, count), 1)[0]
         scores = mark_stage(relevance(site), "relevance")
         if self.token_rule == "coverage":
-            return spread(similar, scores, count, (site.batch, site.patches), site.numbers)
+            return spread(similar, scores, count, site.patches)
         return self._choose_groups(scores, site)
 
     def _choose_groups(self, scores: Value, site: ScoringSite) -> Value:

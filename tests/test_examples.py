@@ -37,7 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, frame
     (folder / "frames").mkdir()
     frame.save(folder / "frames" / "0.png")
     frame.save(folder / "frame.png")
-    (folder / "frames" / "frames.jsonl").write_text('{"image": "0.png", "instruction": "pick coke can"}\n')
+    lines = [f'{{"image": "0.png", "instruction": "pick coke can", "episode": {number // 8}}}' for number in range(40)]
+    (folder / "frames" / "frames.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 

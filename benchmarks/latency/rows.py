@@ -1,12 +1,14 @@
 """The policies to compare: their sizes, and the rows of the table, chosen by name or by group."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from evla_compile.settings.config import PAPER_TEXT_TOKENS, CompileConfig
 from evla_compile.settings.sizes import ActionSizes, LanguageSizes, ModelSizes, TowerSizes, published_sizes
+
+_PAPER = CompileConfig.preset("l22-t56")
 
 DtypeName: TypeAlias = Literal["float32", "bfloat16"]
 """Dtype of the vision towers, the projector and the decoder; the action head is float32 throughout."""
@@ -85,7 +87,7 @@ def make_rows(sizes: ModelSizes, *, dtype: DtypeName, device: str) -> tuple[Row,
     tokens = {paper: max(1, round(paper * sizes.patches / 256)) for paper in (112, 56)}
     few, less, least = layers[28], layers[22], tokens[56]
     budgets: list[tuple[tuple[str, ...], tuple[str, ...], CompileConfig]] = [
-        (("dense",), ("dense",), _budget()),
+        (("dense",), ("dense",), CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS)),
         ((f"layers-{few}",), ("passes",), _budget(keep_layers=few)),
         ((f"layers-{less}",), ("passes",), _budget(keep_layers=less)),
         (("mlp-0.75",), ("passes",), _budget(mlp_keep=0.75)),
@@ -140,12 +142,13 @@ def _budget(
     visual_tokens: int | None = None,
     cache_interval: int = 1,
 ) -> CompileConfig:
-    """Return a configuration that keeps everything that is not named."""
-    return CompileConfig(
+    """Return the paper's method, keeping everything that is not named."""
+    return replace(
+        _PAPER,
         keep_layers=keep_layers,
         mlp_keep=mlp_keep,
         visual_tokens=visual_tokens,
-        key_tokens=CompileConfig().key_tokens if visual_tokens is None else min(4, visual_tokens),
+        key_tokens=_PAPER.key_tokens if visual_tokens is None else min(4, visual_tokens),
         cache_interval=cache_interval,
         text_tokens=PAPER_TEXT_TOKENS,
     )

@@ -7,6 +7,7 @@ random; plans are stand-ins, so the actions are meaningless, but times do not de
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     console, device, dtype = Console(stderr=True), torch.device(settings.device), getattr(torch, settings.dtype)
     sizes = SIZES[settings.size]
-    config = CompileConfig(text_tokens=PAPER_TEXT_TOKENS)
+    config = replace(CompileConfig.preset("l22-t56"), text_tokens=PAPER_TEXT_TOKENS)
     policy = make_policy(settings.size, device, dtype, seed=0)
     paths = make_paths(policy, config, device)
     inputs = draw_inputs(sizes, seed=0)

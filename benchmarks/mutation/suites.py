@@ -16,8 +16,21 @@ class Suite:
 
 PASSES = (
     *("cache_features", "expose_stages", "fold_constants", "lower_precision", "narrow_last_layer", "prune_layers"),
-    *("prune_mlp", "select_tokens", "specialize_shapes", "unroll_diffusion"),
+    *("prune_mlp", "repair_layers", "select_tokens", "specialize_shapes", "unroll_diffusion", "unroll_solver"),
 )
+CALIBRATION = {
+    "test_calibration": (
+        *("activation_ranges", "calibrate", "dense_measures", "feature_shift", "layer_importance", "progress"),
+        *("streams",),
+    ),
+    "test_cache_search": ("action_shift", "cache_search"),
+    "test_fingerprint": ("fingerprint",),
+    "test_forecast": ("forecast",),
+    "test_held_out": ("held_out",),
+    "test_repair": ("decoder_passes", "repair", "repair_trials", "resumption"),
+    "test_ridge": ("ridge",),
+    "test_solver_search": ("solver_search",),
+}
 RUNTIME_TESTS = ("tests/runtime/test_runtime.py", "tests/runtime/test_lifetime.py")
 ENGINE_TESTS = ("tests/runtime/test_engine_session.py",)
 
@@ -28,8 +41,11 @@ def _suite(group: str, file: str, *tests: str) -> Suite:
 
 SUITES = (
     *(_suite("passes", f"passes/{name}.py", f"tests/passes/test_{name}.py") for name in PASSES),
-    _suite("calibration", "evla_compile/calibration/calibrate.py", "tests/calibration/test_calibration.py"),
-    _suite("calibration", "evla_compile/calibration/fingerprint.py", "tests/calibration/test_fingerprint.py"),
+    *(
+        _suite("calibration", f"evla_compile/calibration/{name}.py", f"tests/calibration/{tests}.py")
+        for tests, names in CALIBRATION.items()
+        for name in names
+    ),
     _suite("verification", "evla_compile/verification/verify.py", "tests/verification/test_verification.py"),
     _suite("verification", "evla_compile/artifact/cases.py", "tests/artifact/test_recorded.py"),
     _suite("verification", "evla_compile/artifact/replay.py", "tests/artifact/test_replay.py"),

@@ -40,8 +40,9 @@ class Row:
 def setting(
     *, layers: int | None = None, mlp_keep: float = 1.0, tokens: int | None = None, interval: int = 1
 ) -> CompileConfig:
-    """Return a configuration that keeps everything that is not named."""
-    return CompileConfig(
+    """Return the paper's method, keeping everything that is not named."""
+    return replace(
+        CompileConfig.preset("l22-t56"),
         keep_layers=layers,
         mlp_keep=mlp_keep,
         visual_tokens=tokens,

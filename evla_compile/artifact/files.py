@@ -49,6 +49,8 @@ class ArtifactFiles:
     """Name of the tokenizer."""
     report: str
     """Name of the compile report."""
+    tensors: str
+    """Name of the plan's tensors, if it has any."""
     cases: str
     """Name of the recorded cases."""
     engine: str
@@ -86,6 +88,7 @@ class ArtifactFiles:
             data=f"{model}.data",
             tokenizer=f"{prefix}tokenizer.json",
             report=f"{prefix}report.json",
+            tensors=f"{prefix}plan.safetensors",
             cases=f"{prefix}cases.npz",
             manifest=f"{prefix}manifest.json",
         )
@@ -241,7 +244,8 @@ def writable(files: ArtifactFiles) -> Iterator[None]:
 
 
 def _names(files: ArtifactFiles) -> tuple[str, ...]:
-    return (files.model, files.data, files.engine, files.tokenizer, files.report, files.cases, files.manifest)
+    graphs = (files.model, files.data, files.engine)
+    return (*graphs, files.tokenizer, files.report, files.tensors, files.cases, files.manifest)
 
 
 def _refuse_foreign(files: ArtifactFiles, *, hashes: bool) -> dict[str, _Version]:

@@ -50,6 +50,8 @@ class Manifest:
     """The tokenizer.json in use."""
     report: FileRecord
     """The compile report, JSON."""
+    tensors: FileRecord | None = None
+    """Weights that calibration has refit, so that the policy can be compiled again by its plan; None without any."""
     cases: FileRecord
     """Calls of the torch graph, recorded to verify a runtime with."""
     inputs: tuple[TensorSpec, ...]
@@ -87,6 +89,10 @@ class Manifest:
                 f"layer_importance of {measured} decoder layers, of which the plan keeps layer {last}: expected a value"
                 " of every layer, or none"
             )
+        held = None if self.tensors is None else (self.tensors.sha256, self.tensors.size)
+        named = None if self.plan.tensor_file is None else (self.plan.tensor_file.sha256, self.plan.tensor_file.size)
+        if held != named:
+            raise ValueError(f"the file of the plan's tensors is {self.tensors}: expected that of {named}")
         forms = [(spec.name, spec.dtype, len(spec.shape)) for spec in self.inputs]
         if forms != _INPUT_FORMS:
             raise ValueError(f"inputs are {forms} as (name, dtype, rank): expected {_INPUT_FORMS}")
@@ -121,7 +127,8 @@ class Manifest:
         """Every file of the artifact but the manifest."""
         graphs = [record for part in self.parts for record in part.files]
         engines = self.engine.files if self.engine is not None else ()
-        return (*graphs, *engines, self.tokenizer, self.report, self.cases)
+        tensors = () if self.tensors is None else (self.tensors,)
+        return (*graphs, *engines, self.tokenizer, self.report, *tensors, self.cases)
 
     @property
     def signature(self) -> InputSignature:
@@ -146,6 +153,7 @@ class Manifest:
             "precision": self.precision,
             "tokenizer": asdict(self.tokenizer),
             "report": asdict(self.report),
+            "tensors": None if self.tensors is None else asdict(self.tensors),
             "cases": asdict(self.cases),
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
@@ -178,6 +186,7 @@ class Manifest:
             precision=precision,
             tokenizer=FileRecord.from_json(value_at(data, "tokenizer", dict)),
             report=FileRecord.from_json(value_at(data, "report", dict)),
+            tensors=None if data.get("tensors") is None else FileRecord.from_json(value_at(data, "tensors", dict)),
             cases=FileRecord.from_json(value_at(data, "cases", dict)),
             inputs=tuple(TensorSpec.from_json(entry) for entry in objects_at(data, "inputs")),
             outputs=tuple(TensorSpec.from_json(entry) for entry in objects_at(data, "outputs")),

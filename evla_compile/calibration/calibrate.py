@@ -4,21 +4,29 @@ Everything is measured without padding and without training. The policy runs lay
 every weight is read once for all of them.
 """
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from torch import fx
+from torch import Tensor, fx
 
+from evla_compile import __version__
 from evla_compile.calibration.action_shift import ActionShift
 from evla_compile.calibration.cache_search import CachedRun
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
 from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import FramesDigest, fingerprint_weights
+from evla_compile.calibration.forecast import forecast, repair_trials, stream_bytes
 from evla_compile.calibration.held_out import split_frames
-from evla_compile.calibration.progress import drawing_progress
+from evla_compile.calibration.progress import CalibrationProgress, drawing_progress
 from evla_compile.calibration.repair_trials import RepairTrials
+from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.solver_search import SolverRun
-from evla_compile.calibration.streams import Batch, Shelf, batches_of
+from evla_compile.calibration.streams import Batch, Shelf, Stream, batches_of
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
@@ -26,15 +34,24 @@ from evla_compile.graph.finite_weights import check_finite_policy
 from evla_compile.graph.plan_tensors import to_plan_tensor
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame, as_frames
+from evla_compile.json_text import to_json_text
+from evla_compile.memory import available_memory
 from evla_compile.settings.budgets.budget import Measured
 from evla_compile.settings.budgets.layers import drop_trials
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, planned
 
+_MEMORY_SHARE = 0.5  # of what is free, for streams; beyond that they go to files
+
 
 @own_torch_state()
 def calibrate(
-    policy: CogACT, frames: Iterable[Frame], config: CompileConfig | None = None, *, progress: bool = True
+    policy: CogACT,
+    frames: Iterable[Frame],
+    config: CompileConfig | None = None,
+    *,
+    progress: bool = True,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Measure `policy` on `frames` and return the plan for the budgets of `config`.
 
@@ -60,6 +77,9 @@ def calibrate(
             40 of each instruction, and takes the episode of each, `Frame.episode`, into account.
         config: the budgets; None for the defaults of `CompileConfig`.
         progress: whether to draw a progress bar on standard error.
+        scratch: folder for the activations between two layers, for this calibration alone. If it is interrupted, the
+            same call goes on behind the last finished layer. None for memory, or a temporary folder where they are
+            large.
 
     Raises:
         CalibrationError: there are no frames, too few for a repair, or the policy's values are not finite.
@@ -67,13 +87,18 @@ def calibrate(
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
     config = (config or CompileConfig()).resolve(policy.sizes)
-    plan, _ = measure(policy, frames, config, progress=progress)
+    plan, _ = measure(policy, frames, config, progress=progress, scratch=scratch)
     return plan
 
 
 @own_torch_state()
 def measure(
-    policy: CogACT, frames: Iterable[Frame], config: CompileConfig, *, progress: bool
+    policy: CogACT,
+    frames: Iterable[Frame],
+    config: CompileConfig,
+    *,
+    progress: bool,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> tuple[Plan, fx.GraphModule]:
     """Return the plan of `calibrate`, and the captured policy that it was measured on."""
     sizes = policy.sizes
@@ -85,51 +110,109 @@ def measure(
     split = split_frames(observations, config.repair_frames) if "repair" in asked else None
     check_finite_policy(policy)
     graph = capture(policy, config)
-    batches, shelf = batches_of(policy, observations), Shelf()
-    trials = None if split is None else RepairTrials(policy, graph, batches, split, config, shelf)
-    run = DenseRun(graph, batches, shelf)
-    found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked)
-    with drawing_progress(wanted=progress) as bar:
-        start = run.start("front")
-        start.advance(run.front, found.watch, bar.step("Calibrating: vision", run.walk.count_to(run.front)))
-        dense = start.fork("dense")
-        dense.advance(run.readout, found.watch, bar.step("Calibrating: decoder", len(run.walk.stretches) - start.done))
-        features = run.features(dense)
-        dense.close()
-        shift = None
+    batches, checkpoint = batches_of(policy, observations), fingerprint_weights(policy.state_dict())
+    digest = _digest(batches)
+    needed = stream_bytes(policy, batches, repair_trials(config, sizes))
+    with _open_shelf(scratch, needed) as shelf, drawing_progress(wanted=progress) as bar:
+        resumption = Resumption(shelf, _key(config, digest, checkpoint))
+        run = DenseRun(graph, batches, shelf)
+        found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked)
+        start, features = _run_dense(policy, run, found, resumption, bar, config)
+        shift = trials = solver_shift = cache_shift = None
         if "feature_shift" in asked:
             count = drop_trials(sizes.language.layers, config.kept_layer_count(sizes))
             shift = FeatureShift(run, start, features, bar.step("Dropping layers", count))
-        if trials is not None:
-            trials.prepare(run, start, features, bar)
-        solver_shift = cache_shift = None
+        if split is not None:
+            trials = RepairTrials(policy, run, start, features, split, config, resumption, bar)
         if "solver_shift" in asked:
             begin = partial(bar.step, "Choosing timesteps", len(config.timestep_sets()))
             solver_shift = ActionShift(policy, features, config, partial(SolverRun, policy, config), begin)
         if "cache_shift" in asked:
             begin = partial(bar.step, "Choosing denoising steps", config.cache_candidates)
             cache_shift = ActionShift(policy, features, config, partial(CachedRun, policy, config), begin)
-        decisions = config.decide(
-            sizes,
-            Measured(
-                layer_importance=found.importance(),
-                neuron_scores=found.neuron_scores(),
-                feature_shift=shift,
-                repair=trials,
-                solver_shift=solver_shift,
-                cache_shift=cache_shift,
-            ),
+        measured = Measured(
+            layer_importance=found.importance(),
+            neuron_scores=found.neuron_scores(),
+            feature_shift=shift,
+            repair=trials,
+            solver_shift=solver_shift,
+            cache_shift=cache_shift,
         )
-    refit = {} if trials is None else trials.tensors
+        decisions = config.decide(sizes, measured)
+        refit = {} if trials is None else {name: to_plan_tensor(tensor) for name, tensor in trials.tensors.items()}
+        resumption.finish()
+    ranges = found.ranges()
+    for path, largest in (trials.ranges if trials is not None else {}).items():
+        ranges[path] = max(ranges.get(path, 0.0), largest)
     plan = Plan(
         decisions=planned(decisions),
-        ranges=found.ranges(),
+        ranges=tuple(ranges.items()),
         frames=len(observations),
-        frames_digest=_digest(batches),
-        checkpoint=fingerprint_weights(policy.state_dict()),
-        tensors={name: to_plan_tensor(tensor) for name, tensor in refit.items()},
+        frames_digest=digest,
+        checkpoint=checkpoint,
+        tensors=refit,
     )
     return plan, graph
+
+
+def _run_dense(
+    policy: CogACT,
+    run: DenseRun,
+    found: DenseMeasures,
+    resumption: Resumption,
+    bar: CalibrationProgress,
+    config: CompileConfig,
+) -> tuple[Stream, Tensor]:
+    """Run the dense policy, and return its stream in front of the decoder and its cognition features [F,D]."""
+    start = resumption.stream(run.walk, run.batches, "front") or run.start("front")
+    _measure_up_to(run.front, start, found, resumption, bar, "Calibrating: vision")
+    bar.say(f"calibrating the decoder: {forecast(policy, run, start, config, sum(len(b.places) for b in run.batches))}")
+    dense = resumption.stream(run.walk, run.batches, "dense") or start.fork("dense")
+    _measure_up_to(run.readout, dense, found, resumption, bar, "Calibrating: decoder")
+    features = run.features(dense)
+    dense.close()
+    return start, features
+
+
+def _measure_up_to(
+    stop: fx.Node,
+    stream: Stream,
+    found: DenseMeasures,
+    resumption: Resumption,
+    bar: CalibrationProgress,
+    text: str,
+) -> None:
+    """Advance a stream of the dense policy to a node, measuring, from where an earlier run has left it."""
+    if (earlier := resumption.measures(stream.name)) is not None:
+        found.restore(earlier)
+    advanced = bar.step(text, stream.walk.count_to(stop) - stream.done)
+
+    def tick() -> None:
+        resumption.record_stream(stream, found.state)
+        advanced()
+
+    stream.advance(stop, found.watch, tick)
+
+
+@contextmanager
+def _open_shelf(scratch: str | os.PathLike[str] | None, needed: int) -> Iterator[Shelf]:
+    """Yield where streams are kept: in the folder that is given, in a temporary one if they are large, or in memory."""
+    free = available_memory()
+    if scratch is not None:
+        folder = Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield Shelf(folder)
+    elif free is not None and needed > _MEMORY_SHARE * free:
+        with TemporaryDirectory(prefix="evla-calibration-") as temporary:
+            yield Shelf(Path(temporary))
+    else:
+        yield Shelf()
+
+
+def _key(config: CompileConfig, frames: str, checkpoint: Sequence[tuple[str, str]]) -> str:
+    """Return a digest of all that decides what a calibration calculates."""
+    described = {"version": __version__, "config": config.to_json(), "frames": frames, "checkpoint": dict(checkpoint)}
+    return hashlib.sha256(to_json_text(described, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(batches: Sequence[Batch]) -> str:

@@ -1,20 +1,19 @@
 """What a run of the dense policy over all calibration frames measures: layers, neurons, activation ranges."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from evla_compile.calibration.activation_ranges import ActivationRanges
 from evla_compile.calibration.layer_importance import mean_cosine
 from evla_compile.calibration.streams import Batch, Shelf, Stream, in_frame_order
-from evla_compile.errors import CalibrationError
-from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, module_path, stage_node
+from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, stage_node
 from evla_compile.graph.walk import GraphWalk, Watch
-from evla_compile.passes.lower_precision import float_operands, lowered_sites
 from evla_compile.settings.anatomy import COGNITION
 
 
@@ -26,6 +25,9 @@ class DenseRun:
         front: the last node in front of them.
         readout: the node whose value is the cognition feature.
         walk: its graph, divided in front of the decoder, behind every layer, and at the feature.
+        graph: its graph as it was captured.
+        batches: all frames.
+        shelf: where streams are kept.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Batch], shelf: Shelf) -> None:
@@ -34,11 +36,11 @@ class DenseRun:
         exits = [layer.exit for layer in self.layers]
         entries = {layer.entry: layer.exit for layer in self.layers}  # kept for the cosine with what leaves the layer
         self.walk = GraphWalk(graph, [self.front, *exits, self.readout], held=entries)
-        self._batches, self._shelf = batches, shelf
+        self.graph, self.batches, self.shelf = graph, batches, shelf
 
     def start(self, name: str) -> Stream:
         """Return a stream in front of the vision towers."""
-        return Stream.start(self.walk, self._batches, self._shelf, name)
+        return Stream.start(self.walk, self.batches, self.shelf, name)
 
     def features(self, stream: Stream) -> Tensor:
         """Return the cognition feature of every frame, float32 [F,D], of a stream that has reached it."""
@@ -78,15 +80,13 @@ class DenseMeasures:
         self._gates = gates if neurons else {}
         self._activity: list[Tensor | float] = [0.0 for _ in run.layers]
         self._tokens = 0
-        self._sites = list(lowered_sites(run.walk.graph))
-        read = [value for site in self._sites for value in float_operands(site) if value.op != "get_attr"]
-        self._largest: dict[fx.Node, float] = dict.fromkeys([*self._sites, *read], 0.0)
+        self._ranges = ActivationRanges(run.walk.graph)
 
     def watch(self, batch: Batch) -> Watch:
         """Return what measures a batch while a stream advances."""
         found: dict[fx.Node, list[Callable[[Tensor], None]]] = {}
-        for node in self._largest:
-            found.setdefault(node, []).append(partial(self._see_range, node))
+        for node, see in self._ranges.watch().items():
+            found.setdefault(node, []).append(see)
         for place, layer in enumerate(self._run.layers):
             found.setdefault(layer.exit, []).append(partial(self._see_layer, place, batch))
         for node, place in self._gates.items():
@@ -107,22 +107,23 @@ class DenseMeasures:
             scores.append((torch.as_tensor(activity) / self._tokens * down.float().norm(dim=0).cpu()).numpy())
         return tuple(scores)
 
-    def ranges(self) -> tuple[tuple[str, float], ...]:
+    def ranges(self) -> dict[str, float]:
         """Return the largest absolute input or output of every layer that could be lowered, by its module path."""
-        found: dict[str, float] = {}
-        for site in self._sites:
-            values = [self._largest[node] for node in (site, *float_operands(site)) if node in self._largest]
-            found[module_path(site)] = max(found.get(module_path(site), 0.0), *values)
-        return tuple(found.items())
+        return self._ranges.found()
 
-    def _see_range(self, node: fx.Node, value: Tensor) -> None:
-        largest = value.abs().max().item()
-        if not math.isfinite(largest):
-            raise CalibrationError(
-                f"{module_path(node) or node.name} yields {largest} on a calibration frame, so nothing can be measured:"
-                " the checkpoint is damaged, or was loaded in a dtype that it overflows"
-            )
-        self._largest[node] = max(self._largest[node], largest)
+    def state(self) -> dict[str, Any]:
+        """Return what was measured so far: tensors and whole numbers, by name."""
+        seen = self._ranges.state()
+        activity = {f"activity.{place}": torch.as_tensor(value) for place, value in enumerate(self._activity)}
+        ranges = torch.tensor([seen[name] for name in sorted(seen)], dtype=torch.float64)
+        return {"cosines": self._cosines, "ranges": ranges, "tokens": self._tokens, **activity}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what an earlier run had measured with the same policy and frames."""
+        names = sorted(self._ranges.state())
+        self._ranges.restore(dict(zip(names, state["ranges"].tolist(), strict=True)))
+        self._cosines, self._tokens = state["cosines"].clone(), state["tokens"]
+        self._activity = [state[f"activity.{place}"].clone() for place in range(len(self._activity))]
 
     def _see_layer(self, place: int, batch: Batch, value: Tensor) -> None:
         before = self._run.walk.env[self._run.layers[place].entry]

@@ -42,8 +42,8 @@ def split_frames(frames: Sequence[Frame], needed: int) -> Split:
     counts = Counter(frame.instruction for frame in frames)
     if len(frames) < needed * len(counts):
         raise CalibrationError(
-            f"{len(frames)} calibration frames of {len(counts)} instructions: a repair needs about {needed} for each,"
-            f" {needed * len(counts)} in all, since a fit on fewer can do harm. Give more frames, allow fewer with"
+            f"a repair needs about {needed} calibration frames for each instruction, {needed * len(counts)} in all,"
+            f" since a fit on fewer can do harm, and these are {len(frames)}: give more frames, allow fewer with"
             " repair_frames (--repair-frames), or repair nothing (--repair none)"
         )
     episodes: dict[str, dict[str, list[int]]] = {instruction: {} for instruction in counts}
@@ -55,7 +55,7 @@ def split_frames(frames: Sequence[Frame], needed: int) -> Split:
         held.update(place for places in chosen for place in places)
     if not held:
         raise CalibrationError(
-            f"{len(frames)} calibration frames, of one episode for each instruction: a repair is fitted on some"
+            f"the {len(frames)} calibration frames are of one episode for each instruction: a repair is fitted on some"
             " episodes and judged on others, so give frames of two episodes of an instruction or more (five are better)"
         )
     return Split(

@@ -14,6 +14,11 @@ class CalibrationProgress:
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
 
+    def say(self, text: str) -> None:
+        """Print a line above the bar, where one is drawn."""
+        if not self._bar.disable:
+            self._bar.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
     def step(self, text: str, total: int) -> Callable[[], None]:
         """Begin a step, which hides the one before, and return what is called when a part of it is done."""
         for earlier in self._bar.tasks:

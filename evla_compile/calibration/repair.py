@@ -23,8 +23,9 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from evla_compile.calibration.dense_measures import DenseRun, front_of
+from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.ridge import RidgeRegression
-from evla_compile.calibration.streams import Batch, Shelf, Stream, in_frame_order
+from evla_compile.calibration.streams import Batch, Stream, in_frame_order
 from evla_compile.errors import PassError
 from evla_compile.graph.contract import get_tensor
 from evla_compile.graph.deferred import materialized
@@ -98,25 +99,24 @@ class Repair:
         self,
         gm: fx.GraphModule,
         dense: DenseRun,
-        batches: Sequence[Batch],
         fitted: frozenset[int],
         weights: RowWeights,
-        shelf: Shelf,
+        resumption: Resumption,
     ) -> None:
         """Prepare the walk.
 
         Args:
             gm: the compressed graph: layers, neurons and tokens chosen, nothing narrowed yet.
             dense: the dense policy.
-            batches: all frames.
             fitted: places of the frames that are fitted on.
             weights: weights of positions.
-            shelf: where streams and solved weights are kept.
+            resumption: records every finished layer.
         """
         graph = gm.graph
         self.layers = [_Layer(gm, layer) for layer in decoder_layers(graph)]
         self.readout = stage_node(graph, COGNITION)
-        self._dense, self._batches, self._fitted, self._weights, self._shelf = dense, batches, fitted, weights, shelf
+        self._dense, self._batches, self._shelf = dense, dense.batches, dense.shelf
+        self._fitted, self._weights, self._resumption = fitted, weights, resumption
         stages = {node.meta["stage"]: node for node in graph.nodes if "stage" in node.meta}
         self._kept, self._merged = stages.get("kept_patches"), stages.get("merge_weights")
         held = {node: self.readout for node in (self._kept, self._merged) if node is not None}
@@ -131,33 +131,59 @@ class Repair:
     def run(
         self, trials: Sequence[Trial], start: Stream, tick: Callable[[], None] = lambda: None
     ) -> dict[Trial, Tensor]:
-        """Advance all trials to the cognition feature.
+        """Advance all trials to the cognition feature, from where an earlier run was interrupted.
 
         Args:
             trials: which; each once.
-            start: the dense stream in front of the decoder; it is advanced.
+            start: the dense stream in front of the decoder.
             tick: called behind every layer.
 
         Returns:
             The cognition feature of every frame for each trial, float32 [F,D].
         """
-        first = Stream(self.walk, self._batches, self._shelf, "compressed", self.walk.count_to(self._front))
-        shared = [node.name for node in self.walk.live(self._front)]
-        for number, (batch, values) in enumerate(start):
-            known = {**batch.inputs, **values}
-            first.put(number, {name: known[name] for name in shared})
-        streams: list[tuple[Stream, list[Trial]]] = [(first, list(trials))]
+        resumed = self._resumed(trials)
+        if resumed is None:
+            first = start.onto(self.walk, self._front, "compressed")
+            resumed = 0, start.fork("target"), [(first, list(trials))]
+        done, target, streams = resumed
         for place in range(len(self.layers)):
-            self._advance_target(place, start)
-            streams = [new for stream, sharing in streams for new in self._advance(place, stream, sharing, start)]
+            if place >= done:
+                target.advance(self._target_node(place))
+                streams = [new for stream, sharing in streams for new in self._advance(place, stream, sharing, target)]
+                self._record(place + 1, target, streams)
             tick()
         features: dict[Trial, Tensor] = {}
         for stream, sharing in streams:
             found = in_frame_order(stream.batches, [values[self.readout.name] for _, values in stream])
             features |= dict.fromkeys(sharing, found)
-        for stream, _ in streams:
+        for stream in (target, *(stream for stream, _ in streams)):
             stream.close()
         return features
+
+    def _record(self, done: int, target: Stream, streams: Sequence[tuple[Stream, Sequence[Trial]]]) -> None:
+        """Record that so many layers are finished."""
+        entries = {*target.entries, *(entry for stream, _ in streams for entry in stream.entries)}
+        entries |= {
+            f"weights-{trial}-{each.layer.index}"
+            for _, sharing in streams
+            for trial in sharing
+            for place, each in enumerate(self.layers[:done])
+            if self.refits(trial, place)
+        }
+        listed = [[stream.name, stream.done, list(map(str, sharing))] for stream, sharing in streams]
+        self._resumption.record("repair", {"layers": done, "target": target.done, "streams": listed}, entries)
+
+    def _resumed(self, trials: Sequence[Trial]) -> tuple[int, Stream, list[tuple[Stream, list[Trial]]]] | None:
+        """Return the finished layers, the dense stream and those of the trials that an earlier run has left, if any."""
+        reached, named = self._resumption.reached("repair"), {str(trial): trial for trial in trials}
+        if reached is None:
+            return None
+        target = Stream(self._dense.walk, self._batches, self._shelf, "target", reached["target"])
+        streams = [
+            (Stream(self.walk, self._batches, self._shelf, name, done), [named[trial] for trial in sharing])
+            for name, done, sharing in reached["streams"]
+        ]
+        return reached["layers"], target, streams
 
     def tensors(self, trial: Trial) -> dict[str, Tensor]:
         """Return the refit weights of a trial that ran, by module path."""
@@ -186,10 +212,6 @@ class Repair:
 
     def _target_node(self, place: int) -> fx.Node:
         return self._dense.layers[self._next_index(place) - 1].exit
-
-    def _advance_target(self, place: int, dense: Stream) -> None:
-        """Advance the dense stream to the target of a kept layer."""
-        dense.advance(self._target_node(place))
 
     def _advance(
         self, place: int, stream: Stream, trials: list[Trial], dense: Stream

@@ -7,16 +7,21 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from evla_compile.calibration.activation_ranges import ActivationRanges
 from evla_compile.calibration.decoder_passes import decoder_passes
-from evla_compile.calibration.dense_measures import DenseRun
+from evla_compile.calibration.dense_measures import DenseRun, front_of
 from evla_compile.calibration.held_out import Split
 from evla_compile.calibration.progress import CalibrationProgress
 from evla_compile.calibration.repair import Repair, RowWeights, Trial
-from evla_compile.calibration.streams import Batch, Shelf, Stream
+from evla_compile.calibration.resumption import Resumption
+from evla_compile.calibration.streams import Stream
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.run_passes import run_passes
+from evla_compile.graph.sites import decoder_layers, stage_node
+from evla_compile.graph.walk import GraphWalk
 from evla_compile.host.inputs import draw_noise
+from evla_compile.settings.anatomy import COGNITION
 from evla_compile.settings.budgets.budget import Decision
 from evla_compile.settings.budgets.repair import (
     REPAIR_RHOS,
@@ -32,41 +37,36 @@ class RepairTrials:
 
     Attributes:
         tensors: refit weights of the repair that was taken, by module path; empty where none was.
+        ranges: the largest activations of the compressed policy as it was repaired, by module path.
     """
 
     def __init__(
         self,
         policy: CogACT,
-        graph: fx.GraphModule,
-        batches: Sequence[Batch],
+        run: DenseRun,
+        start: Stream,
+        features: Tensor,
         split: Split,
         config: CompileConfig,
-        shelf: Shelf,
+        resumption: Resumption,
+        bar: CalibrationProgress,
     ) -> None:
-        """Take what the repairs need.
-
-        Args:
-            policy: the dense policy.
-            graph: its noise prediction.
-            batches: all frames.
-            split: which of them are fitted on, and which decide.
-            config: the budgets.
-            shelf: where streams and solved weights are kept.
-        """
-        self._policy, self._graph, self._batches, self._config, self._shelf = policy, graph, batches, config, shelf
-        self._split = split
-        self.tensors: Mapping[str, Tensor] = {}
-
-    def prepare(self, run: DenseRun, start: Stream, features: Tensor, bar: CalibrationProgress) -> None:
         """Take what the measurements of the dense policy leave.
 
         Args:
-            run: the dense policy.
+            policy: the dense policy.
+            run: its run over all frames.
             start: its stream in front of the decoder.
             features: its cognition features, float32 [F,D].
+            split: which frames are fitted on, and which decide.
+            config: the settings.
+            resumption: records every finished layer.
             bar: draws progress.
         """
-        self._run, self._start, self._features, self._bar = run, start, features, bar
+        self._policy, self._run, self._start, self._features = policy, run, start, features
+        self._split, self._config, self._resumption, self._bar = split, config, resumption, bar
+        self.tensors: Mapping[str, Tensor] = {}
+        self.ranges: Mapping[str, float] = {}
 
     def __call__(self, decisions: Sequence[Decision]) -> RepairDecision:
         """Repair in all ways that the settings allow, and return the best on the held-out frames.
@@ -75,18 +75,16 @@ class RepairTrials:
             CalibrationError: a fit has no finite solution, or the actions are not finite.
         """
         config, split = self._config, self._split
-        decided = (*decisions, RepairDecision())
-        passes = decoder_passes(decided, self._policy.sizes, {})
-        compressed, _ = run_passes(self._graph, [rewrite for rewrite in passes if rewrite is not None])
+        compressed = self._rewritten((*decisions, RepairDecision()))
         visual, text, cognition = config.repair_weights
         weights = RowWeights(visual=visual, text=text, cognition=cognition)
-        repair = Repair(compressed, self._run, self._batches, split.fitted, weights, self._shelf)
+        repair = Repair(compressed, self._run, split.fitted, weights, self._resumption)
         trials = self._trials(repair)
-        features = repair.run(trials, self._start.fork("dense"), self._bar.step("Repairing layers", len(repair.layers)))
+        features = repair.run(trials, self._start, self._bar.step("Repairing layers", len(repair.layers)))
         deviations = {trial: self._deviation(features[trial]) for trial in trials}
         best = min(trials, key=lambda trial: deviations[trial])  # the first among equals: the least change
         self.tensors = repair.tensors(best)
-        return RepairDecision(
+        decision = RepairDecision(
             scope=best.scope,
             rho=best.rho,
             layers=tuple(each.layer.index for place, each in enumerate(repair.layers) if repair.refits(best, place)),
@@ -95,6 +93,25 @@ class RepairTrials:
             held_out=len(split.held_out),
             warnings=split.warnings,
         )
+        self._measure_ranges((*decisions, decision))
+        return decision
+
+    def _rewritten(self, decisions: Sequence[Decision]) -> fx.GraphModule:
+        """Return the policy's graph with its decoder compressed."""
+        passes = decoder_passes(decisions, self._policy.sizes, self.tensors)
+        graph, _ = run_passes(self._run.graph, [rewrite for rewrite in passes if rewrite is not None])
+        return graph
+
+    def _measure_ranges(self, decisions: Sequence[Decision]) -> None:
+        """Run the compressed decoder as it was chosen, since its activations are other ones than the dense policy's."""
+        gm = self._rewritten(decisions)
+        ranges = ActivationRanges(gm.graph)
+        front, readout = front_of(decoder_layers(gm.graph)[0]), stage_node(gm.graph, COGNITION)
+        stream = self._start.onto(GraphWalk(gm, [front, readout]), front, "compressed")
+        tick = self._bar.step("Measuring activations", len(stream.walk.stretches) - stream.done)
+        stream.advance(readout, lambda _: ranges.watch(), tick)
+        stream.close()
+        self.ranges = ranges.found()
 
     def _trials(self, repair: Repair) -> list[Trial]:
         """Return no repair, then every scope from the narrowest up to that of the settings, with every rho."""

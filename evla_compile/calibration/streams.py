@@ -99,6 +99,10 @@ class Shelf:
             values[node] = tensor if kind == "value" else int(tensor)
         return values
 
+    def holds(self, name: str) -> bool:
+        """Tell whether something is kept under a name."""
+        return name in self._held if self.folder is None else self._file(name).is_file()
+
     def drop(self, name: str) -> None:
         """Forget what is kept under a name, unless `protect` named it."""
         if self.folder is None:
@@ -166,6 +170,15 @@ class Stream:
         for number in range(len(self.batches)):
             forked.put(number, self.values(number))
         return forked
+
+    def onto(self, walk: GraphWalk, stop: fx.Node, name: str) -> "Stream":
+        """Return a stream of another graph, which computes the same up to a node that its walk is divided at."""
+        stream = Stream(walk, self.batches, self._shelf, name, walk.count_to(stop))
+        live = [node.name for node in walk.live(stop)]
+        for number, (batch, values) in enumerate(self):
+            known = {**batch.inputs, **values}
+            stream.put(number, {name: known[name] for name in live})
+        return stream
 
     def jump(self, stop: fx.Node, values: Callable[[Values], Values]) -> None:
         """Go on behind a node with values that were computed elsewhere.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 import evla_compile as evla
 from evla_compile.artifact.files import check_target
@@ -46,6 +47,10 @@ def compile_policy(
     convert: Annotated[
         bool, typer.Option("--convert", help="Take greyscale, palette and opaque RGBA frames as RGB.")
     ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(parser=read_path, metavar="DIR", help="Folder from which an interrupted calibration goes on."),
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -70,7 +75,7 @@ def compile_policy(
     framing: Annotated[Framing, typer.Option(help="How calibration crops a frame: give evla run the same.")] = "whole",
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the artifact at the end.")] = True,
 ) -> None:
-    """Compile a policy to an artifact: by the paper's headline row, unless options say otherwise."""
+    """Compile a policy to an artifact: with the budgets of the paper's headline row, unless options say otherwise."""
     config = read_config(settings, preset=preset, dense=dense)
     check_target(out)
     _refuse_framing_alone(framing, calibration)
@@ -98,10 +103,8 @@ def compile_policy(
             policy.processor.text(frame.instruction, config.text_tokens)
         if frames is not None and framing != "whole":  # later steps do not change an image of the policy's size
             frames = [evla.Frame(policy.processor.image(f.image, framing), f.instruction, f.episode) for f in frames]
-        if chosen is None and frames is not None:
-            chosen = evla.calibrate(policy, frames, config)
-        with step("capture and rewrite the graph"):
-            compiled = evla.compile(policy, config, calibration=frames, plan=chosen, progress=False)
+        with step("capture and rewrite the graph", spinner=chosen is not None):  # calibration draws its own bar
+            compiled = evla.compile(policy, config, calibration=frames, plan=chosen, scratch=scratch)
         with step(f"export it to {out}", spinner=False):  # it draws its own progress bar
             compiled.export(out, opset=opset, precision=precision, parts=parts)
     _print_memory(peak)
@@ -131,10 +134,12 @@ def _print_memory(peak: PeakMemory) -> None:
 
 def compile_summary(report: "CompileReport") -> RenderableType:
     """Return the report of a compilation as tables."""
+    repair = [Text(line) for line in report.repair.lines()] if report.repair else []
     if not report.deviations:
         advice = "Deviation from the dense policy: not measured. --calibration FRAMES measures it, beside --plan too."
-        return Group("", pass_table(report), advice)
-    return Group("", pass_table(report), deviation_table([("from the dense policy", deviations_by_stage(report))]))
+        return Group("", pass_table(report), advice, *repair)
+    deviations = deviation_table([("from the dense policy", deviations_by_stage(report))])
+    return Group("", pass_table(report), deviations, *repair)
 
 
 def pass_table(report: "CompileReport") -> Table:

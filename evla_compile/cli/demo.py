@@ -54,14 +54,15 @@ def demo(
 
 def demo_summary(result: "DemoResult") -> RenderableType:
     """Return the demo's results as tables."""
-    deviations, sizes = [], {}
+    deviations, sizes, report = [], {}, result.variants[-1].report
     for variant in result.variants:
         deviations.append((f"{variant.name} graph, from the dense policy", deviations_by_stage(variant.report)))
         deviations.append((f"{variant.name} ONNX, from its graph", dict(variant.verification.errors)))
         sizes[f"{variant.name} ONNX"] = variant.onnx_bytes
     return Group(
         "",
-        pass_table(result.variants[-1].report),
+        pass_table(report),
+        *(Text(f"{line}\n") for line in (report.repair.lines() if report.repair else ())),
         deviation_table(deviations),
         "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
         " how often the policy then still solves its tasks is measured in simulation: docs/results/quality.md.\n",

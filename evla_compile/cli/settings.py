@@ -86,8 +86,14 @@ def read_plan(path: Path) -> Plan:
 
     Raises:
         ArtifactError: the path is a folder or an ONNX file that is no compiled policy.
-        CalibrationError: the file cannot be read or is no plan.
+        CalibrationError: the file cannot be read or is no plan, or its tensors are missing or other ones.
     """
     if path.is_dir() or path.suffix == ".onnx":
-        return read_manifest(find_manifest(path)).plan
+        place = find_manifest(path)
+        manifest = read_manifest(place)
+        return (
+            manifest.plan
+            if manifest.tensors is None
+            else manifest.plan.with_tensors(place.with_name(manifest.tensors.name))
+        )
     return Plan.load(path)

@@ -1,5 +1,6 @@
 """The passes of a configuration and plan, in their order, and `compile_into`, which runs them."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -8,7 +9,7 @@ from evla_compile.calibration.calibrate import measure
 from evla_compile.calibration.decoder_passes import decoder_passes, lossy_pass
 from evla_compile.calibration.fingerprint import check_checkpoint
 from evla_compile.compiler.deviations import measure_deviations
-from evla_compile.compiler.report import CompileReport
+from evla_compile.compiler.report import CompileReport, RepairReport
 from evla_compile.compiler.result import CompiledGraph
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
@@ -47,6 +48,7 @@ def compile_into(
     calibration: Iterable[Frame] | None = None,
     plan: Plan | None = None,
     progress: bool = True,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> Compiled:
     """Compile a policy and return it as an instance of `kind`; otherwise as `evla_compile.compile`."""
     config = (config or CompileConfig()).resolve(policy.sizes)
@@ -59,7 +61,7 @@ def compile_into(
     elif frames is None:
         plan = plan_without_calibration(policy.sizes, config)
     if plan is None:  # even where all is kept: a later float16 export needs the activation ranges
-        plan, captured = measure(policy, frames or (), config, progress=progress)
+        plan, captured = measure(policy, frames or (), config, progress=progress, scratch=scratch)
     else:
         check_finite_policy(policy)
         captured = capture(policy, config)
@@ -70,7 +72,7 @@ def compile_into(
         plan=plan,
         sizes=policy.sizes,
         processor=policy.processor,
-        report=CompileReport(config=config, passes=reports, deviations=()),
+        report=CompileReport(config=config, passes=reports, deviations=(), repair=RepairReport.of(plan)),
         frames=tuple(frames or ())[:COMPARED_FRAMES],
     )
     if compiled.frames:

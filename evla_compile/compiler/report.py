@@ -1,14 +1,14 @@
 """Report of a compilation: operators, FLOPs and weights after each pass, and the deviation from the dense policy."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evla_compile.graph.contract import GraphStats, PassReport
+from evla_compile.settings.budgets.budget import decision_of
+from evla_compile.settings.budgets.repair import RepairDecision
 from evla_compile.settings.config import CompileConfig
-from evla_compile.units import byte_scale, flop_scale
-
-if TYPE_CHECKING:
-    pass
+from evla_compile.settings.plan import Plan
+from evla_compile.units import byte_scale, bytes_text, flop_scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,42 @@ class StageDeviation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RepairReport:
+    """What calibration's repair did."""
+
+    decision: RepairDecision
+    """What was taken, and what all trials came to."""
+    size: int
+    """Bytes of the refit weights, in the plan's safetensors file."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "RepairReport | None":
+        """Return the report of a plan; None where no repair was asked for."""
+        decision = decision_of(RepairDecision, plan.decisions)
+        size = 0 if plan.tensor_file is None else plan.tensor_file.size
+        return cls(decision=decision, size=size) if decision.trials else None
+
+    def lines(self) -> list[str]:
+        """Return what to tell of it, a sentence or two and each warning."""
+        found = self.decision
+        before, after = found.trials[0].deviation, found.chosen.deviation
+        of = f"the actions on {found.held_out} held-out frames are"
+        if not found.layers:
+            lines = [
+                f"repair: nothing is refit, since no fit on {found.fitted} frames helps: {of} {before:.4f} from the"
+                " dense policy's, mean of the absolute differences, normalised to [-1,1]"
+            ]
+        else:
+            layers = ", ".join(map(str, found.layers))
+            lines = [
+                f"repair: layers {layers} are refit (rho {found.rho:g}, {bytes_text(self.size)}) on {found.fitted}"
+                f" frames: {of} {after:.4f} from the dense policy's, {before:.4f} unrepaired, mean of the absolute"
+                " differences, normalised to [-1,1]"
+            ]
+        return [*lines, *(f"repair, warning: {warning}" for warning in found.warnings)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CompileReport:
     """What a compilation did."""
 
@@ -33,6 +69,8 @@ class CompileReport:
     """One report a pass, in order."""
     deviations: tuple[StageDeviation, ...]
     """Distance from the dense policy; empty where no calibration frames were given."""
+    repair: RepairReport | None = None
+    """What the repair did; None where there was none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -40,6 +78,7 @@ class CompileReport:
             "config": self.config.to_json(),
             "passes": [asdict(report) for report in self.passes],
             "deviations": [asdict(deviation) for deviation in self.deviations],
+            "repair": None if self.repair is None else asdict(self.repair),
         }
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
@@ -73,4 +112,4 @@ class CompileReport:
             f" {deviation.frames} frames"
             for deviation in self.deviations
         ] or ["deviation from the dense policy: not measured; give calibration frames, beside a plan too"]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(self.repair.lines() if self.repair else ())])

@@ -17,7 +17,7 @@ DEMO_IMAGE = DEMO_POLICY / "demo" / "door-open.png"
 
 
 def calibration_frames() -> list[Frame]:
-    """Return the frames to calibrate it on: three of each of its tasks, from episodes of experts."""
+    """Return the frames to calibrate it on: 40 of each of its tasks, from 20 episodes of experts each."""
     return read_frames(DEMO_POLICY / "calibration")
 
 

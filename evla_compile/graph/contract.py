@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evla_compile.errors import PassError
@@ -207,7 +208,7 @@ def propagate(gm: fx.GraphModule) -> None:
     """Compute `meta["val"]` of the nodes that lack it and of all that follows from a changed shape or dtype."""
     mode = fake_mode(gm)
     changed: set[fx.Node] = set()
-    with mode:
+    with mode, enable_python_dispatcher():  # without it, torch 2.11 runs composite operators on concrete sizes alone
         for node in gm.graph.nodes:
             if node.op == "output" or ("val" in node.meta and not changed.intersection(node.all_input_nodes)):
                 continue

@@ -37,7 +37,7 @@ def similarity(states: Value, patches: int, numbers: Numbers) -> Value:
     return aten.masked_fill.Scalar(cosines, aten.eq.Tensor(patch, aten.unsqueeze.default(patch, 1)), _ITSELF)
 
 
-def spread(similar: Value, scores: Value, count: int, shape: tuple[int, int], numbers: Numbers) -> Value:
+def spread(similar: Value, scores: Value, count: int, patches: int) -> Value:
     """Return a k-center of the patches in ascending order, int64 [B,K].
 
     The first is that of the highest score; then, K - 1 times, that which is least like its nearest chosen one:
@@ -47,21 +47,18 @@ def spread(similar: Value, scores: Value, count: int, shape: tuple[int, int], nu
         similar: similarity [B,P,P].
         scores: scores [B,P].
         count: patches to choose, K.
-        shape: B and P.
-        numbers: writes whole numbers.
+        patches: P.
     """
-    batch, patches = shape
-    rows = aten.flatten.using_ints(similar, 0, 1)  # [BP,P]: one gather then reads a row for each of the batch
-    first_row = aten.mul.Tensor(numbers(batch), patches) if batch > 1 else None  # [B]
 
-    def likeness(chosen: Value) -> Value:  # [B] -> [B,P]
-        index = chosen if first_row is None else aten.add.Tensor(chosen, first_row)
-        return aten.index_select.default(rows, 0, index)
+    def likeness(chosen: Value) -> Value:  # [B,1,1] -> [B,1,P], whatever B is when the graph runs
+        return aten.gather.default(similar, 1, aten.expand.default(chosen, [-1, -1, patches]))
 
-    nearest = likeness(aten.argmax.default(scores, 1))  # [B,P]: similarity with the nearest chosen patch
+    first = aten.argmax.default(scores, 1, True)  # [B,1]
+    nearest = likeness(aten.unsqueeze.default(first, 2))  # [B,1,P]: similarity with the nearest chosen patch
     for _ in range(count - 1):
-        nearest = aten.maximum.default(nearest, likeness(aten.argmin.default(nearest, 1)))
-    return top(nearest, count)  # chosen patches alone have `_ITSELF` there, and equals keep their order
+        nearest = aten.maximum.default(nearest, likeness(aten.argmin.default(nearest, 2, True)))
+    # chosen patches alone have `_ITSELF` there, and equals keep their order
+    return top(aten.squeeze.dim(nearest, 1), count)
 
 
 def merge_weights(similar: Value, kept: Value, count: int, patches: int, numbers: Numbers) -> Value:

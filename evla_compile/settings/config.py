@@ -10,7 +10,7 @@ from evla_compile.settings.budgets.budget import Budget, Decision, Measured, Mea
 from evla_compile.settings.budgets.cache import CacheBudget
 from evla_compile.settings.budgets.layers import LayerBudget
 from evla_compile.settings.budgets.mlp import MLPBudget
-from evla_compile.settings.budgets.repair import RepairBudget
+from evla_compile.settings.budgets.repair import RepairBudget, compressed
 from evla_compile.settings.budgets.sampler import DenoisingSettings, SamplerBudget
 from evla_compile.settings.budgets.tokens import TokenBudget
 from evla_compile.settings.schedule import DDIM_STEPS
@@ -63,7 +63,11 @@ class CompileConfig(
     MLPBudget,
     LayerBudget,
 ):
-    """Budgets and sampler settings of one compilation; the defaults are the paper's headline row (L=22, T=56, N=5).
+    """Budgets and sampler settings of one compilation.
+
+    The defaults have the budgets of the paper's headline row (L=22, T=56, N=5), but keep the visual tokens that cover
+    the image, merge the others into them, and repair what is left on the calibration frames. The paper's own method is
+    the preset "l22-t56".
 
     Defaults and presets are shares, which give the paper's numbers on CogACT's sizes (32 layers, 256 patches) and fit
     other sizes as well; `resolve` turns them into numbers of a model, and refuses those that do not fit. Numbers of
@@ -89,7 +93,7 @@ class CompileConfig(
 
     @classmethod
     def preset(cls, name: str) -> "CompileConfig":
-        """Return a row of the paper's Table 2 by its name, for instance "l22-t56".
+        """Return a configuration by its name, for instance "balanced", or a row of the paper, "l22-t56".
 
         Raises:
             ValueError: no such preset; the message lists the known ones.
@@ -165,11 +169,18 @@ class CompileConfig(
         Raises:
             ValueError: a budget does not fit the sizes.
         """
-        return {name: value for budget in self.budgets() for name, value in budget.unmeasured(sizes).items()}
+        found = {name: value for budget in self.budgets() for name, value in budget.unmeasured(sizes).items()}
+        if "repair" in found and not self._compresses(sizes):
+            del found["repair"]
+        return found
 
     def measurements(self, sizes: ModelSizes) -> frozenset[Measurement]:
         """Return what calibration must measure for all decisions."""
-        return frozenset().union(*(budget.measurements(sizes) for budget in self.budgets()))
+        found: frozenset[Measurement] = frozenset().union(*(budget.measurements(sizes) for budget in self.budgets()))
+        return found if self._compresses(sizes) else found - {"repair"}
+
+    def _compresses(self, sizes: ModelSizes) -> bool:
+        return compressed(self.decide(sizes, None), sizes)
 
     def decide(
         self, sizes: ModelSizes, measured: Measured | None, earlier: Sequence[Decision] = ()
@@ -199,12 +210,29 @@ class CompileConfig(
             budget.check_decision(decisions, sizes, measured=measured)
 
 
+def _paper(layers: int, tokens: int) -> CompileConfig:
+    """Return EfficientVLA's method with the budgets of a row of Table 2."""
+    return CompileConfig(
+        keep_layers=layers / 32,
+        layer_rule="importance",
+        mlp_keep=0.75,
+        visual_tokens=tokens / 256,
+        token_rule="relevance",
+        merge_tokens=False,
+        repair="none",
+        cache_interval=5,
+    )
+
+
 PRESETS: Mapping[str, CompileConfig] = MappingProxyType(
-    {
-        f"l{layers}-t{tokens}": CompileConfig(keep_layers=layers / 32, visual_tokens=tokens / 256)
-        for layers in (28, 22)
-        for tokens in (112, 56)
+    {f"l{layers}-t{tokens}": _paper(layers, tokens) for layers in (28, 22) for tokens in (112, 56)}
+    | {
+        "faithful": CompileConfig(keep_layers=28 / 32, visual_tokens=112 / 256),
+        "balanced": CompileConfig(),
+        "fast": CompileConfig(keep_layers=16 / 32, mlp_keep=0.25, visual_tokens=32 / 256),
     }
 )
-"""EfficientVLA's rows of Table 2 by name: `l28-t112`, `l28-t56`, `l22-t112`, `l22-t56` (all with MLP 0.75 and N=5). The
-numbers are CogACT's, of 32 layers and 256 patches; other sizes keep the same shares."""
+"""Configurations by name. `l28-t112`, `l28-t56`, `l22-t112` and `l22-t56` are EfficientVLA exactly, in the rows of its
+Table 2 (all with MLP 0.75 and N=5). `faithful`, `balanced`, which is the default, and `fast` keep less and less with
+this project's recipe: tokens that cover the image, merging, and repair. The numbers are CogACT's, of 32 layers and 256
+patches; other sizes keep the same shares."""

@@ -180,7 +180,7 @@ def plan_without_calibration(sizes: ModelSizes, config: CompileConfig) -> Plan:
         raise CalibrationError(
             f"what the policy can spare for {settings} has to be measured: give calibration= frames of the robot's"
             " task, or the plan= of an earlier calibration; without either, name the layers and the steps in tuples and"
-            " leave the other budgets at everything (mlp_keep=1.0), or use CompileConfig.dense()"
+            " leave the other budgets at everything (mlp_keep=1.0, repair='none'), or use CompileConfig.dense()"
         )
     return stand_in_plan(sizes, config)
 

@@ -29,6 +29,7 @@ from evla_compile.settings.budgets.mlp import highest
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, plan_without_calibration
 from evla_compile.settings.tolerances import TOLERANCES, check
+from tests.paper_config import paper_config
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def plan(tiny_policy: CogACT, frames: list[Frame]) -> Plan:
-    return calibrate(tiny_policy, frames, CompileConfig(keep_layers=4), progress=False)
+    return calibrate(tiny_policy, frames, paper_config(keep_layers=4), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_importance_equals_the_golden_reference(
     tiny_policy: CogACT, frames: list[Frame], plan: Plan, golden: dict[str, Any], golden_dir: Path
 ) -> None:
     each = [np.load(golden_dir / case["file"])["layer_importance"] for case in golden["cases"]]
-    found = calibrate(tiny_policy, frames[:1], CompileConfig(keep_layers=4), progress=False)
+    found = calibrate(tiny_policy, frames[:1], paper_config(keep_layers=4), progress=False)
     check("importance", np.array(found.layer_importance), each[0], tolerance=TOLERANCES.importance)
     check("importance", np.array(plan.layer_importance), np.mean(each, axis=0), tolerance=TOLERANCES.importance)
     assert np.argsort(plan.layer_importance).tolist() == golden["importance_order_ascending"]
@@ -85,7 +86,7 @@ def test_greedy_drops_the_layer_without_which_the_cognition_feature_moves_least(
             found = features([index for index in expected if index != gone])
             moved[gone] = float(((found - dense).norm(dim=1) / dense.norm(dim=1)).mean())
         expected.remove(min(moved, key=lambda gone: moved[gone]))
-    chosen = calibrate(tiny_policy, frames, CompileConfig(keep_layers=4, layer_rule="greedy"), progress=False)
+    chosen = calibrate(tiny_policy, frames, paper_config(keep_layers=4, layer_rule="greedy"), progress=False)
     assert chosen.keep_layers == tuple(expected)
     assert chosen.layer_importance == plan.layer_importance
     assert (chosen.layer_rule, chosen.frames_digest) == ("greedy", plan.frames_digest)
@@ -149,7 +150,7 @@ def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
 
     monkeypatch.setattr(progress_bar, "new_console", new_console)
     monkeypatch.setattr(calibration, "capture", lambda policy, config: small_dense)
-    config = CompileConfig(keep_layers=3, layer_rule="greedy")
+    config = paper_config(keep_layers=3, layer_rule="greedy")
     calibrate(small_policy, [Frame(Image.new("RGB", (4, 4)), "pick")], config, progress=progress)
     shown = drawn.getvalue()
     assert ("Calibrating: decoder" in shown) == ("Dropping layers" in shown) == ("4/4" in shown) == progress
@@ -157,7 +158,7 @@ def test_progress_is_drawn_on_standard_error_where_it_is_wanted(
 
 
 def test_greedy_leaves_named_layers_alone(tiny_policy: CogACT, frames: list[Frame]) -> None:
-    config = CompileConfig(keep_layers=(0, 1, 5), layer_rule="greedy")
+    config = paper_config(keep_layers=(0, 1, 5), layer_rule="greedy")
     found = calibrate(tiny_policy, frames[:1], config, progress=False)
     assert (found.keep_layers, found.layer_rule) == ((0, 1, 5), None)
 
@@ -263,17 +264,17 @@ def test_missing_plan_is_refused(tmp_path: Path) -> None:
 
 def test_no_frames_are_refused(tiny_policy: CogACT) -> None:
     with pytest.raises(evla.CalibrationError, match="at least one real"):
-        calibrate(tiny_policy, [], CompileConfig(keep_layers=4), progress=False)
+        calibrate(tiny_policy, [], paper_config(keep_layers=4), progress=False)
 
 
-@pytest.mark.parametrize("config", [CompileConfig(keep_layers=4, mlp_keep=1.0), CompileConfig(keep_layers=None)])
+@pytest.mark.parametrize("config", [paper_config(keep_layers=4, mlp_keep=1.0), paper_config(keep_layers=None)])
 def test_a_reduced_budget_is_never_calibrated_on_made_up_data(config: CompileConfig, tiny_policy: CogACT) -> None:
     with pytest.raises(evla.CalibrationError, match="give calibration= frames"):
         plan_without_calibration(tiny_policy.sizes, config)
 
 
 def test_named_layers_need_no_calibration(tiny_policy: CogACT) -> None:
-    found = plan_without_calibration(tiny_policy.sizes, CompileConfig(keep_layers=(0, 2, 5), mlp_keep=1.0))
+    found = plan_without_calibration(tiny_policy.sizes, paper_config(keep_layers=(0, 2, 5), mlp_keep=1.0))
     assert found == Plan(decisions=(LayerDecision(keep=(0, 2, 5)),))
 
 

@@ -28,7 +28,7 @@ from tests.cli.command_line import Outcome, evla, refused
 Groups = dict[str, dict[str, Tensor]]
 INSTRUCTION, KEY = "pick up the apple", "bridge_orig"
 LONG = "push the red apple and the yellow sponge to the left edge of the wooden table and then to the right edge"
-BUDGETS = ("--visual-tokens", "0.22", "--cache-interval", "2", "--ddim-steps", "2")
+BUDGETS = ("--preset", "l22-t56", "--visual-tokens", "0.22", "--cache-interval", "2", "--ddim-steps", "2")
 
 
 def write_frames(folder: Path, frame: Image.Image, *instructions: str) -> Path:
@@ -298,7 +298,7 @@ def test_estimate_prints_json(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--preset", "l9"), "unknown preset 'l9'; expected one of l22-t112"),
+        (("--preset", "l9"), "unknown preset 'l9'; expected one of balanced"),
         (("--dense", "--text-tokens", "3"), "text_tokens=3"),
     ],
 )
@@ -348,7 +348,7 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         (("--cache-interval", "0"), "cache_interval=0"),
         (("--batch-size", "0"), "batch_size=0"),
         (("--ddim-steps", "18"), "ddim_steps=18 has no integer stride over 100 steps; valid: 1, 2, 3, 4, 5"),
-        (("--preset", "l1-t1"), "unknown preset 'l1-t1'; expected one of l22-t112, l22-t56, l28-t112, l28-t56"),
+        (("--preset", "l1-t1"), "unknown preset 'l1-t1'; expected one of balanced, faithful, fast, l22-t112"),
         (("--dense", "--preset", "l22-t56"), "--dense and --preset l22-t56 exclude each other"),
         (("--dense", "--opset", "17"), "--opset 17: expected one from 18 to 23"),
         (("--dense", "--parts", "99"), "parts=99: the policy keeps 6 decoder layers"),

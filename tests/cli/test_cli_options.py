@@ -87,7 +87,7 @@ def test_an_empty_path_is_not_the_current_folder(arguments: tuple[str, ...], opt
         (
             {"token_seed": 1},
             False,
-            "--token-seed 1 .* since the rule relevance draws nothing; give --token-rule random",
+            "--token-seed 1 .* since the rule coverage draws nothing; give --token-rule random",
         ),
         (
             {"token_rule": "fastv", "key_tokens": "4"},
@@ -129,6 +129,7 @@ def test_timesteps_of_the_solver_are_read() -> None:
 def test_options_that_decide_something_pass() -> None:
     options = dict.fromkeys(CompileConfig().to_json())
     given = options | {"visual_tokens": "20", "key_tokens": "9", "keep_layers": "3", "layer_rule": "greedy"}
+    given["token_rule"] = "relevance"
     config = read_config(given, preset=None, dense=True)
     assert (config.visual_tokens, config.key_tokens, config.keep_layers) == (20, 9, 3)
     drawn = read_config(

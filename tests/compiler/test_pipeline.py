@@ -32,8 +32,9 @@ from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.plan import Plan, check_plan
 from evla_compile.settings.sizes import published_sizes
 from evla_compile.settings.tolerances import TOLERANCES, check
+from tests.paper_config import paper_config
 
-BUDGETS = CompileConfig(keep_layers=4)
+BUDGETS = paper_config(keep_layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def frames(golden: dict[str, Any], frame: Image.Image) -> list[Frame]:
 
 @pytest.fixture(scope="module")
 def compiled(tiny_policy: CogACT, frames: list[Frame]) -> CompiledPolicy:
-    return evla.compile(tiny_policy, calibration=frames, progress=False)
+    return evla.compile(tiny_policy, paper_config(), calibration=frames, progress=False)
 
 
 def test_defaults_fit_a_decoder_of_another_depth_and_are_recorded_in_numbers(compiled: CompiledPolicy) -> None:
@@ -187,11 +188,11 @@ def test_wrong_inputs_are_refused(compiled: CompiledPolicy) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (CompileConfig(keep_layers=7), "keep_layers=7: the decoder has 6 layers"),
-        (CompileConfig(keep_layers=(0, 1, 6)), "the layers 0 to 5"),
-        (CompileConfig(keep_layers=4, visual_tokens=257), "visual_tokens=257: the policy sees 256 patches"),
-        (CompileConfig(keep_layers=2), "selecting visual tokens needs two layers below it"),
-        (CompileConfig(keep_layers=(1, 4), mlp_keep=1.0), "selecting visual tokens needs two layers below it"),
+        (paper_config(keep_layers=7), "keep_layers=7: the decoder has 6 layers"),
+        (paper_config(keep_layers=(0, 1, 6)), "the layers 0 to 5"),
+        (paper_config(keep_layers=4, visual_tokens=257), "visual_tokens=257: the policy sees 256 patches"),
+        (paper_config(keep_layers=2), "selecting visual tokens needs two layers below it"),
+        (paper_config(keep_layers=(1, 4), mlp_keep=1.0), "selecting visual tokens needs two layers below it"),
     ],
 )
 def test_budgets_that_the_policy_lacks_are_refused(
@@ -209,18 +210,18 @@ def test_reduced_budgets_without_frames_or_plan_are_refused(tiny_policy: CogACT)
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        ({}, CompileConfig(keep_layers=5), "settings ask for keep_layers=5"),
-        ({}, CompileConfig(keep_layers=(0, 1, 2, 3)), "settings ask for keep_layers"),
+        ({}, paper_config(keep_layers=5), "settings ask for keep_layers=5"),
+        ({}, paper_config(keep_layers=(0, 1, 2, 3)), "settings ask for keep_layers"),
         ({"keep": (1, 2, 3, 9)}, BUDGETS, "keeps layer 9"),
         ({"keep": (2, 1, 3, 4)}, BUDGETS, "settings ask for keep_layers=4"),
         (
             {},
-            CompileConfig(keep_layers=4, layer_rule="greedy"),
+            paper_config(keep_layers=4, layer_rule="greedy"),
             "chosen by layer_rule='importance', the settings ask for layer_rule='greedy'",
         ),
         ({"rule": None}, BUDGETS, "the plan's layers were named, the settings ask for layer_rule='importance'"),
-        ({}, CompileConfig(keep_layers=4, mlp_keep=0.5), "settings ask for"),
-        ({}, CompileConfig(keep_layers=4, mlp_keep=1.0), "settings ask for all"),
+        ({}, paper_config(keep_layers=4, mlp_keep=0.5), "settings ask for"),
+        ({}, paper_config(keep_layers=4, mlp_keep=1.0), "settings ask for all"),
         ({"neurons": (*range(127), 999)}, BUDGETS, "beyond the decoder's 172"),
         ({"neurons": (*range(126), 127, 126)}, BUDGETS, "neurons of layer 1: indices .* in ascending order"),
     ],
@@ -248,21 +249,29 @@ def test_the_rule_of_a_plan_matters_only_where_the_settings_leave_layers_to_it(
 
 
 def test_presets_are_the_rows_of_table_2() -> None:
-    counts = {name: config.resolve(published_sizes("base")) for name, config in PRESETS.items()}
+    counts = {name: config.resolve(published_sizes("base")) for name, config in PRESETS.items() if "-t" in name}
     rows = {name: (config.keep_layers, config.visual_tokens) for name, config in counts.items()}
     assert rows == {"l28-t112": (28, 112), "l28-t56": (28, 56), "l22-t112": (22, 112), "l22-t56": (22, 56)}
-    assert all(config.mlp_keep == 0.75 and config.cache_interval == 5 for config in PRESETS.values())
-    assert CompileConfig.preset("l22-t56") == CompileConfig()
-    with pytest.raises(ValueError, match="unknown preset 'l20'; expected one of l22-t112"):
+    for config in counts.values():
+        assert (config.mlp_keep, config.cache_interval, config.layer_rule) == (0.75, 5, "importance")
+        assert (config.token_rule, config.merge_tokens, config.repair) == ("relevance", False, "none")
+    with pytest.raises(ValueError, match="unknown preset 'l20'; expected one of balanced"):
         CompileConfig.preset("l20")
+
+
+def test_other_presets_keep_less_and_less_and_are_repaired() -> None:
+    ours = [CompileConfig.preset(name).resolve(published_sizes("base")) for name in ("faithful", "balanced", "fast")]
+    assert [(config.keep_layers, config.visual_tokens) for config in ours] == [(28, 112), (22, 56), (16, 32)]
+    assert {(config.token_rule, config.merge_tokens, config.repair) for config in ours} == {("coverage", True, "all")}
+    assert CompileConfig.preset("balanced") == CompileConfig()
 
 
 def test_bfloat16_policy_compiles_and_stays_near_float32(
     tiny_checkpoint: Path, tiny_policy: CogACT, frame: Image.Image, frames: list[Frame]
 ) -> None:
     half = evla.load(tiny_checkpoint, dtype=torch.bfloat16)
-    plan = calibrate(tiny_policy, frames, CompileConfig(keep_layers=4, visual_tokens=None), progress=False)
-    config = CompileConfig(keep_layers=4, visual_tokens=None)
+    plan = calibrate(tiny_policy, frames, paper_config(keep_layers=4, visual_tokens=None), progress=False)
+    config = paper_config(keep_layers=4, visual_tokens=None)
     found = evla.compile(half, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
     full = evla.compile(tiny_policy, config, plan=plan).predict_action(frame, "pick coke can", "bridge_orig")
     check("actions", found[:, :6], full[:, :6], tolerance=0.2)

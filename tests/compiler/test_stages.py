@@ -33,6 +33,7 @@ from evla_compile.settings.plan import Plan
 from evla_compile.settings.precision import PRECISION_ROWS, Precision
 from evla_compile.settings.tolerances import lowered_tolerance, relative_error
 from evla_compile.verification import verify as verification
+from tests.paper_config import paper_config
 
 
 def copy_policy(compiled: CompiledPolicy, plan: Plan) -> CompiledPolicy:
@@ -50,7 +51,7 @@ def copy_policy(compiled: CompiledPolicy, plan: Plan) -> CompiledPolicy:
 @pytest.fixture(scope="module")
 def compiled_policy(tiny_policy: CogACT, frame: Image.Image) -> CompiledPolicy:
     """Four layers, 75 % of the neurons, 40 patches, cached, calibrated on one frame."""
-    config = CompileConfig(keep_layers=(0, 1, 2, 4), visual_tokens=40, cache_interval=2, ddim_steps=5)
+    config = paper_config(keep_layers=(0, 1, 2, 4), visual_tokens=40, cache_interval=2, ddim_steps=5)
     frames = [evla.Frame(frame, "pick up the apple")]
     plan = evla.calibrate(tiny_policy, frames, config, progress=False)
     return evla.compile(tiny_policy, config, calibration=frames, plan=plan)

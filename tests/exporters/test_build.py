@@ -100,7 +100,7 @@ def check_engines(folder: Path, graphs: int = 1) -> Manifest:
 def test_the_compiled_demo_policy_for_three_gpus_in_one_engine(artifact: Path) -> None:
     manifest = check_engines(artifact)
     assert [record.name for record in manifest.files] == [
-        *("model.onnx", "model.engine", "tokenizer.json", "report.json", "cases.npz")
+        *("model.onnx", "model.engine", "tokenizer.json", "report.json", "plan.safetensors", "cases.npz")
     ]
     assert manifest.engine is not None
     assert manifest.engine.gpu is None

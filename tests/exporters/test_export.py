@@ -29,6 +29,7 @@ from evla_compile.runtime import RuntimePolicy
 from evla_compile.scratch import scratch
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.tolerances import TOLERANCES, check
+from tests.paper_config import paper_config
 
 INSTRUCTIONS = ("open the top drawer", "move sponge near apple", "move blue plastic bottle near pepsi can")
 PATCH_SETS = {"key": "key_patches", "task": "task_patches", "diverse": "diverse_patches", "keep": "kept_patches"}
@@ -67,7 +68,7 @@ def other_frame(frame: Image.Image) -> Image.Image:
 
 
 def efficient_config(case: dict[str, Any], **settings: Any) -> CompileConfig:
-    return CompileConfig(
+    return paper_config(
         keep_layers=tuple(case["kept_layers"]),
         mlp_keep=1.0,
         visual_tokens=case.get("visual_tokens"),

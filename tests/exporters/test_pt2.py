@@ -25,8 +25,9 @@ from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.precision import PRECISION_ROWS
 from evla_compile.settings.tolerances import relative_error
+from tests.paper_config import paper_config
 
-CONFIG = CompileConfig(
+CONFIG = paper_config(
     keep_layers=(0, 1, 3),
     mlp_keep=1.0,
     visual_tokens=7,
@@ -70,7 +71,7 @@ def test_an_exported_program_is_read_back(
 def test_stages_and_precision_reach_the_file(
     tiny_policy: CogACT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompileConfig(
+    config = paper_config(
         keep_layers=(0, 1, 2, 4), mlp_keep=1.0, visual_tokens=40, cache_interval=2, ddim_steps=5, cfg_scale=1.0
     )
     policy = evla.compile(tiny_policy, config)

@@ -15,8 +15,9 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.contract import measure, weights
 from evla_compile.graph.sites import verified_stages
 from evla_compile.settings.anatomy import COGACT
+from tests.paper_config import paper_config
 
-CONFIG = evla.CompileConfig(
+CONFIG = paper_config(
     keep_layers=(0, 1, 3), mlp_keep=1.0, visual_tokens=7, key_tokens=2, cache_interval=2, ddim_steps=5, text_tokens=9,
     batch_size=2,
 )  # fmt: skip

@@ -14,9 +14,10 @@ from evla_compile.families.cogact.loading.checkpoint import load
 from evla_compile.graph.contract import weights
 from evla_compile.graph.deferred import DeferredWeight, cut, materialized
 from evla_compile.settings.plan import stand_in_plan
+from tests.paper_config import paper_config
 
 KEPT = torch.tensor([0, 3, 4])
-BUDGETS = evla.CompileConfig(keep_layers=5, visual_tokens=20)
+BUDGETS = paper_config(keep_layers=5, visual_tokens=20)
 
 
 @pytest.fixture

@@ -30,8 +30,9 @@ from evla_compile.host.processor import Processor
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import ModelSizes
 from evla_compile.verification.verify import verify
+from tests.paper_config import paper_config
 
-CONFIG = CompileConfig(
+CONFIG = paper_config(
     keep_layers=3,
     mlp_keep=0.75,
     visual_tokens=7,

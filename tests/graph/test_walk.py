@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from evla_compile.families.cogact.capture import capture
+from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph import walk as module
 from evla_compile.graph.sites import decoder_layers, stage_node
 from evla_compile.graph.walk import GraphWalk
+from evla_compile.passes import SelectTokens
+from evla_compile.settings.budgets.tokens import TOKEN_RULES, TokenRule
+from evla_compile.settings.config import CompileConfig
 
 NodeValues = Callable[[fx.GraphModule, Sequence[Tensor]], dict[fx.Node, Any]]
 TIME = torch.tensor([30.0])
@@ -51,3 +56,25 @@ def test_a_batch_may_have_another_size_than_the_capture(
     inputs = {name: value[rows] for name, value in zip(names, small_inputs, strict=False)}
     found, _ = run(small_graph, inputs, len(rows))
     torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("rule", TOKEN_RULES)
+def test_a_selection_chooses_for_each_row_of_a_larger_batch(
+    rule: TokenRule,
+    *,
+    merge: bool,
+    small_policy: CogACT,
+    small_inputs: tuple[Tensor, ...],
+    node_values: NodeValues,
+) -> None:
+    """A capture at batch 1, as calibration has it: the choice of one row must not become that of another."""
+    single = capture(small_policy, CompileConfig.dense(text_tokens=9))
+    select = SelectTokens(visual_tokens=6, key_tokens=2, task_share=0.5, token_rule=rule, merge_tokens=merge)
+    graph, _ = select(single)
+    readout, names = stage_node(graph.graph, "cognition"), ("image", "input_ids", "text_length")
+    expected = [
+        node_values(graph, (*(value[row : row + 1] for value in small_inputs), TIME))[readout] for row in (0, 1)
+    ]
+    found, _ = run(graph, dict(zip(names, small_inputs, strict=False)), 2)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-6)

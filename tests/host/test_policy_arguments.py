@@ -17,8 +17,8 @@ from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.camera_frame import fit
 from evla_compile.host.inputs import GraphInputs
 from evla_compile.settings.budgets.layers import LayerDecision
-from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
+from tests.paper_config import paper_config
 
 KEY = "bridge_orig"
 Calls = list[tuple[GraphInputs, dict[str, Any]]]
@@ -107,7 +107,7 @@ def test_a_single_stage_is_not_a_sequence_of_letters(monkeypatch: pytest.MonkeyP
 def test_kept_tokens_take_what_predict_action_takes(
     tiny_policy: CogACT, frame: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CompileConfig(keep_layers=None, mlp_keep=1.0, visual_tokens=5)
+    config = paper_config(keep_layers=None, mlp_keep=1.0, visual_tokens=5)
     compiled = CompiledPolicy(
         graph=fx.GraphModule(nn.Module(), fx.Graph()),
         config=config,

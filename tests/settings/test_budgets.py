@@ -98,9 +98,9 @@ def test_one_is_a_count_and_a_whole_share_is_everything() -> None:
         ({"key_tokens": 1.0}, "key_tokens=1.0: expected a count from 1 up, or a share"),
         ({"key_tokens": 0}, "key_tokens=0: expected a count from 1 up, or a share"),
         ({"visual_tokens": True}, "visual_tokens=True: expected a count from 1 up, or a share"),
-        ({"visual_tokens": 3, "key_tokens": 4}, "visual_tokens=3 is below key_tokens=4: the key tokens count towards"
-         " the budget; use visual_tokens=4 or more, or key_tokens=3 or less"),
-        ({"visual_tokens": 0.01}, "visual_tokens=0.01 is below key_tokens=0.015625"),
+        ({"visual_tokens": 3, "key_tokens": 4, "token_rule": "relevance"}, "visual_tokens=3 is below key_tokens=4: the"
+         " key tokens count towards the budget; use visual_tokens=4 or more, or key_tokens=3 or less"),
+        ({"visual_tokens": 0.01, "token_rule": "relevance"}, "visual_tokens=0.01 is below key_tokens=0.015625"),
     ],
 )  # fmt: skip
 def test_what_is_neither_a_count_nor_a_share_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -114,10 +114,10 @@ def test_what_is_neither_a_count_nor_a_share_is_refused(settings: dict[str, Any]
         ({"keep_layers": 22}, "keep_layers=22: the decoder has 12 layers; use keep_layers=1 to 12, or a share of them"
          " such as keep_layers=0.69, which keeps 8"),
         ({"keep_layers": (0, 1, 12)}, "the decoder has the layers 0 to 11; name some of these"),
-        ({"visual_tokens": 56, "keep_layers": 8, "key_tokens": 60}, "visual_tokens=56 is below key_tokens=60"),
+        ({"visual_tokens": 56, "key_tokens": 60, "token_rule": "relevance"}, "visual_tokens=56 is below key_tokens=60"),
         ({"visual_tokens": 65}, "visual_tokens=65: the policy sees 64 patches; use visual_tokens=1 to 64, or a share of"
          " them such as visual_tokens=0.22, which keeps 14"),
-        ({"visual_tokens": 1, "key_tokens": 0.05}, "visual_tokens=1 is below key_tokens=3"),
+        ({"visual_tokens": 1, "key_tokens": 0.05, "token_rule": "relevance"}, "visual_tokens=1 is below key_tokens=3"),
         ({"keep_layers": 2}, "visual_tokens=14 with 2 decoder layers: selecting visual tokens needs two layers below it"
          " and one above; use keep_layers=3 or more, or visual_tokens=None (--visual-tokens all)"),
     ],
@@ -125,6 +125,10 @@ def test_what_is_neither_a_count_nor_a_share_is_refused(settings: dict[str, Any]
 def test_a_budget_that_does_not_fit_is_refused_with_one_that_does(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         CompileConfig(**settings).resolve(sized(12, 64))
+
+
+def test_key_tokens_beyond_the_budget_matter_to_the_paper_s_rule_alone() -> None:
+    assert counts(CompileConfig(visual_tokens=3, key_tokens=4), sized(12, 64)) == (8, 3, 4)
 
 
 def test_a_decoder_of_two_layers_is_not_told_to_keep_three() -> None:
@@ -197,7 +201,7 @@ def test_decisions_follow_from_what_was_measured() -> None:
     assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
     assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
     assert tokens == TokenDecision(
-        visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="relevance", token_seed=0, merge_tokens=False
+        visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="coverage", token_seed=0, merge_tokens=True
     )
     assert (repair, sampler) == (RepairDecision(), SamplerDecision())
     assert cache == CacheDecision(steps=(0, 5), of=10)
@@ -226,7 +230,7 @@ def test_a_decision_that_keeps_everything_is_idle_and_no_other() -> None:
 
 def test_neurons_of_other_layers_than_those_that_stay_are_refused() -> None:
     sizes = published_sizes("base")
-    config = CompileConfig(keep_layers=(0, 1, 2), mlp_keep=0.75)
+    config = CompileConfig(keep_layers=(0, 1, 2), mlp_keep=0.75, repair="none")
     layers, mlp, *_ = config.decide(sizes, None)
     assert isinstance(mlp, MLPDecision)
     config.check_decision((layers, mlp, RepairDecision()), sizes, measured=True)

@@ -149,7 +149,7 @@ def test_settings_are_refused_before_torch_is_imported(
     monkeypatch.setattr(doctor, "stored_bytes", lambda *_: pytest.fail("torch was imported before the refusal"))
     for arguments, message in (
         (("--keep-layers", "4.5"), "keep_layers=4.5: expected a count from 1 up, or a share above 0.0 and below 1.0"),
-        (("--preset", "l9"), "unknown preset 'l9'; expected one of l22-t112"),
+        (("--preset", "l9"), "unknown preset 'l9'; expected one of balanced"),
         (("--dense", "--key-tokens", "9"), "--key-tokens 9 would have no effect"),
     ):
         assert message in refused(evla(*command, *arguments))

@@ -31,8 +31,9 @@ from evla_compile.settings.tolerances import relative_error
 from evla_compile.torch_backend import backend
 from evla_compile.torch_backend.backend import compile_fx
 from evla_compile.torch_backend.dynamo_graph import DynamoGraph, Number
+from tests.paper_config import paper_config
 
-BUDGETS = CompileConfig(keep_layers=4, visual_tokens=40, cache_interval=2, ddim_steps=5)
+BUDGETS = paper_config(keep_layers=4, visual_tokens=40, cache_interval=2, ddim_steps=5)
 INSTRUCTIONS = ("pick up the apple", "open the top drawer of the cabinet")
 
 
@@ -171,7 +172,7 @@ def refusal(kind: type[Exception], error: BaseException) -> str:
         (
             {"config": replace(SMALL, solver="dpm++", solver_timesteps=(90, 45))},
             ValueError,
-            "solver='dpm\\+\\+': torch.compile captures the policy's own loop",
+            "solver='dpm++': torch.compile captures the policy's own loop",
         ),
         ({"config": replace(SMALL, ddim_steps=5)}, ValueError, "called with ddim_steps=10, not 5"),
         ({"config": replace(SMALL, cfg_scale=2.0)}, ValueError, "called with cfg_scale=1.5, not 2.0"),

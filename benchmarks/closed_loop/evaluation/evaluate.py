@@ -107,7 +107,7 @@ def _evaluate(
         "max_steps": MAX_STEPS,
     }
     _check_settings(folder / "settings.json", settings)
-    prepared = _prepare(variants, source, frames, folder / "variants", console)
+    prepared = prepare_all(variants, source, frames, folder / "variants", console)
     seeds = range(given.first_seed, given.first_seed + given.episodes)
     # seeds outside, variants inside: so other load on the machine affects all variants alike
     work = [_Work(variant=v.name, task=task, seed=seed) for seed in seeds for task in given.tasks for v in variants]
@@ -148,12 +148,13 @@ def _evaluate(
     return results, conditions
 
 
-def _prepare(
+def prepare_all(
     variants: Sequence[Variant], source: Path, frames: Sequence[Frame], folder: Path, console: Console
 ) -> dict[str, Prepared]:
+    """Compile and export variants, unless the folder has them; see `prepare`."""
     policy = load(source)
     prepared = {}
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         for variant in progress.track(variants, description="compile and export"):
             prepared[variant.name] = prepare(variant, policy, source, frames, folder / variant.name)
     return prepared
@@ -174,7 +175,7 @@ def _run(
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(min(workers, max(1, len(missing))), _start, (dict(prepared), execution)) as pool,
-        _progress(console) as progress,
+        progress_bar(console) as progress,
     ):
         done = pool.imap_unordered(_do, missing)
         for item, lines in progress.track(done, total=len(missing), description="episodes"):
@@ -254,7 +255,8 @@ def _folder(out: Path | None) -> Iterator[Path]:
         yield out
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Return a bar with the count of items, and the time used and left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,7 +1,7 @@
 """Recipes: named settings of a compilation, in shares of what a policy has; the ablation and the frontier."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.closed_loop.evaluation.layer_rules import OtherRule
@@ -18,8 +18,8 @@ from evla_compile.settings.sizes import ModelSizes
 class Recipe:
     """Settings of a named variant of a policy; counts are shares of what the policy has."""
 
-    layers: float = 1.0
-    """Decoder layers kept."""
+    layers: float | tuple[int, ...] = 1.0
+    """Decoder layers kept, or which ones."""
     layer_rule: LayerRule | OtherRule = "importance"
     """Which layers go: by a rule of `CompileConfig`, or of layer_rules.py."""
     layer_seed: int = 0
@@ -42,35 +42,55 @@ class Recipe:
     """A task whose calibration frames are left out."""
     cache_interval: int = 1
     """Denoising steps between two recomputations of the action head."""
+    cache_steps: int | None = None
+    """Denoising steps that compute, chosen by calibration, what is reused extrapolated; None for the interval."""
     ddim_steps: int = 10
-    """Denoising steps."""
+    """Denoising steps of DDIM."""
+    solver_steps: int | None = None
+    """Steps of DPM-Solver++ in its place, its timesteps chosen by calibration; None for DDIM."""
+    text_tokens: int = 32
+    """Text budget; the longest instruction that the policy was trained with has 18."""
     noise: int = 0
     """Which set of initial noises the episodes use; all variants but those that measure its effect share set 0."""
 
     def __str__(self) -> str:
-        parts = []
-        if self.layers < 1:
+        parts = (*self._perception(), *self._sampling())
+        return ", ".join(parts) or "everything kept"
+
+    def _perception(self) -> Iterator[str]:
+        """Yield what is done to the decoder and the visual tokens."""
+        if isinstance(self.layers, tuple):
+            yield f"layers {', '.join(map(str, self.layers))}"
+        elif self.layers < 1:
             rule = f"{self.layer_rule}, draw {self.layer_seed}" if self.layer_rule == "random" else self.layer_rule
-            parts.append(f"{self.layers:.0%} of the decoder layers ({rule})")
+            yield f"{self.layers:.0%} of the decoder layers ({rule})"
         if self.mlp_keep < 1:
-            parts.append(f"{self.mlp_keep:.0%} of the MLP neurons")
+            yield f"{self.mlp_keep:.0%} of the MLP neurons"
         if self.tokens < 1:
             drawn = " (random in every call)" if self.random_tokens else ""
             rule = "" if self.token_rule == "relevance" else f" ({self.token_rule})"
-            parts.append(f"{self.tokens:.0%} of the visual tokens{drawn or rule}{', merged' if self.merge else ''}")
+            yield f"{self.tokens:.0%} of the visual tokens{drawn or rule}{', merged' if self.merge else ''}"
         if self.repair != "none":
-            parts.append(f"repair of {self.repair}")
+            yield f"repair of {self.repair}"
         if self.frames is not None:
-            parts.append(f"{self.frames} calibration frames a task")
+            yield f"{self.frames} calibration frames a task"
         if self.without is not None:
-            parts.append(f"calibrated without {self.without}")
+            yield f"calibrated without {self.without}"
+
+    def _sampling(self) -> Iterator[str]:
+        """Yield what is done to the sampler, and the settings of a call."""
         if self.cache_interval > 1:
-            parts.append(f"cache N={self.cache_interval}")
+            yield f"cache N={self.cache_interval}"
+        if self.cache_steps is not None:
+            yield f"cache with {self.cache_steps} chosen steps, extrapolated"
+        if self.solver_steps is not None:
+            yield f"DPM-Solver++ with {self.solver_steps} chosen timesteps"
         if self.ddim_steps != CompileConfig.dense().ddim_steps:
-            parts.append(f"{self.ddim_steps} denoising steps")
+            yield f"{self.ddim_steps} denoising steps"
+        if self.text_tokens != CompileConfig.dense().text_tokens:
+            yield f"{self.text_tokens} text tokens"
         if self.noise:
-            parts.append(f"initial noises of set {self.noise}")
-        return ", ".join(parts) or "everything kept"
+            yield f"initial noises of set {self.noise}"
 
     def calibration(self, frames: Sequence[Frame]) -> list[Frame]:
         """Return the frames to calibrate on, out of all."""
@@ -86,7 +106,8 @@ class Recipe:
 
         The key tokens keep the paper's proportion, 4 of 56.
         """
-        layers, tokens = round(self.layers * sizes.language.layers), round(self.tokens * sizes.patches)
+        tokens = round(self.tokens * sizes.patches)
+        layers = self.layers if isinstance(self.layers, tuple) else round(self.layers * sizes.language.layers)
         return CompileConfig(
             keep_layers=None if layers == sizes.language.layers else layers,
             layer_rule=next((rule for rule in LAYER_RULES if rule == self.layer_rule), "importance"),
@@ -99,7 +120,12 @@ class Recipe:
             repair=self.repair,
             repair_frames=min(40, self.frames or 40),
             cache_interval=self.cache_interval,
+            cache_steps=self.cache_steps,
+            cache_extrapolate=self.cache_steps is not None,
             ddim_steps=self.ddim_steps,
+            solver="ddim" if self.solver_steps is None else "dpm++",
+            solver_steps=self.solver_steps,
+            text_tokens=self.text_tokens,
         )
 
 
@@ -112,6 +138,7 @@ OURS = replace(PAPER, token_rule="coverage", merge=True, repair="all")
 RECIPES: dict[str, Recipe] = {
     "dense": Recipe(),
     "dense-again": Recipe(),
+    "dense-w18": Recipe(text_tokens=18),
     "dense-noise-1": Recipe(noise=1),
     "dense-noise-2": Recipe(noise=2),
     "layers-11": Recipe(layers=11 / 12),
@@ -162,16 +189,27 @@ RECIPES: dict[str, Recipe] = {
 }
 """The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
 
-_FRONTIER = re.compile(r"l(\d+)-m(\d+)-t(\d+)-n(\d+)")
+_FRONTIER = re.compile(r"l(\d+(?:\.\d+)*)-m(\d+)-t(\d+)-([nks])(\d+)(?:-w(\d+))?")
 
 
 def frontier_recipe(name: str) -> Recipe | None:
     """Return the recipe of a name such as "l6-m50-t8-n5", None for another name.
 
-    It is `OURS` with other budgets: 6 of 12 layers, 50 % of the neurons, 8 of 64 visual tokens, N=5.
+    It is `OURS` with other budgets: 6 of 12 layers, 50 % of the neurons, 8 of 64 visual tokens, N=5. Layers may be
+    named, "l0.1.2.5.7.9"; "k3" has 3 chosen steps computed and the others extrapolated, "s2" is DPM-Solver++ with 2
+    chosen timesteps; "-w18" behind it is a budget of 18 text tokens.
     """
     found = _FRONTIER.fullmatch(name)
     if found is None:
         return None
-    layers, share, tokens, interval = (int(number) for number in found.groups())
-    return replace(OURS, layers=layers / 12, mlp_keep=share / 100, tokens=tokens / 64, cache_interval=interval)
+    layers, share, tokens, sampler, number, text = found.groups()
+    return replace(
+        OURS,
+        layers=tuple(map(int, layers.split("."))) if "." in layers else int(layers) / 12,
+        mlp_keep=int(share) / 100,
+        tokens=int(tokens) / 64,
+        text_tokens=int(text or 32),
+        cache_interval=int(number) if sampler == "n" else 1,
+        cache_steps=int(number) if sampler == "k" else None,
+        solver_steps=int(number) if sampler == "s" else None,
+    )

@@ -65,12 +65,16 @@ class RepairDecision(MeasuredDecision):
         return not self.layers
 
     @property
-    def deviation(self) -> tuple[float, float] | None:
-        """Deviation on the held-out frames without repair, and as chosen; None where none was tried."""
-        if not self.trials:
-            return None
-        chosen = next(each for each in self.trials if (each.scope, each.rho) == (self.scope, self.rho))
-        return self.trials[0].deviation, chosen.deviation
+    def chosen(self) -> RepairTrial:
+        """The trial that was taken; there is none where none was asked for.
+
+        Raises:
+            LookupError: there were no trials.
+        """
+        for trial in self.trials:
+            if (trial.scope, trial.rho) == (self.scope, self.rho):
+                return trial
+        raise LookupError("no repair was tried")
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it under one key; nothing where none was tried, so that such plans are written as before."""
@@ -132,7 +136,7 @@ class RepairBudget(Budget):
     decision: ClassVar[type[Decision]] = RepairDecision
 
     repair: RepairScope = setting(
-        "none",
+        "all",
         text="Kept layers that are refit to the dense policy, at most.",
         read=one_of(REPAIR_SCOPES),
         off="none",
@@ -175,12 +179,12 @@ class RepairBudget(Budget):
         return dict.fromkeys(names, "nothing is repaired; give --repair all")
 
     def unmeasured(self, sizes: ModelSizes) -> Mapping[str, Any]:
-        """Return the scope, where there is something to repair."""
+        """Return the scope; `CompileConfig` leaves it out where there is nothing to repair."""
         del sizes
         return {} if self.repair == "none" else {"repair": self.repair}
 
     def measurements(self, sizes: ModelSizes) -> frozenset[Measurement]:
-        """Return the repair itself, where it is asked for."""
+        """Return the repair itself, where it is asked for; see `unmeasured`."""
         del sizes
         return frozenset() if self.repair == "none" else frozenset({"repair"})
 
@@ -188,10 +192,7 @@ class RepairBudget(Budget):
         """Return the repair that calibration found best; none where nothing was measured, or nothing was compressed."""
         if self.repair == "none" or measured is None or measured.repair is None:
             return (RepairDecision(),)
-        kinds = (LayerDecision, MLPDecision, TokenDecision)
-        if all(decision_of(kind, earlier).idle(sizes) for kind in kinds):
-            return (RepairDecision(),)
-        return (measured.repair(earlier),)
+        return (measured.repair(earlier) if compressed(earlier, sizes) else RepairDecision(),)
 
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse a repair that the settings do not allow, or of layers that go; see `Budget.check_decision`."""
@@ -206,12 +207,17 @@ class RepairBudget(Budget):
             )
         if not set(found.layers) <= set(keep):
             raise CalibrationError(f"the plan repairs layers {found.layers}, of which it keeps {keep} only")
-        compressed = any(not decision_of(kind, decisions).idle(sizes) for kind in (LayerDecision, MLPDecision))
-        if measured and self.repair != "none" and compressed and not found.trials:
+        if measured and self.repair != "none" and compressed(decisions, sizes) and not found.trials:
             raise CalibrationError(
                 f"the plan was measured without a repair, the settings ask for repair={self.repair!r}: calibrate again"
                 " with these settings, or give repair='none'"
             )
+
+
+def compressed(decisions: Sequence[Decision], sizes: ModelSizes) -> bool:
+    """Tell whether the techniques in front of a repair take anything away that it could make up for."""
+    kinds = (LayerDecision, MLPDecision, TokenDecision)
+    return any(isinstance(decision, kinds) and not decision.idle(sizes) for decision in decisions)
 
 
 def _scope(value: object) -> RepairScope:

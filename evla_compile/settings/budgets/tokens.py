@@ -70,13 +70,13 @@ class TokenBudget(Budget):
     """Visual tokens kept after the second kept decoder layer (the paper's T), key tokens included: a count or a share
     of the patches; None for all."""
     token_rule: TokenRule = setting(
-        "relevance",
+        "coverage",
         text="Which visual tokens stay: relevance is the paper's rule.",
         read=one_of(TOKEN_RULES),
     )
-    """Which visual tokens stay: by the paper's "relevance"; or, none of them EfficientVLA's, "coverage": those that
-    leave no token far from a kept one; "uniform": a fixed grid; "random": drawn once, at compile time; "fastv": those
-    of most attention, as FastV does. See `evla_compile.passes.SelectTokens`."""
+    """Which visual tokens stay: "coverage", those that leave no token far from a kept one; "relevance", EfficientVLA's
+    rule; or, to compare with, "uniform": a fixed grid; "random": drawn once, at compile time; "fastv": those of most
+    attention, as FastV does. See `evla_compile.passes.SelectTokens`."""
     key_tokens: int | Share = setting(
         4 / 256,
         text="Of these, always kept, by the rule relevance.",
@@ -94,7 +94,7 @@ class TokenBudget(Budget):
     token_seed: int = setting(0, text="Seed of --token-rule random.", read=whole_from(0, 2**32 - 1))
     """Seed from which the rule "random" draws the visual tokens, once, when the policy is compiled."""
     merge_tokens: bool = setting(
-        False,
+        True,
         text="Merge each dropped visual token into the kept one most like it.",
         read=true_or_false,
     )
