@@ -13,6 +13,8 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+from evla_compile.units import bytes_text
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -106,6 +108,28 @@ def full_size(results: Path) -> list[str]:
     return _table(("stage", "measured", "peak GB", "with mapped files GB", "conditions"), cells, left=2)
 
 
+def calibration_cost(results: Path) -> list[str]:
+    """Return time and memory of calibration with repair at full size."""
+    cells = []
+    for found in _read(results / "calibration-cost.json"):
+        measured = found["measured"]
+        settings = measured["settings"]
+        strengths = "one strength" if settings["repair_rho"] is not None else "all strengths"
+        cells.append(
+            [
+                f"{measured['frames']} frames, repair of {settings['repair']}, {strengths},"
+                f" weights {measured['weights']}",
+                f"{measured['seconds']:.0f}",
+                measured["own memory at most"],
+                measured.get("GPU memory at most", "-"),
+                bytes_text(measured["refit tensors"]),
+                f"CogACT-Base, bfloat16, {found['machine']}, {found['date']}",
+            ]
+        )
+    header = ("calibration", "s", "own memory", "GPU memory", "refit weights", "conditions")
+    return _table(header, cells, left=1)
+
+
 def compile_and_export(results: Path) -> list[str]:
     """Return the seconds between a policy in memory and its first actions."""
     data = _read(results / "compile-and-export.json")
@@ -173,9 +197,12 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "latency-demo": latency("latency-demo-cpu-float32"),
         "latency-mid": latency("latency-mid-cpu-float32"),
         "full-size": full_size,
+        "calibration-cost": calibration_cost,
         "compile-and-export": compile_and_export,
         "closed-loop": closed_loop("closed-loop"),
         "closed-loop-confirmation": closed_loop("closed-loop-confirmation"),
+        "closed-loop-repair": closed_loop("closed-loop-repair"),
+        "closed-loop-frontier": closed_loop("closed-loop-frontier"),
         "layer-redundancy": layer_redundancy,
     }
 )
@@ -183,12 +210,13 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
 
 PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "README.md": ("closed-loop-confirmation",),
+        "README.md": ("closed-loop-repair", "closed-loop-confirmation"),
         "docs/results/closed-loop.md": ("closed-loop-confirmation", "closed-loop"),
-        "docs/results/full-size.md": ("full-size",),
+        "docs/results/full-size.md": ("full-size", "calibration-cost"),
         "docs/results/latency.md": ("latency-mid", "latency-demo", "compile-and-export"),
         "docs/results/layer-redundancy.md": ("layer-redundancy",),
         "docs/results/paper.md": ("paper", "steps"),
+        "docs/results/quality.md": ("closed-loop-repair", "closed-loop-frontier"),
     }
 )
 """Which tables each page has, by its path in the checkout."""

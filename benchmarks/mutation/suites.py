@@ -21,7 +21,6 @@ PASSES = (
 CALIBRATION = {
     "test_calibration": (
         *("activation_ranges", "calibrate", "dense_measures", "feature_shift", "layer_importance", "progress"),
-        *("streams",),
     ),
     "test_cache_search": ("action_shift", "cache_search"),
     "test_fingerprint": ("fingerprint",),
@@ -30,6 +29,7 @@ CALIBRATION = {
     "test_repair": ("decoder_passes", "repair", "repair_trials", "resumption"),
     "test_ridge": ("ridge",),
     "test_solver_search": ("solver_search",),
+    "test_streams": ("streams",),
 }
 RUNTIME_TESTS = ("tests/runtime/test_runtime.py", "tests/runtime/test_lifetime.py")
 ENGINE_TESTS = ("tests/runtime/test_engine_session.py",)

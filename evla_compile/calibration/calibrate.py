@@ -41,6 +41,7 @@ from evla_compile.settings.budgets.layers import drop_trials
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, planned
 
+_GREEDY_FRAMES = 50  # that choose the layers, about
 _MEMORY_SHARE = 0.5  # of what is free, for streams; beyond that they go to files
 
 
@@ -59,7 +60,8 @@ def calibrate(
     cos(layer input, layer output), residual included, the last layer before the final norm; the lowest go, the lower
     index among equals. With `layer_rule="greedy"`, which is not in the paper, layers go one after the other, each time
     the one without which the cognition feature f changes least, by the mean over frames of |f - f_dense| / |f_dense|.
-    To drop d of L layers, the decoder runs up to d (L - d/2) times for every frame: at full size, give it few frames.
+    To drop d of L layers, the decoder runs up to d (L - d/2) times for every frame, so that about 50 of the frames,
+    spread evenly, decide.
 
     A number of denoising steps that compute (`cache_steps`), or of a solver's timesteps (`solver_steps`), is decided by
     trying all sets of that many, on the dense policy's cognition features: that is taken with which the actions are
@@ -121,7 +123,9 @@ def measure(
         shift = trials = solver_shift = cache_shift = None
         if "feature_shift" in asked:
             count = drop_trials(sizes.language.layers, config.kept_layer_count(sizes))
-            shift = FeatureShift(run, start, features, bar.step("Dropping layers", count))
+            some = start.thinned("some", _GREEDY_FRAMES)
+            places = sorted(place for batch in some.batches for place in batch.places)
+            shift = FeatureShift(run, some, features[places], bar.step("Dropping layers", count))
         if split is not None:
             trials = RepairTrials(policy, run, start, features, split, config, resumption, bar)
         if "solver_shift" in asked:

@@ -68,9 +68,9 @@ def forecast(policy: CogACT, run: DenseRun, start: Stream, config: CompileConfig
         frames: for how many frames to reckon.
     """
     batch, values = next(iter(start))
-    loading, running = _first_layer(run, values, len(batch.places))
+    loading, running = _first_layer(run, batch, values)
     if batch.image.is_cuda:  # the first time, libraries are loaded and kernels chosen
-        loading, running = _first_layer(run, values, len(batch.places))
+        loading, running = _first_layer(run, batch, values)
     language, text = policy.sizes.language, batch.input_ids.shape[1]
     whole = _layer_flops(language.width, language.mlp_width, policy.sizes.patches + text)
     rate = running / (whole * len(batch.places))  # seconds a floating-point operation
@@ -87,7 +87,7 @@ def forecast(policy: CogACT, run: DenseRun, start: Stream, config: CompileConfig
     return Forecast(frames=frames, seconds=work * rate + 2 * language.layers * loading, size=size)
 
 
-def _first_layer(run: DenseRun, values: Values, frames: int) -> tuple[float, float]:
+def _first_layer(run: DenseRun, batch: Batch, values: Values) -> tuple[float, float]:
     """Run the first decoder layer on a batch; return the seconds that its weights took, and those of the layer."""
     loading = running = 0.0
     with torch.no_grad():
@@ -95,8 +95,8 @@ def _first_layer(run: DenseRun, values: Values, frames: int) -> tuple[float, flo
             began = perf_counter()
             with run.walk.loaded(stretch):
                 loaded = perf_counter()
-                values = run.walk.run_stretch(stretch, values, frames)
-                if torch.cuda.is_initialized():
+                values = run.walk.run_stretch(stretch, values, len(batch.places))
+                if batch.image.is_cuda:
                     torch.cuda.synchronize()
                 running += perf_counter() - loaded
             loading += loaded - began

@@ -171,6 +171,15 @@ class Stream:
             forked.put(number, self.values(number))
         return forked
 
+    def thinned(self, name: str, frames: int) -> "Stream":
+        """Return a stream of some of the batches, evenly spread, with about so many frames where there are more."""
+        total = sum(len(batch.places) for batch in self.batches)
+        chosen = range(0, len(self.batches), max(1, total // frames))
+        stream = Stream(self.walk, [self.batches[number] for number in chosen], self._shelf, name, self.done)
+        for place, number in enumerate(chosen):
+            stream.put(place, self.values(number))
+        return stream
+
     def onto(self, walk: GraphWalk, stop: fx.Node, name: str) -> "Stream":
         """Return a stream of another graph, which computes the same up to a node that its walk is divided at."""
         stream = Stream(walk, self.batches, self._shelf, name, walk.count_to(stop))

@@ -62,7 +62,7 @@ def test_every_recipe_fits_the_demo_policy(policy: CogACT) -> None:
     assert configs["layers-9"].keep_layers == 9
     assert [configs[f"tokens-{share}"].visual_tokens for share in (44, 22, 11)] == [28, 14, 7]
     assert configs["dense"] == configs["dense-again"] == configs["dense-noise-1"]
-    assert configs["demo"] == DEMO_CONFIG
+    assert configs["coverage-repair"] == DEMO_CONFIG.resolve(policy.sizes)
 
 
 def test_without_the_simulator_an_evaluation_stops_before_any_work(

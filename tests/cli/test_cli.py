@@ -341,7 +341,7 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         (("--keep-layers", "2"), "needs two layers below it and one above"),
         (("--visual-tokens", "few"), "--visual-tokens few: expected a count as in 56, a share as in 0.22, or all"),
         (("--keep-layers", "4", "--visual-tokens", "257"), "visual_tokens=257: the policy sees 256 patches"),
-        (("--visual-tokens", "3"), "visual_tokens=3 is below key_tokens=4"),
+        (("--visual-tokens", "3", "--token-rule", "relevance"), "visual_tokens=3 is below key_tokens=4"),
         (("--mlp-keep", "0"), "mlp_keep=0.0: expected a number in (0.0, 1.0]"),
         (("--task-share", "2"), "task_share=2.0: expected a number in [0.0, 1.0]"),
         (("--cfg-scale", "0.5"), "cfg_scale=0.5"),

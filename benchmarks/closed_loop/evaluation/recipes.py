@@ -185,6 +185,7 @@ RECIPES: dict[str, Recipe] = {
     "greedy-coverage-repair": replace(OURS, layer_rule="greedy"),
     "greedy-coverage-repair-gaps": replace(OURS, layer_rule="greedy", repair="gaps"),
     **{f"coverage-repair-without-{task}": replace(OURS, without=task) for task in TASKS},
+    # what `evla demo` did before it repaired
     "demo": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
 }
 """The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
