@@ -27,11 +27,12 @@ import evla_compile as evla
 from benchmarks.conditions import command_line
 from benchmarks.latency.rows import SIZES
 from benchmarks.latency.torch_paths import make_policy
-from evla_compile.calibration import calibrate as calibration
+from evla_compile.calibration.calibrate import calibrate
 from evla_compile.calibration.dense_measures import DenseRun
 from evla_compile.calibration.forecast import Forecast, forecast
-from evla_compile.calibration.streams import Stream
+from evla_compile.calibration.streams import Shelf, batches_of
 from evla_compile.demo.demo import describe_machine
+from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.host.frames import Frame
 from evla_compile.host.processor import Processor
@@ -111,19 +112,12 @@ def measure(policy: CogACT, config: CompileConfig, count: int) -> dict[str, Any]
         Frame(draw.integers(0, 256, (side, side, 3), dtype=np.uint8), "pick up the apple", str(number // EPISODE))
         for number in range(count)
     ]
-    forecasts: dict[str, Forecast] = {}
-
-    def reckon(policy: CogACT, run: DenseRun, start: Stream, config: CompileConfig, frames: int) -> Forecast:
-        forecasts["200 frames"] = forecast(policy, run, start, config, 200)
-        forecasts["these frames"] = forecast(policy, run, start, config, frames)
-        Console(stderr=True, soft_wrap=True).print(f"reckoned: {forecasts['200 frames']}")
-        return forecasts["these frames"]
-
-    calibration.forecast = reckon  # type: ignore[attr-defined]  # the same, and what it would say of 200 frames
+    reckoned = reckon(policy, config, frames)
+    Console(stderr=True, soft_wrap=True).print(f"reckoned: {reckoned[-1]}")
     before = sum(parameter.nbytes for parameter in policy.parameters())
     with watching_memory() as peak:
         start = perf_counter()
-        plan = calibration.calibrate(policy, frames, config)
+        plan = calibrate(policy, frames, config)
         seconds = perf_counter() - start
     decision = decision_of(RepairDecision, plan.decisions)
     found = {
@@ -135,11 +129,19 @@ def measure(policy: CogACT, config: CompileConfig, count: int) -> dict[str, Any]
         "own memory at most": bytes_text(peak.private),
         "with mapped files": bytes_text(peak.resident),
         "refit tensors": 0 if plan.tensor_file is None else plan.tensor_file.size,
-        "reckoned before the decoder": {name: str(each) for name, each in forecasts.items()},
+        "reckoned from the first layer": list(map(str, reckoned)),
     }
     if torch.cuda.is_available() and next(policy.parameters()).is_cuda:
         found["GPU memory at most"] = bytes_text(torch.cuda.max_memory_allocated())
     return found
+
+
+def reckon(policy: CogACT, config: CompileConfig, frames: list[Frame]) -> list[Forecast]:
+    """Return what calibration would say that these frames take, and 200."""
+    run = DenseRun(capture(policy, config), batches_of(policy, frames), Shelf())
+    start = run.start("front")
+    start.advance(run.front)
+    return [forecast(policy, run, start, config, count) for count in (len(frames), 200)]
 
 
 def write_run(folder: Path, policy: CogACT) -> None:

@@ -32,7 +32,7 @@ SCORING_LAYER = 1
 """Position in the kept stack of the layer whose attention scores the patches; the selection follows it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SelectTokens(GraphPass):
     """Keep `visual_tokens` patches from the third kept decoder layer on, lossy.
 
@@ -83,6 +83,16 @@ class SelectTokens(GraphPass):
     """Seed of the rule "random"."""
     merge_tokens: bool = False
     """Whether dropped patches are merged into kept ones."""
+
+    def __repr__(self) -> str:
+        """Return what the rule reads."""
+        of_rule = {"relevance": ("key_tokens", "task_share"), "random": ("token_rule", "token_seed")}
+        names = (
+            "visual_tokens",
+            *of_rule.get(self.token_rule, ("token_rule",)),
+            *("merge_tokens",) * self.merge_tokens,
+        )
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __post_init__(self) -> None:
         if self.key_tokens < 1:

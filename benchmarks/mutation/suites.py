@@ -26,7 +26,7 @@ CALIBRATION = {
     "test_fingerprint": ("fingerprint",),
     "test_forecast": ("forecast",),
     "test_held_out": ("held_out",),
-    "test_repair": ("decoder_passes", "repair", "repair_trials", "resumption"),
+    "test_repair": ("decoder_passes", "kept_layer", "repair", "repair_trials", "resumption"),
     "test_ridge": ("ridge",),
     "test_solver_search": ("solver_search",),
     "test_streams": ("streams",),

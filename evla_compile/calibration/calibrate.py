@@ -20,7 +20,7 @@ from evla_compile.calibration.cache_search import CachedRun
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
 from evla_compile.calibration.feature_shift import FeatureShift
 from evla_compile.calibration.fingerprint import FramesDigest, fingerprint_weights
-from evla_compile.calibration.forecast import forecast, repair_trials, stream_bytes
+from evla_compile.calibration.forecast import forecast, most_trials, stream_bytes
 from evla_compile.calibration.held_out import split_frames
 from evla_compile.calibration.progress import CalibrationProgress, drawing_progress
 from evla_compile.calibration.repair_trials import RepairTrials
@@ -114,7 +114,7 @@ def measure(
     graph = capture(policy, config)
     batches, checkpoint = batches_of(policy, observations), fingerprint_weights(policy.state_dict())
     digest = _digest(batches)
-    needed = stream_bytes(policy, batches, repair_trials(config, sizes))
+    needed = stream_bytes(policy, batches, most_trials(config, sizes))
     with _open_shelf(scratch, needed) as shelf, drawing_progress(wanted=progress) as bar:
         resumption = Resumption(shelf, _key(config, digest, checkpoint))
         run = DenseRun(graph, batches, shelf)

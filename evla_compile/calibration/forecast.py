@@ -10,7 +10,6 @@ from evla_compile.calibration.dense_measures import DenseRun
 from evla_compile.calibration.streams import Batch, Stream
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.walk import Values
-from evla_compile.settings.budgets.repair import REPAIR_RHOS, REPAIR_SCOPES
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import ModelSizes
 from evla_compile.units import bytes_text
@@ -36,11 +35,11 @@ class Forecast:
         return f"about {time} and {bytes_text(self.size)} of activations for {self.frames} frames"
 
 
-def repair_trials(config: CompileConfig, sizes: ModelSizes) -> int:
+def most_trials(config: CompileConfig, sizes: ModelSizes) -> int:
     """Return how many repairs calibration tries at most, none where it repairs nothing."""
     if "repair" not in config.measurements(sizes):
         return 0
-    return REPAIR_SCOPES.index(config.repair) * (len(REPAIR_RHOS) if config.repair_rho is None else 1)
+    return len(config.repair_scopes) * len(config.repair_strengths)
 
 
 def stream_bytes(policy: CogACT, batches: Sequence[Batch], trials: int) -> int:
@@ -81,7 +80,7 @@ def forecast(policy: CogACT, run: DenseRun, start: Stream, config: CompileConfig
         rows = frames * tokens
         side, other = min(rows, features), max(rows, features)
         trial += _FLOAT64 * 2 * (side**2 * other + side**3 // 3 + side * features * language.width)
-    trials = repair_trials(config, policy.sizes)
+    trials = most_trials(config, policy.sizes)
     work = language.layers * whole * frames + (trials + 1 if trials else 0) * kept * trial
     size = stream_bytes(policy, start.batches, trials) * frames // sum(len(each.places) for each in start.batches)
     return Forecast(frames=frames, seconds=work * rate + 2 * language.layers * loading, size=size)

@@ -23,18 +23,14 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from evla_compile.calibration.dense_measures import DenseRun, front_of
+from evla_compile.calibration.kept_layer import KeptLayer, RowWeights
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.ridge import RidgeRegression
 from evla_compile.calibration.streams import Batch, Stream, in_frame_order
-from evla_compile.errors import PassError
-from evla_compile.graph.contract import get_tensor
-from evla_compile.graph.deferred import materialized
-from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, is_call, stage_node
+from evla_compile.graph.sites import decoder_layers, stage_node
 from evla_compile.graph.walk import GraphWalk, Values
 from evla_compile.settings.anatomy import COGNITION
 from evla_compile.settings.budgets.repair import RepairScope
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,48 +44,6 @@ class Trial:
 
     def __str__(self) -> str:
         return self.scope if self.scope == "none" else f"{self.scope}-{self.rho:g}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowWeights:
-    """Weights of the positions in the regressions."""
-
-    visual: float
-    """Of visual tokens."""
-    text: float
-    """Of text."""
-    cognition: float
-    """Of the cognition token."""
-
-    def of(self, positions: int, text: int) -> Tensor:
-        """Return the weight of every position of a sequence: BOS, the visual tokens, the rest of the text; [S]."""
-        weights = torch.full((positions,), self.text, dtype=torch.float64)
-        weights[1 : 1 + positions - text] = self.visual
-        weights[-1] = self.cognition
-        return weights
-
-
-class _Layer:
-    """A kept layer of the compressed graph: where its regressions read and what they replace."""
-
-    def __init__(self, gm: fx.GraphModule, layer: DecoderLayer) -> None:
-        self.layer = layer
-        self.output, self.down = layer.named("self_attn.o_proj"), layer.named("mlp.down_proj")
-        self.context, self.neurons = argument(self.output, 0), argument(self.down, 0)
-        sums = [node for node in layer.nodes if is_call(node, aten.add.Tensor) and self.output in node.args]
-        if len(sums) != 1:
-            raise PassError(f"{layer.path}: expected one residual add behind the attention, found {len(sums)}")
-        (self.attended,) = sums
-        self._gm = gm
-
-    @property
-    def stops(self) -> tuple[fx.Node, ...]:
-        """Nodes that the walk is divided at."""
-        return self.context, self.attended, self.neurons, self.layer.exit
-
-    def weight(self, projection: fx.Node) -> Tensor:
-        """Return a weight as the policy has it, deferred ones computed."""
-        return materialized(get_tensor(self._gm, str(argument(projection, 1).target)))
 
 
 class Repair:
@@ -113,7 +67,7 @@ class Repair:
             resumption: records every finished layer.
         """
         graph = gm.graph
-        self.layers = [_Layer(gm, layer) for layer in decoder_layers(graph)]
+        self.layers = [KeptLayer(gm, layer) for layer in decoder_layers(graph)]
         self.readout = stage_node(graph, COGNITION)
         self._dense, self._batches, self._shelf = dense, dense.batches, dense.shelf
         self._fitted, self._weights, self._resumption = fitted, weights, resumption
@@ -226,10 +180,11 @@ class Repair:
             unrepaired = stream.fork(f"joint-{place}")
             unrepaired.advance(each.neurons)
             output, down = (each.weight(projection) for projection in (each.output, each.down))
+            wide = down.double()
             joint = self._system((down.shape[0], output.shape[1] + down.shape[1]), each.context, stream)
             contexts = (values[each.context.name] for _, values in stream)
             for (batch, values), (_, target), context in zip(unrepaired, dense, contexts, strict=True):
-                residual, neurons = self._residual(place, batch, values, target, down)
+                residual, neurons = self._residual(place, batch, values, target, wide)
                 self._add(joint, batch, torch.cat([context.double(), neurons], dim=-1), residual)
             unrepaired.close()
             for trial in refit:
@@ -253,12 +208,13 @@ class Repair:
         refit = stream.fork(f"{trial}-{place}")
         refit.jump(each.attended, lambda on: {attended: on[entry] + functional.linear(on[context], output)})
         refit.advance(each.neurons)
+        wide = down.double()
         system = self._system((down.shape[0], down.shape[1]), each.neurons, refit)
         for (batch, values), (_, target) in zip(refit, dense, strict=True):
-            residual, activations = self._residual(place, batch, values, target, down)
+            residual, activations = self._residual(place, batch, values, target, wide)
             self._add(system, batch, activations, residual)
         change, bias = system.solve(trial.rho)
-        weight, offset = (down.double() + change).to(down.dtype), bias.to(down.dtype)
+        weight, offset = (wide + change).to(down.dtype), bias.to(down.dtype)
         names = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias")
         tensors = dict(zip(names, (output, weight, offset), strict=True))
         self._shelf.write(f"weights-{trial}-{each.layer.index}", tensors)
@@ -268,19 +224,21 @@ class Repair:
 
     def _system(self, shape: tuple[int, int], read: fx.Node, stream: Stream) -> RidgeRegression:
         """Return a regression for a matrix of a shape, with as many rows as the positions of `read` give."""
+        batch, values = next(iter(stream))
+        visual = values[read.name].shape[1] - batch.input_ids.shape[1]  # those of all batches: reading one tells
         rows = sum(
-            len(self._frames(batch)) * len(self._positions(batch, values[read.name].shape[1])[0])
-            for batch, values in stream
+            len(self._frames(each)) * len(self._positions(each, visual + each.input_ids.shape[1])[0])
+            for each in self._batches
         )
         outputs, features = shape
         return RidgeRegression(features, outputs, rows, self._batches[0].image.device)
 
     def _residual(self, place: int, batch: Batch, values: Values, dense: Values, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T - a - m W^T [B,S,D] and m [B,S,M] in float64."""
+        """Return T - a - m W^T [B,S,D] and m [B,S,M] in float64, as `down`, W, is."""
         each = self.layers[place]
         target = self._selected(batch, values, dense[self._target_node(place).name])
         neurons = values[each.neurons.name].double()
-        residual = target.double() - values[each.attended.name].double() - functional.linear(neurons, down.double())
+        residual = target.double() - values[each.attended.name].double() - functional.linear(neurons, down)
         return residual, neurons
 
     def _selected(self, batch: Batch, values: Values, target: Tensor) -> Tensor:

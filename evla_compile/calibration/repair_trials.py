@@ -11,8 +11,9 @@ from evla_compile.calibration.activation_ranges import ActivationRanges
 from evla_compile.calibration.decoder_passes import decoder_passes
 from evla_compile.calibration.dense_measures import DenseRun, front_of
 from evla_compile.calibration.held_out import Split
+from evla_compile.calibration.kept_layer import RowWeights
 from evla_compile.calibration.progress import CalibrationProgress
-from evla_compile.calibration.repair import Repair, RowWeights, Trial
+from evla_compile.calibration.repair import Repair, Trial
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.streams import Stream
 from evla_compile.errors import CalibrationError
@@ -24,8 +25,6 @@ from evla_compile.host.inputs import draw_noise
 from evla_compile.settings.anatomy import COGNITION
 from evla_compile.settings.budgets.budget import Decision
 from evla_compile.settings.budgets.repair import (
-    REPAIR_RHOS,
-    REPAIR_SCOPES,
     RepairDecision,
     RepairTrial,
 )
@@ -115,17 +114,15 @@ class RepairTrials:
 
     def _trials(self, repair: Repair) -> list[Trial]:
         """Return no repair, then every scope from the narrowest up to that of the settings, with every rho."""
-        rho = self._config.repair_rho
-        scopes = REPAIR_SCOPES[1 : REPAIR_SCOPES.index(self._config.repair) + 1]
         found = [Trial(scope="none", rho=0.0)]
         seen: set[tuple[int, ...]] = {()}
-        for scope in scopes:
+        for scope in self._config.repair_scopes:
             layers = tuple(
                 place for place in range(len(repair.layers)) if repair.refits(Trial(scope=scope, rho=1.0), place)
             )
             if layers not in seen:  # a scope may be the same as a narrower one
                 seen.add(layers)
-                found += [Trial(scope=scope, rho=each) for each in ((rho,) if rho is not None else REPAIR_RHOS)]
+                found += [Trial(scope=scope, rho=each) for each in self._config.repair_strengths]
         return found
 
     def _deviation(self, features: Tensor) -> float:

@@ -134,7 +134,7 @@ def _print_memory(peak: PeakMemory) -> None:
 
 def compile_summary(report: "CompileReport") -> RenderableType:
     """Return the report of a compilation as tables."""
-    repair = [Text(line) for line in report.repair.lines()] if report.repair else []
+    repair = map(Text, report.repair_lines())
     if not report.deviations:
         advice = "Deviation from the dense policy: not measured. --calibration FRAMES measures it, beside --plan too."
         return Group("", pass_table(report), advice, *repair)

@@ -62,7 +62,7 @@ def demo_summary(result: "DemoResult") -> RenderableType:
     return Group(
         "",
         pass_table(report),
-        *(Text(f"{line}\n") for line in (report.repair.lines() if report.repair else ())),
+        *(Text(f"{line}\n") for line in report.repair_lines()),
         deviation_table(deviations),
         "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
         " how often the policy then still solves its tasks is measured in simulation: docs/results/quality.md.\n",

@@ -81,6 +81,10 @@ class CompileReport:
             "repair": None if self.repair is None else asdict(self.repair),
         }
 
+    def repair_lines(self) -> list[str]:
+        """Return what to tell of the repair, and each warning; nothing where there was none."""
+        return [] if self.repair is None else self.repair.lines()
+
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """Return the table of passes as text, its header first: name, kind, changes, operators, FLOPs and weights."""
         captured = self.passes[0].before
@@ -112,4 +116,4 @@ class CompileReport:
             f" {deviation.frames} frames"
             for deviation in self.deviations
         ] or ["deviation from the dense policy: not measured; give calibration frames, beside a plan too"]
-        return "\n".join([*lines, *(self.repair.lines() if self.repair else ())])
+        return "\n".join([*lines, *self.repair_lines()])

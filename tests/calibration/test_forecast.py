@@ -7,7 +7,7 @@ import torch
 
 from evla_compile.calibration import forecast as module
 from evla_compile.calibration.dense_measures import DenseRun
-from evla_compile.calibration.forecast import Forecast, forecast, repair_trials, stream_bytes
+from evla_compile.calibration.forecast import Forecast, forecast, most_trials, stream_bytes
 from evla_compile.calibration.streams import Shelf, Stream, batches_of
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
@@ -43,7 +43,7 @@ def run(small_policy: CogACT, frames: list[Frame]) -> tuple[DenseRun, Stream]:
 )
 def test_trials_are_the_scopes_and_strengths(settings: dict[str, object], trials: int, small_policy: CogACT) -> None:
     config = replace(CONFIG, **settings)  # type: ignore[arg-type]  # settings of different types
-    assert repair_trials(config, small_policy.sizes) == trials
+    assert most_trials(config, small_policy.sizes) == trials
 
 
 def test_activations_are_those_of_every_row_and_stream(small_policy: CogACT, frames: list[Frame]) -> None:

@@ -22,7 +22,7 @@ from evla_compile.artifact.manifest import Manifest, read_manifest
 from evla_compile.compiled_policy import CompiledPolicy
 from evla_compile.demo.demo import DEMO_CONFIG
 from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames
-from evla_compile.errors import ArtifactError, EvlaError, ExportError
+from evla_compile.errors import ArtifactError, EvlaError, ExportError, VerificationError
 from evla_compile.estimate.estimates import skeleton
 from evla_compile.exporters.build import build_engine
 from evla_compile.exporters.onnx_weights import weight_bytes
@@ -35,6 +35,7 @@ from evla_compile.settings.engine_settings import EngineSettings
 from evla_compile.settings.plan import Plan, stand_in_plan
 from evla_compile.settings.precision import Precision
 from evla_compile.settings.sizes import published_sizes
+from tests.paper_config import paper_config
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx-cu13, which has wheels for x86-64 alone")
 GPUS = ("8.6", "8.9", "12.0")
@@ -56,6 +57,13 @@ def plan(demo: CogACT) -> Plan:
 @pytest.fixture(scope="module")
 def compiled(demo: CogACT, plan: Plan) -> CompiledPolicy:
     return evla.compile(demo, DEMO_CONFIG, calibration=calibration_frames(), plan=plan)
+
+
+@pytest.fixture(scope="module")
+def by_relevance(demo: CogACT) -> CompiledPolicy:
+    """The demo's policy with a selection that rounding to bfloat16 hardly changes."""
+    config = paper_config(keep_layers=10, layer_rule="greedy", visual_tokens=28, key_tokens=2)
+    return evla.compile(demo, config, calibration=calibration_frames()[::14], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +140,13 @@ def test_a_batch_of_two(demo: CogACT, plan: Plan, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_half_precision_with_a_float32_head(
-    precision: Precision, compiled: CompiledPolicy, artifact: Path, tmp_path: Path
+    precision: Precision, compiled: CompiledPolicy, by_relevance: CompiledPolicy, artifact: Path, tmp_path: Path
 ) -> None:
     """A strongly typed network obeys the casts: products outside the head read half precision, the head float32."""
+    if precision == "bfloat16":
+        compiled, artifact = by_relevance, tmp_path / "whole"
+        compiled.export(artifact)
+        build_engine(artifact, RTX, progress=False)
     compiled.export(tmp_path / "policy", precision=precision)
     build_engine(tmp_path / "policy", RTX, progress=False)
     manifest, whole = check_engines(tmp_path / "policy"), read_manifest(artifact / "manifest.json")
@@ -156,8 +168,15 @@ def test_half_precision_with_a_float32_head(
     del parser, network, builder
 
 
-def test_perception_and_action_apart(compiled: CompiledPolicy, tmp_path: Path) -> None:
-    compiled.export(tmp_path / "policy", parts=2, precision="bfloat16")
+def test_other_patches_than_those_of_float32_are_refused(compiled: CompiledPolicy, tmp_path: Path) -> None:
+    """A near tie on the first frame: in bfloat16 another patch is the first that covers the image."""
+    with pytest.raises(VerificationError, match=r"in bfloat16: layers\.3 is .* tolerance 1e-01"):
+        compiled.export(tmp_path / "policy", precision="bfloat16")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_perception_and_action_apart(by_relevance: CompiledPolicy, tmp_path: Path) -> None:
+    by_relevance.export(tmp_path / "policy", parts=2, precision="bfloat16")
     build_engine(tmp_path / "policy", RTX, progress=False)
     manifest = check_engines(tmp_path / "policy", graphs=2)
     assert [record.name for record in manifest.engine.files] == [  # type: ignore[union-attr]  # checked above

@@ -324,6 +324,14 @@ def test_a_step_of_coverage_is_four_operators_for_every_batch(
         assert more - few == 4
 
 
+def test_its_name_gives_what_the_rule_reads() -> None:
+    assert repr(SEVEN) == "SelectTokens(visual_tokens=7, key_tokens=2, task_share=0.5)"
+    spread_and_merged = replace(SEVEN, token_rule="coverage", merge_tokens=True)
+    assert repr(spread_and_merged) == "SelectTokens(visual_tokens=7, token_rule='coverage', merge_tokens=True)"
+    drawn = replace(SEVEN, token_rule="random", token_seed=4)
+    assert repr(drawn) == "SelectTokens(visual_tokens=7, token_rule='random', token_seed=4)"
+
+
 @pytest.mark.parametrize("rule", TOKEN_RULES)
 def test_the_input_graph_is_untouched(
     small_graph: fx.GraphModule, untouched: Callable[[fx.GraphModule], AbstractContextManager[None]], rule: TokenRule

@@ -93,7 +93,7 @@ def test_no_tolerance_is_so_wide_that_nothing_could_fail_it() -> None:
     for name, tolerance in asdict(TOLERANCES).items():
         assert 0 < tolerance <= 1e-3, name
     for precision, row in PRECISION_ROWS.items():
-        assert 0 < row.actions <= row.features <= 0.25, precision
+        assert 0 < row.actions <= row.features <= 0.1, precision
 
 
 def test_the_first_stage_that_leaves_its_tolerance_is_named_with_the_one_before() -> None:

@@ -99,6 +99,11 @@ class Budget(Settings, ABC):
 
     decision: ClassVar[type[Decision]]
 
+    @property
+    def planned(self) -> bool:
+        """Whether the decision is a plan's; not where the settings alone tell it."""
+        return issubclass(self.decision, MeasuredDecision)
+
     def resolve(self, sizes: ModelSizes) -> Self:
         """Return the budget with counts for a model of these sizes in place of shares; counts stay as they are.
 
@@ -156,7 +161,7 @@ class Budget(Settings, ABC):
         Raises:
             ValueError: the budget does not fit the sizes.
         """
-        if issubclass(self.decision, MeasuredDecision):
+        if self.planned:
             return (decision_of(self.decision, planned),)
         return self.decide(sizes, None, earlier)
 

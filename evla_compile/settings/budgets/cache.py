@@ -156,6 +156,11 @@ class CacheBudget(SamplerSettings, Budget):
             )
 
     @property
+    def planned(self) -> bool:
+        """Whether calibration has chosen, so that the decision is the plan's."""
+        return self.searched_steps > 0
+
+    @property
     def searched_steps(self) -> int:
         """How many steps calibration has to choose; 0 where the settings tell all, or nothing is left to choose."""
         number = self.cache_steps if isinstance(self.cache_steps, int) else 0
@@ -211,14 +216,6 @@ class CacheBudget(SamplerSettings, Budget):
             steps = min(candidates(self.searched_steps, of), key=measured.cache_shift)
         searched = self.searched_steps > 0
         return (CacheDecision(steps=steps, of=of, extrapolate=self.cache_extrapolate, searched=searched),)
-
-    def complete(
-        self, planned: Sequence[Decision], sizes: ModelSizes, earlier: Sequence[Decision] = ()
-    ) -> tuple[Decision, ...]:
-        """Return the plan's steps where calibration chose them, else those of the settings; see `Budget.complete`."""
-        if self.searched_steps:
-            return (decision_of(CacheDecision, planned),)
-        return self.decide(sizes, None, earlier)
 
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse steps that were searched for other settings, or not at all; see `Budget.check_decision`."""

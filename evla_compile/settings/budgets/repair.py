@@ -171,6 +171,16 @@ class RepairBudget(Budget):
     """Calibration frames that a repair needs for each instruction, on average over the instructions; fewer are refused,
     since a fit on few frames can do harm."""
 
+    @property
+    def repair_scopes(self) -> tuple[RepairScope, ...]:
+        """Scopes that may be refit, the narrowest first; none where nothing is repaired."""
+        return REPAIR_SCOPES[1 : REPAIR_SCOPES.index(self.repair) + 1]
+
+    @property
+    def repair_strengths(self) -> tuple[float, ...]:
+        """Strengths of the penalty that are tried."""
+        return REPAIR_RHOS if self.repair_rho is None else (self.repair_rho,)
+
     def idle_settings(self) -> Mapping[str, str]:
         """Return what decides nothing where nothing is repaired."""
         if self.repair != "none":
@@ -197,10 +207,7 @@ class RepairBudget(Budget):
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse a repair that the settings do not allow, or of layers that go; see `Budget.check_decision`."""
         found, keep = decision_of(RepairDecision, decisions), decision_of(LayerDecision, decisions).keep
-        allowed = REPAIR_SCOPES[: REPAIR_SCOPES.index(self.repair) + 1]
-        if found.scope not in allowed or (
-            self.repair_rho is not None and found.layers and found.rho != self.repair_rho
-        ):
+        if found.layers and not (found.scope in self.repair_scopes and self.repair_rho in (None, found.rho)):
             raise CalibrationError(
                 f"the plan repairs {found.scope!r} with rho={found.rho}, the settings ask for {self.repair!r} with"
                 f" rho={self.repair_rho or 'any'}: calibrate again with these settings, or give repair={found.scope!r}"

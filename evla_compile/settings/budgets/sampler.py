@@ -155,6 +155,11 @@ class SamplerBudget(SamplerSettings, Budget):
     decision: ClassVar[type[Decision]] = SamplerDecision
 
     @property
+    def planned(self) -> bool:
+        """Whether calibration has chosen, so that the decision is the plan's."""
+        return self.searched_timesteps > 0
+
+    @property
     def searched_timesteps(self) -> int:
         """How many timesteps calibration has to choose; 0 where the settings tell all, or nothing is left to choose."""
         return self.solver_steps if self.solver_steps is not None and self.solver_steps > 1 else 0
@@ -185,14 +190,6 @@ class SamplerBudget(SamplerSettings, Budget):
         if self.searched_timesteps and measured is not None and measured.solver_shift is not None:
             timesteps = min(self.timestep_sets(), key=measured.solver_shift)
         return (SamplerDecision(timesteps=timesteps, ddim_steps=self.ddim_steps if self.searched_timesteps else 0),)
-
-    def complete(
-        self, planned: Sequence[Decision], sizes: ModelSizes, earlier: Sequence[Decision] = ()
-    ) -> tuple[Decision, ...]:
-        """Return the plan's timesteps where calibration chose them, else the settings'; see `Budget.complete`."""
-        if self.searched_timesteps:
-            return (decision_of(SamplerDecision, planned),)
-        return self.decide(sizes, None, earlier)
 
     def check_decision(self, decisions: Sequence[Decision], sizes: ModelSizes, *, measured: bool) -> None:
         """Refuse timesteps that were searched for other settings, or not at all; see `Budget.check_decision`."""
