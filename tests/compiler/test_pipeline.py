@@ -83,7 +83,7 @@ def test_every_report_continues_the_one_before(compiled: CompiledPolicy) -> None
 
 def test_report_prints_every_pass_and_the_deviation(compiled: CompiledPolicy) -> None:
     text = str(compiled.report)
-    assert "SelectTokens(visual_tokens=56, key_tokens=4, task_share=0.5, token_rule='relevance'" in text
+    assert "SelectTokens(visual_tokens=56, key_tokens=4, task_share=0.5)" in text
     assert "samples: " in text
     assert {deviation.stage for deviation in compiled.report.deviations} == {"cognition", "samples", "actions"}
     assert all(deviation.relative > 0 for deviation in compiled.report.deviations)
