@@ -7,6 +7,7 @@ from evla_compile.passes.lower_precision import LowerPrecision
 from evla_compile.passes.narrow_last_layer import NarrowLastLayer
 from evla_compile.passes.prune_layers import PruneLayers
 from evla_compile.passes.prune_mlp import PruneMLP
+from evla_compile.passes.prune_vision import PruneVision
 from evla_compile.passes.repair_layers import RepairLayers
 from evla_compile.passes.select_tokens import SelectTokens
 from evla_compile.passes.specialize_shapes import SpecializeShapes
@@ -21,6 +22,7 @@ __all__ = [
     "NarrowLastLayer",
     "PruneLayers",
     "PruneMLP",
+    "PruneVision",
     "RepairLayers",
     "SelectTokens",
     "SpecializeShapes",

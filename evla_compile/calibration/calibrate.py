@@ -27,6 +27,7 @@ from evla_compile.calibration.repair_trials import RepairTrials
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.solver_search import SolverRun
 from evla_compile.calibration.streams import Batch, Shelf, Stream, batches_of
+from evla_compile.calibration.vision_cut import VisionCut
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
@@ -67,8 +68,10 @@ def calibrate(
     trying all sets of that many, on the dense policy's cognition features: that is taken with which the actions are
     nearest to those of all steps of DDIM, from equal noise.
 
-    A neuron's score is the mean over all tokens of |silu(gate) up| times the norm of its column of the down projection.
-    Calibration also records the largest value in every layer that could be computed in half precision.
+    The score of a decoder's neuron is the mean over all tokens of |silu(gate) up| times the norm of its column of the
+    down projection. Calibration also records the largest value in every layer that could be computed in half precision.
+
+    With `vision_mlp_keep`, the MLPs of the vision towers are cut and refit, see `evla_compile.calibration.vision_cut`.
 
     With `repair`, the projections of the layers that stay are refit to the dense policy, see
     `evla_compile.calibration.repair`, on most of the episodes; the others decide which repair is taken, if any.
@@ -84,7 +87,8 @@ def calibrate(
             large.
 
     Raises:
-        CalibrationError: there are no frames, too few for a repair, or the policy's values are not finite.
+        CalibrationError: there are no frames, too few for a repair or a cut of the towers, or the policy's values are
+            not finite.
         CheckpointError: a weight has values that are not finite.
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
@@ -109,7 +113,7 @@ def measure(
     observations = as_frames(frames)
     if not observations:
         raise CalibrationError("no calibration frames: give at least one real (image, instruction) observation")
-    split = split_frames(observations, config.repair_frames) if "repair" in asked else None
+    split = split_frames(observations, config.repair_frames) if asked & {"repair", "vision"} else None
     check_finite_policy(policy)
     graph = capture(policy, config)
     batches, checkpoint = batches_of(policy, observations), fingerprint_weights(policy.state_dict())
@@ -118,16 +122,18 @@ def measure(
     with _open_shelf(scratch, needed) as shelf, drawing_progress(wanted=progress) as bar:
         resumption = Resumption(shelf, _key(config, digest, checkpoint))
         run = DenseRun(graph, batches, shelf)
-        found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked)
+        found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked, vision="vision" in asked)
         start, features = _run_dense(policy, run, found, resumption, bar, config)
-        shift = trials = solver_shift = cache_shift = None
+        shift = vision = trials = solver_shift = cache_shift = None
         if "feature_shift" in asked:
             count = drop_trials(sizes.language.layers, config.kept_layer_count(sizes))
             some = start.thinned("some", _GREEDY_FRAMES)
             places = sorted(place for batch in some.batches for place in batch.places)
             shift = FeatureShift(run, some, features[places], bar.step("Dropping layers", count))
-        if split is not None:
-            trials = RepairTrials(policy, run, start, features, split, config, resumption, bar)
+        if split is not None and "vision" in asked:
+            vision = VisionCut(run, found.vision_scores(), split, resumption, bar)
+        if split is not None and "repair" in asked:
+            trials = RepairTrials(policy, run, start, features, split, config, resumption, bar, vision)
         if "solver_shift" in asked:
             begin = partial(bar.step, "Choosing timesteps", len(config.timestep_sets()))
             solver_shift = ActionShift(policy, features, config, partial(SolverRun, policy, config), begin)
@@ -138,16 +144,19 @@ def measure(
             layer_importance=found.importance(),
             neuron_scores=found.neuron_scores(),
             feature_shift=shift,
+            vision=vision,
             repair=trials,
             solver_shift=solver_shift,
             cache_shift=cache_shift,
         )
         decisions = config.decide(sizes, measured)
-        refit = {} if trials is None else {name: to_plan_tensor(tensor) for name, tensor in trials.tensors.items()}
+        refitted = [each for each in (vision, trials) if each is not None]
+        refit = {name: to_plan_tensor(tensor) for each in refitted for name, tensor in each.tensors.items()}
         resumption.finish()
     ranges = found.ranges()
-    for path, largest in (trials.ranges if trials is not None else {}).items():
-        ranges[path] = max(ranges.get(path, 0.0), largest)
+    for each in refitted:
+        for path, largest in each.ranges.items():
+            ranges[path] = max(ranges.get(path, 0.0), largest)
     plan = Plan(
         decisions=planned(decisions),
         ranges=tuple(ranges.items()),

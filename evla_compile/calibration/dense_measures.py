@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from evla_compile.calibration.activation_ranges import ActivationRanges
 from evla_compile.calibration.layer_importance import mean_cosine
 from evla_compile.calibration.streams import Batch, Shelf, Stream, in_frame_order
-from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, stage_node
+from evla_compile.graph.deferred import materialized
+from evla_compile.graph.sites import DecoderLayer, argument, decoder_layers, stage_node, vision_blocks
 from evla_compile.graph.walk import GraphWalk, Watch
 from evla_compile.settings.anatomy import COGNITION
 
@@ -37,6 +38,11 @@ class DenseRun:
         entries = {layer.entry: layer.exit for layer in self.layers}  # kept for the cosine with what leaves the layer
         self.walk = GraphWalk(graph, [self.front, *exits, self.readout], held=entries)
         self.graph, self.batches, self.shelf = graph, batches, shelf
+
+    def front_in(self, graph: fx.Graph) -> fx.Node:
+        """Return the node of a rewritten graph that computes what `front` does in this one."""
+        found: fx.Node = next(node for node in graph.nodes if node.name == self.front.name)
+        return found
 
     def start(self, name: str) -> Stream:
         """Return a stream in front of the vision towers."""
@@ -73,13 +79,16 @@ class DenseRun:
 class DenseMeasures:
     """Measurements of a dense run, made as its stream advances."""
 
-    def __init__(self, run: DenseRun, frames: int, *, neurons: bool) -> None:
+    def __init__(self, run: DenseRun, frames: int, *, neurons: bool, vision: bool = False) -> None:
         self._run, self._frames = run, frames
         self._cosines = torch.zeros(len(run.layers), frames, dtype=torch.float64)
         gates = {argument(layer.named("mlp.down_proj"), 0): place for place, layer in enumerate(run.layers)}
         self._gates = gates if neurons else {}
         self._activity: list[Tensor | float] = [0.0 for _ in run.layers]
         self._tokens = 0
+        self._blocks = vision_blocks(run.graph.graph) if vision else ()
+        # of each block, over tokens: their number, the sum of each neuron's activation, and that of its square
+        self._moments = [torch.zeros(3, dtype=torch.float64)[:, None] for _ in self._blocks]
         self._ranges = ActivationRanges(run.walk.graph)
 
     def watch(self, batch: Batch) -> Watch:
@@ -91,6 +100,8 @@ class DenseMeasures:
             found.setdefault(layer.exit, []).append(partial(self._see_layer, place, batch))
         for node, place in self._gates.items():
             found.setdefault(node, []).append(partial(self._see_neurons, place))
+        for place, block in enumerate(self._blocks):
+            found.setdefault(block.neurons, []).append(partial(self._see_vision, place))
         return {node: partial(_call_all, seen) for node, seen in found.items()}
 
     def importance(self) -> tuple[float, ...]:
@@ -107,6 +118,19 @@ class DenseMeasures:
             scores.append((torch.as_tensor(activity) / self._tokens * down.float().norm(dim=0).cpu()).numpy())
         return tuple(scores)
 
+    def vision_scores(self) -> dict[str, NDArray[np.float32]]:
+        """Return the score of every neuron of every vision block, float32 [M], by its module path.
+
+        It is the standard deviation of the activation over all tokens, times the norm of the neuron's column of the
+        second layer. Nothing where it was not measured.
+        """
+        found = {}
+        for block, (tokens, total, squares) in zip(self._blocks, self._moments, strict=True):
+            spread = (squares / tokens - (total / tokens).square()).clamp_min(0.0).sqrt()
+            down = materialized(self._run.walk.fetch_attr(str(argument(block.down, 1).target)))
+            found[block.path] = (spread * down.double().norm(dim=0).cpu()).float().numpy()
+        return found
+
     def ranges(self) -> dict[str, float]:
         """Return the largest absolute input or output of every layer that could be lowered, by its module path."""
         return self._ranges.found()
@@ -116,7 +140,8 @@ class DenseMeasures:
         seen = self._ranges.state()
         activity = {f"activity.{place}": torch.as_tensor(value) for place, value in enumerate(self._activity)}
         ranges = torch.tensor([seen[name] for name in sorted(seen)], dtype=torch.float64)
-        return {"cosines": self._cosines, "ranges": ranges, "tokens": self._tokens, **activity}
+        moments = {f"moments.{place}": value for place, value in enumerate(self._moments)}
+        return {"cosines": self._cosines, "ranges": ranges, "tokens": self._tokens, **activity, **moments}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what an earlier run had measured with the same policy and frames."""
@@ -124,6 +149,7 @@ class DenseMeasures:
         self._ranges.restore(dict(zip(names, state["ranges"].tolist(), strict=True)))
         self._cosines, self._tokens = state["cosines"].clone(), state["tokens"]
         self._activity = [state[f"activity.{place}"].clone() for place in range(len(self._activity))]
+        self._moments = [state[f"moments.{place}"].clone() for place in range(len(self._moments))]
 
     def _see_layer(self, place: int, batch: Batch, value: Tensor) -> None:
         before = self._run.walk.env[self._run.layers[place].entry]
@@ -133,6 +159,11 @@ class DenseMeasures:
         self._activity[place] += value.float().abs().sum(dim=(0, 1)).cpu()  # [M] of [B,S,M]
         if place == 0:
             self._tokens += value.shape[0] * value.shape[1]
+
+    def _see_vision(self, place: int, value: Tensor) -> None:
+        rows = value.flatten(0, 1).double()  # [B*N,M]
+        seen = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(dim=0), rows.square().sum(dim=0)])
+        self._moments[place] = self._moments[place] + seen.cpu()
 
 
 def front_of(layer: DecoderLayer) -> fx.Node:

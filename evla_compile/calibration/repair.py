@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from evla_compile.calibration.dense_measures import DenseRun, front_of
+from evla_compile.calibration.dense_measures import DenseRun
 from evla_compile.calibration.kept_layer import KeptLayer, RowWeights
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.ridge import RidgeRegression
@@ -74,7 +74,7 @@ class Repair:
         stages = {node.meta["stage"]: node for node in graph.nodes if "stage" in node.meta}
         self._kept, self._merged = stages.get("kept_patches"), stages.get("merge_weights")
         held = {node: self.readout for node in (self._kept, self._merged) if node is not None}
-        self._front = front_of(self.layers[0].layer)
+        self._front = dense.front_in(graph)
         stops = [self._front]
         for place, each in enumerate(self.layers):
             stops += each.stops
@@ -83,7 +83,11 @@ class Repair:
         self.walk = GraphWalk(gm, stops, held=held)
 
     def run(
-        self, trials: Sequence[Trial], start: Stream, tick: Callable[[], None] = lambda: None
+        self,
+        trials: Sequence[Trial],
+        start: Stream,
+        tick: Callable[[], None] = lambda: None,
+        compressed: Stream | None = None,
     ) -> dict[Trial, Tensor]:
         """Advance all trials to the cognition feature, from where an earlier run was interrupted.
 
@@ -91,13 +95,15 @@ class Repair:
             trials: which; each once.
             start: the dense stream in front of the decoder.
             tick: called behind every layer.
+            compressed: the compressed stream there, which stays as it is; None where nothing in front of the decoder is
+                compressed.
 
         Returns:
             The cognition feature of every frame for each trial, float32 [F,D].
         """
         resumed = self._resumed(trials)
         if resumed is None:
-            first = start.onto(self.walk, self._front, "compressed")
+            first = (compressed or start).onto(self.walk, self._front, "compressed")
             resumed = 0, start.fork("target"), [(first, list(trials))]
         done, target, streams = resumed
         for place in range(len(self.layers)):

@@ -9,17 +9,18 @@ from torch import Tensor, fx
 
 from evla_compile.calibration.activation_ranges import ActivationRanges
 from evla_compile.calibration.decoder_passes import decoder_passes
-from evla_compile.calibration.dense_measures import DenseRun, front_of
+from evla_compile.calibration.dense_measures import DenseRun
 from evla_compile.calibration.held_out import Split
 from evla_compile.calibration.kept_layer import RowWeights
 from evla_compile.calibration.progress import CalibrationProgress
 from evla_compile.calibration.repair import Repair, Trial
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.streams import Stream
+from evla_compile.calibration.vision_cut import VisionCut
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.run_passes import run_passes
-from evla_compile.graph.sites import decoder_layers, stage_node
+from evla_compile.graph.sites import stage_node
 from evla_compile.graph.walk import GraphWalk
 from evla_compile.host.inputs import draw_noise
 from evla_compile.settings.anatomy import COGNITION
@@ -49,6 +50,7 @@ class RepairTrials:
         config: CompileConfig,
         resumption: Resumption,
         bar: CalibrationProgress,
+        vision: VisionCut | None,
     ) -> None:
         """Take what the measurements of the dense policy leave.
 
@@ -61,9 +63,11 @@ class RepairTrials:
             config: the settings.
             resumption: records every finished layer.
             bar: draws progress.
+            vision: what cuts the vision towers; None where they are left alone.
         """
         self._policy, self._run, self._start, self._features = policy, run, start, features
         self._split, self._config, self._resumption, self._bar = split, config, resumption, bar
+        self._vision = vision
         self.tensors: Mapping[str, Tensor] = {}
         self.ranges: Mapping[str, float] = {}
 
@@ -79,7 +83,8 @@ class RepairTrials:
         weights = RowWeights(visual=visual, text=text, cognition=cognition)
         repair = Repair(compressed, self._run, split.fitted, weights, self._resumption)
         trials = self._trials(repair)
-        features = repair.run(trials, self._start, self._bar.step("Repairing layers", len(repair.layers)))
+        tick = self._bar.step("Repairing layers", len(repair.layers))
+        features = repair.run(trials, self._start, tick, self._compressed)
         deviations = {trial: self._deviation(features[trial]) for trial in trials}
         best = min(trials, key=lambda trial: deviations[trial])  # the first among equals: the least change
         self.tensors = repair.tensors(best)
@@ -95,6 +100,11 @@ class RepairTrials:
         self._measure_ranges((*decisions, decision))
         return decision
 
+    @property
+    def _compressed(self) -> Stream:
+        """The compressed policy's stream in front of the decoder."""
+        return self._start if self._vision is None or self._vision.front is None else self._vision.front
+
     def _rewritten(self, decisions: Sequence[Decision]) -> fx.GraphModule:
         """Return the policy's graph with its decoder compressed."""
         passes = decoder_passes(decisions, self._policy.sizes, self.tensors)
@@ -105,8 +115,8 @@ class RepairTrials:
         """Run the compressed decoder as it was chosen, since its activations are other ones than the dense policy's."""
         gm = self._rewritten(decisions)
         ranges = ActivationRanges(gm.graph)
-        front, readout = front_of(decoder_layers(gm.graph)[0]), stage_node(gm.graph, COGNITION)
-        stream = self._start.onto(GraphWalk(gm, [front, readout]), front, "compressed")
+        front, readout = self._run.front_in(gm.graph), stage_node(gm.graph, COGNITION)
+        stream = self._compressed.onto(GraphWalk(gm, [front, readout]), front, "compressed")
         tick = self._bar.step("Measuring activations", len(stream.walk.stretches) - stream.done)
         stream.advance(readout, lambda _: ranges.watch(), tick)
         stream.close()

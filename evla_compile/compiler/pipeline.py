@@ -9,7 +9,7 @@ from evla_compile.calibration.calibrate import measure
 from evla_compile.calibration.decoder_passes import decoder_passes, lossy_pass
 from evla_compile.calibration.fingerprint import check_checkpoint
 from evla_compile.compiler.deviations import measure_deviations
-from evla_compile.compiler.report import CompileReport, RepairReport
+from evla_compile.compiler.report import CompileReport, RepairReport, VisionReport
 from evla_compile.compiler.result import CompiledGraph
 from evla_compile.families.cogact.capture import capture
 from evla_compile.families.cogact.model.policy import CogACT
@@ -23,12 +23,14 @@ from evla_compile.passes import (
     CacheFeatures,
     FoldConstants,
     NarrowLastLayer,
+    PruneVision,
     SpecializeShapes,
     UnrollDiffusion,
     UnrollSolver,
 )
 from evla_compile.settings.budgets.cache import CacheDecision
 from evla_compile.settings.budgets.sampler import SamplerDecision
+from evla_compile.settings.budgets.vision import VisionDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, check_plan, plan_without_calibration
 from evla_compile.settings.sizes import ModelSizes
@@ -72,7 +74,13 @@ def compile_into(
         plan=plan,
         sizes=policy.sizes,
         processor=policy.processor,
-        report=CompileReport(config=config, passes=reports, deviations=(), repair=RepairReport.of(plan)),
+        report=CompileReport(
+            config=config,
+            passes=reports,
+            deviations=(),
+            repair=RepairReport.of(plan),
+            vision=VisionReport.of(plan),
+        ),
         frames=tuple(frames or ())[:COMPARED_FRAMES],
     )
     if compiled.frames:
@@ -93,9 +101,16 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
 
     solver = lossy_pass(decisions, sizes, SamplerDecision, lambda s: UnrollSolver(timesteps=s.timesteps))
     sampler = solver or UnrollDiffusion(ddim_steps=config.ddim_steps)
+    tensors = {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}
     passes = (
         sampler,  # first: from here on, every graph yields samples
-        *decoder_passes(decisions, sizes, {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}),
+        lossy_pass(
+            decisions,
+            sizes,
+            VisionDecision,
+            lambda v: PruneVision(neurons={b.path: b.neurons for b in v.blocks}, refit=v.refit, tensors=tensors),
+        ),
+        *decoder_passes(decisions, sizes, tensors),
         lossy_pass(  # of the unrolled loop
             decisions, sizes, CacheDecision, lambda c: CacheFeatures(steps=c.steps, extrapolate=c.extrapolate)
         ),

@@ -6,6 +6,7 @@ from typing import Any
 from evla_compile.graph.contract import GraphStats, PassReport
 from evla_compile.settings.budgets.budget import decision_of
 from evla_compile.settings.budgets.repair import RepairDecision
+from evla_compile.settings.budgets.vision import VisionDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan
 from evla_compile.units import byte_scale, bytes_text, flop_scale
@@ -60,6 +61,44 @@ class RepairReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionReport:
+    """What the cut of the vision towers did."""
+
+    blocks: int
+    """Blocks that were cut."""
+    neurons: tuple[int, ...]
+    """Neurons that stay in each."""
+    refit: int
+    """Blocks of which the second layer was refit."""
+    moved: tuple[float, float]
+    """How far the cut moves what leaves a block on held-out frames, without and with the refit, over its norm; the
+    largest of all blocks."""
+
+    @classmethod
+    def of(cls, plan: Plan) -> "VisionReport | None":
+        """Return the report of a plan; None where nothing was cut."""
+        decision = decision_of(VisionDecision, plan.decisions)
+        if not decision.blocks:
+            return None
+        before, after = (max(block.moved[place] for block in decision.blocks) for place in (0, 1))
+        return cls(
+            blocks=len(decision.blocks),
+            neurons=tuple(len(block.neurons) for block in decision.blocks),
+            refit=len(decision.refit),
+            moved=(before, after),
+        )
+
+    def line(self) -> str:
+        """Return what to tell of it, a sentence."""
+        widths = " or ".join(map(str, sorted(set(self.neurons))))
+        before, after = self.moved
+        return (
+            f"vision: {widths} neurons stay in each of {self.blocks} MLPs, of which {self.refit} are refit: what leaves"
+            f" a block moves by {after:.1%} of its norm at most on held-out frames, by {before:.1%} unless refit"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CompileReport:
     """What a compilation did."""
 
@@ -71,6 +110,8 @@ class CompileReport:
     """Distance from the dense policy; empty where no calibration frames were given."""
     repair: RepairReport | None = None
     """What the repair did; None where there was none."""
+    vision: VisionReport | None = None
+    """What the cut of the vision towers did; None where there was none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -79,11 +120,13 @@ class CompileReport:
             "passes": [asdict(report) for report in self.passes],
             "deviations": [asdict(deviation) for deviation in self.deviations],
             "repair": None if self.repair is None else asdict(self.repair),
+            "vision": None if self.vision is None else asdict(self.vision),
         }
 
     def repair_lines(self) -> list[str]:
-        """Return what to tell of the repair, and each warning; nothing where there was none."""
-        return [] if self.repair is None else self.repair.lines()
+        """Return what to tell of the refits of vision and decoder, and each warning; nothing where there was none."""
+        vision = [] if self.vision is None else [self.vision.line()]
+        return [*vision, *([] if self.repair is None else self.repair.lines())]
 
     def rows(self) -> list[tuple[str, str, str, str, str, str]]:
         """Return the table of passes as text, its header first: name, kind, changes, operators, FLOPs and weights."""

@@ -1,6 +1,7 @@
 """Find the nodes that a rewrite changes: by operator and module path, by stage name, as decoder layers."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,64 @@ def input_node(graph: fx.Graph, name: str) -> fx.Node:
     if name not in inputs:
         raise PassError(f"the graph has no input {name!r}; its inputs are {sorted(inputs)}")
     return inputs[name]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionBlock:
+    """One block of a vision tower, found in a graph."""
+
+    path: str
+    """Its module path."""
+    attended: fx.Node
+    """Its hidden states behind the attention, residual included, [B,N,D]."""
+    up: fx.Node
+    """The linear node of its MLP's first layer."""
+    down: fx.Node
+    """That of the second."""
+    scale: fx.Node | None
+    """The vector [D] that the MLP's output is multiplied by; None where the tower has none."""
+    exit: fx.Node
+    """The hidden states that leave it, residual included."""
+
+    @property
+    def neurons(self) -> fx.Node:
+        """The activations of its MLP's neurons, [B,N,M]."""
+        return argument(self.down, 0)
+
+
+def vision_blocks(graph: fx.Graph) -> tuple[VisionBlock, ...]:
+    """Return the blocks of all vision towers, in the order of the graph.
+
+    Raises:
+        PassError: a block is not of the form of `evla_compile.families.cogact.model.vision.Block`.
+    """
+    return tuple(
+        _vision_block(f"{tower}.blocks.{index}", nodes)
+        for tower in COGACT.vision_towers
+        for index, nodes in indexed_modules(graph, f"{tower}.blocks").items()
+    )
+
+
+def _vision_block(path: str, nodes: list[fx.Node]) -> VisionBlock:
+    _, exit_ = residual_ends(path, nodes)
+    attended, added = argument(exit_, 0), argument(exit_, 1)
+    up, down = (_linear(path, nodes, f"mlp.{name}") for name in ("fc1", "fc2"))
+    scale = argument(added, 1) if is_call(added, aten.mul.Tensor) and argument(added, 0) is down else None
+    if attended not in nodes or (added is not down and scale is None):
+        raise PassError(f"{path}: expected the MLP's output, scaled or not, to be added to what leaves the attention")
+    return VisionBlock(path, attended, up, down, scale, exit_)
+
+
+def _linear(path: str, nodes: Sequence[fx.Node], suffix: str) -> fx.Node:
+    """Return the single linear node of the submodule `suffix` of the module at `path`.
+
+    Raises:
+        PassError: the module has no such submodule, or it is not one linear node.
+    """
+    found = [n for n in nodes if module_path(n) == f"{path}.{suffix}" and is_call(n, aten.linear.default)]
+    if len(found) != 1:
+        raise PassError(f"{path}: expected one linear node in {suffix}, found {len(found)}")
+    return found[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class Anatomy:
 
     vision: str
     """Module path of the vision towers."""
+    vision_towers: tuple[str, ...]
+    """Module paths of each of them."""
     projector: str
     """Module path of what turns patches into the decoder's hidden states."""
     language: str
@@ -96,6 +98,7 @@ class Anatomy:
 
 COGACT = Anatomy(
     vision="vision_backbone",
+    vision_towers=("vision_backbone.dino_featurizer", "vision_backbone.siglip_featurizer"),
     projector="projector",
     language="llm_backbone",
     decoder_layers="llm_backbone.llm.model.layers",

@@ -13,6 +13,7 @@ from evla_compile.settings.budgets.mlp import MLPBudget
 from evla_compile.settings.budgets.repair import RepairBudget, compressed
 from evla_compile.settings.budgets.sampler import DenoisingSettings, SamplerBudget
 from evla_compile.settings.budgets.tokens import TokenBudget
+from evla_compile.settings.budgets.vision import VisionBudget
 from evla_compile.settings.schedule import DDIM_STEPS
 from evla_compile.settings.setting import KEPT, number_from, setting, settings_of, whole_from
 from evla_compile.settings.sizes import ModelSizes
@@ -60,6 +61,7 @@ class CompileConfig(
     SamplerBudget,
     RepairBudget,
     TokenBudget,
+    VisionBudget,
     MLPBudget,
     LayerBudget,
 ):
@@ -161,7 +163,10 @@ class CompileConfig(
 
     def idle_settings(self) -> Mapping[str, str]:
         """Return the settings that decide nothing beside the others, and why."""
-        return {name: reason for budget in self.budgets() for name, reason in budget.idle_settings().items()}
+        found = {name: reason for budget in self.budgets() for name, reason in budget.idle_settings().items()}
+        if self.vision_mlp_keep < 1.0:
+            found.pop("repair_frames", None)  # a cut of the vision towers is refit on them whatever else is
+        return found
 
     def unmeasured(self, sizes: ModelSizes) -> Mapping[str, Any]:
         """Return the settings, and their values, that leave open what stays, so that only measurements can tell.

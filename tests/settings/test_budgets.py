@@ -17,6 +17,7 @@ from evla_compile.settings.budgets.mlp import MLPBudget, MLPDecision
 from evla_compile.settings.budgets.repair import RepairBudget, RepairDecision
 from evla_compile.settings.budgets.sampler import SamplerBudget, SamplerDecision
 from evla_compile.settings.budgets.tokens import TokenBudget, TokenDecision
+from evla_compile.settings.budgets.vision import VisionBudget, VisionDecision
 from evla_compile.settings.config import PRESETS, CompileConfig
 from evla_compile.settings.sizes import ModelSizes, published_sizes
 
@@ -152,15 +153,15 @@ def test_defaults_fit_the_policy_of_the_demo() -> None:
 
 def test_a_configuration_is_made_of_the_budgets_of_the_techniques() -> None:
     config = CompileConfig(keep_layers=5, mlp_keep=0.5, visual_tokens=None, cache_interval=2)
-    layers, mlp, tokens, repair, sampler, cache = config.budgets()
+    layers, mlp, vision, tokens, repair, sampler, cache = config.budgets()
     assert (layers, mlp) == (LayerBudget(keep_layers=5), MLPBudget(mlp_keep=0.5))
     assert (tokens, cache) == (TokenBudget(visual_tokens=None), CacheBudget(cache_interval=2))
-    assert (repair, sampler) == (RepairBudget(), SamplerBudget())
+    assert (vision, repair, sampler) == (VisionBudget(), RepairBudget(), SamplerBudget())
     assert list(config.to_json()) == [
-        "keep_layers", "layer_rule", "mlp_keep", "visual_tokens", "token_rule", "key_tokens", "task_share",
-        "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames", "ddim_steps",
-        "solver", "solver_steps", "solver_timesteps", "cache_interval", "cache_steps", "cache_extrapolate", "cfg_scale",
-        "text_tokens", "batch_size",
+        "keep_layers", "layer_rule", "mlp_keep", "vision_mlp_keep", "visual_tokens", "token_rule", "key_tokens",
+        "task_share", "token_seed", "merge_tokens", "repair", "repair_rho", "repair_weights", "repair_frames",
+        "ddim_steps", "solver", "solver_steps", "solver_timesteps", "cache_interval", "cache_steps",
+        "cache_extrapolate", "cfg_scale", "text_tokens", "batch_size",
     ]  # fmt: skip
 
 
@@ -197,13 +198,13 @@ def test_decisions_follow_from_what_was_measured() -> None:
     scores = tuple(np.roll(np.arange(128, dtype=np.float32), 10 * layer) for layer in range(3))
     measured = Measured(layer_importance=(0.3, 0.1, 0.2), neuron_scores=scores)
     config = CompileConfig(keep_layers=2, mlp_keep=0.5, visual_tokens=40)
-    layers, mlp, tokens, repair, sampler, cache = config.decide(sizes, measured)
+    layers, mlp, vision, tokens, repair, sampler, cache = config.decide(sizes, measured)
     assert layers == LayerDecision(keep=(0, 2), importance=(0.3, 0.1, 0.2), rule="importance")
     assert mlp == MLPDecision(neurons=((0, tuple(range(64, 128))), (2, (*range(20), *range(84, 128)))))
     assert tokens == TokenDecision(
         visual_tokens=40, key_tokens=4, task_share=0.5, token_rule="coverage", token_seed=0, merge_tokens=True
     )
-    assert (repair, sampler) == (RepairDecision(), SamplerDecision())
+    assert (vision, repair, sampler) == (VisionDecision(), RepairDecision(), SamplerDecision())
     assert cache == CacheDecision(steps=(0, 5), of=10)
 
 
@@ -224,7 +225,11 @@ def test_a_decision_that_keeps_everything_is_idle_and_no_other() -> None:
     sizes = published_sizes("base")
     assert all(decision.idle(sizes) for decision in CompileConfig.dense().decide(sizes, None))
     decisions = CompileConfig().decide(sizes, None)
-    assert [type(decision) for decision in decisions if decision.idle(sizes)] == [RepairDecision, SamplerDecision]
+    assert [type(decision) for decision in decisions if decision.idle(sizes)] == [
+        VisionDecision,
+        RepairDecision,
+        SamplerDecision,
+    ]
     assert not RepairDecision(scope="last", rho=0.1, layers=(3,)).idle(sizes)
 
 
@@ -233,7 +238,7 @@ def test_neurons_of_other_layers_than_those_that_stay_are_refused() -> None:
     config = CompileConfig(keep_layers=(0, 1, 2), mlp_keep=0.75, repair="none")
     layers, mlp, *_ = config.decide(sizes, None)
     assert isinstance(mlp, MLPDecision)
-    config.check_decision((layers, mlp, RepairDecision()), sizes, measured=True)
+    config.check_decision((layers, mlp, VisionDecision(), RepairDecision()), sizes, measured=True)
     others = MLPDecision(neurons=tuple((layer + 1, kept) for layer, kept in mlp.neurons))
     with pytest.raises(CalibrationError, match=re.escape("in layers (1, 2, 3), the settings ask for [8256]")):
-        config.check_decision((layers, others, RepairDecision()), sizes, measured=True)
+        config.check_decision((layers, others, VisionDecision(), RepairDecision()), sizes, measured=True)

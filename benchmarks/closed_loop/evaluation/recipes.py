@@ -8,7 +8,7 @@ from benchmarks.closed_loop.evaluation.layer_rules import OtherRule
 from benchmarks.closed_loop.simulation.tasks import TASKS
 from evla_compile.host.frames import Frame
 from evla_compile.settings.budgets.layers import LAYER_RULES, LayerRule
-from evla_compile.settings.budgets.repair import RepairScope
+from evla_compile.settings.budgets.repair import REPAIR_SCOPES, RepairScope
 from evla_compile.settings.budgets.tokens import TokenRule
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.sizes import ModelSizes
@@ -34,6 +34,8 @@ class Recipe:
     """Which visual tokens stay."""
     merge: bool = False
     """Whether visual tokens that go are averaged into those that stay."""
+    vision_mlp_keep: float = 1.0
+    """MLP neurons kept in each block of the vision towers."""
     repair: RepairScope = "none"
     """Which kept layers are refit, at most."""
     frames: int | None = None
@@ -70,6 +72,8 @@ class Recipe:
             drawn = " (random in every call)" if self.random_tokens else ""
             rule = "" if self.token_rule == "relevance" else f" ({self.token_rule})"
             yield f"{self.tokens:.0%} of the visual tokens{drawn or rule}{', merged' if self.merge else ''}"
+        if self.vision_mlp_keep < 1:
+            yield f"{self.vision_mlp_keep:.0%} of the vision towers' neurons"
         if self.repair != "none":
             yield f"repair of {self.repair}"
         if self.frames is not None:
@@ -117,6 +121,7 @@ class Recipe:
             task_share=0.5,
             token_rule=self.token_rule,
             merge_tokens=self.merge,
+            vision_mlp_keep=self.vision_mlp_keep,
             repair=self.repair,
             repair_frames=min(40, self.frames or 40),
             cache_interval=self.cache_interval,
@@ -190,7 +195,7 @@ RECIPES: dict[str, Recipe] = {
 }
 """The ablation: every pass alone, the paper's combinations (Table 5) in proportion, controls that must look worse."""
 
-_FRONTIER = re.compile(r"l(\d+(?:\.\d+)*)-m(\d+)-t(\d+)-([nks])(\d+)(?:-w(\d+))?")
+_FRONTIER = re.compile(r"l(\d+(?:\.\d+)*)-m(\d+)-t(\d+)-([nks])(\d+)(?:-w(\d+))?(?:-v(\d+))?(?:-r(last|gaps))?")
 
 
 def frontier_recipe(name: str) -> Recipe | None:
@@ -198,18 +203,21 @@ def frontier_recipe(name: str) -> Recipe | None:
 
     It is `OURS` with other budgets: 6 of 12 layers, 50 % of the neurons, 8 of 64 visual tokens, N=5. Layers may be
     named, "l0.1.2.5.7.9"; "k3" has 3 chosen steps computed and the others extrapolated, "s2" is DPM-Solver++ with 2
-    chosen timesteps; "-w18" behind it is a budget of 18 text tokens.
+    chosen timesteps; "-w18" behind it is a budget of 18 text tokens, "-v25" keeps 25 % of the vision towers' neurons,
+    and "-rlast" refits the last layer at most.
     """
     found = _FRONTIER.fullmatch(name)
     if found is None:
         return None
-    layers, share, tokens, sampler, number, text = found.groups()
+    layers, share, tokens, sampler, number, text, vision, scope = found.groups()
     return replace(
         OURS,
         layers=tuple(map(int, layers.split("."))) if "." in layers else int(layers) / 12,
         mlp_keep=int(share) / 100,
         tokens=int(tokens) / 64,
         text_tokens=int(text or 32),
+        vision_mlp_keep=int(vision or 100) / 100,
+        repair=next((each for each in REPAIR_SCOPES if each == scope), "all"),
         cache_interval=int(number) if sampler == "n" else 1,
         cache_steps=int(number) if sampler == "k" else None,
         solver_steps=int(number) if sampler == "s" else None,

@@ -12,7 +12,7 @@ from evla_compile.settings.setting import Settings
 from evla_compile.settings.sizes import ModelSizes
 
 Measurement: TypeAlias = Literal[
-    "layer_importance", "neuron_scores", "feature_shift", "repair", "solver_shift", "cache_shift"
+    "layer_importance", "neuron_scores", "feature_shift", "vision", "repair", "solver_shift", "cache_shift"
 ]
 """Name of a field of `Measured`."""
 
@@ -29,6 +29,9 @@ class Measured:
     feature_shift: Callable[[tuple[int, ...], int], float] | None = None
     """Measures, when it is called with decoder layers and one of them, how far the cognition feature f moves with these
     layers but for that one: the mean over frames of |f - f_dense| / |f_dense|."""
+    vision: Callable[[Mapping[str, int]], "Decision"] | None = None
+    """Cuts the MLPs of the vision towers, when it is called with how many neurons stay in each by its module path, and
+    returns its decision."""
     repair: Callable[[Sequence["Decision"]], "Decision"] | None = None
     """Repairs, when it is called with the decisions of the techniques in front, and returns its own decision."""
     solver_shift: Callable[[tuple[int, ...]], float] | None = None

@@ -18,11 +18,9 @@ from evla_compile.settings.budgets.budget import (
 )
 from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.plan_values import ascending, from_runs, to_runs
+from evla_compile.settings.budgets.shares import rounded_width
 from evla_compile.settings.setting import number_from, setting
 from evla_compile.settings.sizes import ModelSizes
-
-NEURON_MULTIPLE = 64
-"""MLP widths are rounded to multiples of this, since matrix units of GPUs compute in tiles of such sizes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +72,7 @@ class MLPBudget(Budget):
 
     def kept_neurons(self, width: int) -> int:
         """Return how many of an MLP's `width` neurons stay: the share, rounded to a multiple of 64, at least 64."""
-        if self.mlp_keep == 1.0:
-            return width
-        return min(width, max(1, round(self.mlp_keep * width / NEURON_MULTIPLE)) * NEURON_MULTIPLE)
+        return rounded_width(self.mlp_keep, width)
 
     def unmeasured(self, sizes: ModelSizes) -> Mapping[str, Any]:
         """Return the share where it is not all of them."""

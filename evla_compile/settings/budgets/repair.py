@@ -11,6 +11,7 @@ from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.budgets.plan_values import ascending, index, score
 from evla_compile.settings.budgets.tokens import TokenDecision
+from evla_compile.settings.budgets.vision import VisionDecision
 from evla_compile.settings.setting import one_of, setting, whole_from
 from evla_compile.settings.sizes import ModelSizes
 
@@ -223,7 +224,7 @@ class RepairBudget(Budget):
 
 def compressed(decisions: Sequence[Decision], sizes: ModelSizes) -> bool:
     """Tell whether the techniques in front of a repair take anything away that it could make up for."""
-    kinds = (LayerDecision, MLPDecision, TokenDecision)
+    kinds = (LayerDecision, MLPDecision, VisionDecision, TokenDecision)
     return any(isinstance(decision, kinds) and not decision.idle(sizes) for decision in decisions)
 
 

@@ -8,6 +8,9 @@ Share: TypeAlias = float
 """A budget as a share of what the model has, above 0.0 and below 1.0. An int is a count instead, so 1 is one layer; 1.0
 keeps everything, like None, where that is possible."""
 
+NEURON_MULTIPLE = 64
+"""MLP widths are rounded to multiples of this, since matrix units of GPUs compute in tiles of such sizes."""
+
 
 def read_count_or_share(name: str, budget: Any) -> int | Share:
     """Return a budget as an int where it is a count, as a float where it is a share.
@@ -61,3 +64,10 @@ def fitting(name: str, share: Share, whole: int) -> str:
     return (
         f"use {name}=1 to {whole}, or a share of them such as {name}={share:.2f}, which keeps {count_of(share, whole)}"
     )
+
+
+def rounded_width(share: float, width: int) -> int:
+    """Return how many of an MLP's `width` neurons stay: the share, rounded to a multiple of 64, at least 64."""
+    if share == 1.0:
+        return width
+    return min(width, max(1, round(share * width / NEURON_MULTIPLE)) * NEURON_MULTIPLE)
