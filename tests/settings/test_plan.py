@@ -13,6 +13,7 @@ from evla_compile.settings.budgets.layers import LayerDecision
 from evla_compile.settings.budgets.mlp import MLPDecision
 from evla_compile.settings.budgets.repair import RepairDecision
 from evla_compile.settings.budgets.sampler import SamplerDecision
+from evla_compile.settings.budgets.vision import VisionDecision
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import PLAN_FORMAT, Plan, check_plan, stand_in_plan
 from evla_compile.settings.sizes import ModelSizes
@@ -84,7 +85,7 @@ def test_a_plan_reads_as_it_was_decided() -> None:
 
 def test_a_technique_without_a_decision_keeps_everything() -> None:
     layers, neurons, *others = PLAN.decisions
-    assert others == [RepairDecision(), SamplerDecision(), CacheDecision()]
+    assert others == [VisionDecision(), RepairDecision(), SamplerDecision(), CacheDecision()]
     assert Plan(decisions=(layers,)).decisions == (layers, MLPDecision(), *others)
     assert Plan(decisions=(*others, neurons, layers)).decisions == PLAN.decisions
 

@@ -20,6 +20,7 @@ GIVEN: dict[str, Any] = {
     "keep_layers": "0.5",
     "layer_rule": "greedy",
     "mlp_keep": 0.5,
+    "vision_mlp_keep": 0.5,
     "visual_tokens": "0.25",
     "token_rule": "relevance",
     "key_tokens": "3",
