@@ -173,6 +173,24 @@ def _closed_loop(data: Mapping[str, Any]) -> list[str]:
     return _table(header, cells, left=1)
 
 
+def screened(results: Path) -> list[str]:
+    """Return the latency of variants that were timed in turn, and their speed-up over each dense one."""
+    data = _read(results / "closed-loop-screen.json")
+    rows = {row["variant"]: row for row in data["rows"]}
+    dense = [name for name in rows if name.startswith("dense")]
+    cells = [
+        [
+            f"`{name}`",
+            f"{row['milliseconds']:.2f}",
+            *(f"{rows[each]['milliseconds'] / row['milliseconds']:.2f}x" for each in dense),
+            f"{row['gflop']:.2f}",
+            f"{data['calls']} calls each, {data['machine']}, {data['date']}",
+        ]
+        for name, row in rows.items()
+    ]
+    return _table(("variant", "median ms", *(f"of `{each}`" for each in dense), "GFLOP", "conditions"), cells, left=1)
+
+
 def layer_redundancy(results: Path) -> list[str]:
     """Return the perplexity of SmolLM2 with layers dropped by several rules."""
     data = _read(results / "layer-redundancy-smollm2-135m.json")
@@ -203,6 +221,8 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "closed-loop-confirmation": closed_loop("closed-loop-confirmation"),
         "closed-loop-repair": closed_loop("closed-loop-repair"),
         "closed-loop-frontier": closed_loop("closed-loop-frontier"),
+        "closed-loop-screen": screened,
+        "closed-loop-repair-ablation": closed_loop("closed-loop-repair-ablation"),
         "layer-redundancy": layer_redundancy,
     }
 )
@@ -210,13 +230,18 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
 
 PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "README.md": ("closed-loop-repair", "closed-loop-confirmation"),
+        "README.md": ("closed-loop-frontier", "closed-loop-screen"),
         "docs/results/closed-loop.md": ("closed-loop-confirmation", "closed-loop"),
         "docs/results/full-size.md": ("full-size", "calibration-cost"),
         "docs/results/latency.md": ("latency-mid", "latency-demo", "compile-and-export"),
         "docs/results/layer-redundancy.md": ("layer-redundancy",),
         "docs/results/paper.md": ("paper", "steps"),
-        "docs/results/quality.md": ("closed-loop-repair", "closed-loop-frontier"),
+        "docs/results/quality.md": (
+            "closed-loop-repair",
+            "closed-loop-frontier",
+            "closed-loop-screen",
+            "closed-loop-repair-ablation",
+        ),
     }
 )
 """Which tables each page has, by its path in the checkout."""

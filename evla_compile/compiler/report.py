@@ -51,9 +51,10 @@ class RepairReport:
                 " dense policy's, mean of the absolute differences, normalised to [-1,1]"
             ]
         else:
-            layers = ", ".join(map(str, found.layers))
+            layers = f"layer{'s' * (len(found.layers) > 1)} {', '.join(map(str, found.layers))}"
+            are = "are" if len(found.layers) > 1 else "is"
             lines = [
-                f"repair: layers {layers} are refit (rho {found.rho:g}, {bytes_text(self.size)}) on {found.fitted}"
+                f"repair: {layers} {are} refit (rho {found.rho:g}, {bytes_text(self.size)}) on {found.fitted}"
                 f" frames: {of} {after:.4f} from the dense policy's, {before:.4f} unrepaired, mean of the absolute"
                 " differences, normalised to [-1,1]"
             ]

@@ -234,10 +234,20 @@ PRESETS: Mapping[str, CompileConfig] = MappingProxyType(
     | {
         "faithful": CompileConfig(keep_layers=28 / 32, visual_tokens=112 / 256),
         "balanced": CompileConfig(),
-        "fast": CompileConfig(keep_layers=16 / 32, mlp_keep=0.25, visual_tokens=32 / 256),
+        "fast": CompileConfig(
+            keep_layers=16 / 32,
+            layer_rule="greedy",
+            mlp_keep=0.25,
+            vision_mlp_keep=0.25,
+            repair="last",
+            solver="dpm++",
+            solver_steps=2,
+            cache_interval=1,
+        ),
     }
 )
 """Configurations by name. `l28-t112`, `l28-t56`, `l22-t112` and `l22-t56` are EfficientVLA exactly, in the rows of its
 Table 2 (all with MLP 0.75 and N=5). `faithful`, `balanced`, which is the default, and `fast` keep less and less with
-this project's recipe: tokens that cover the image, merging, and repair. The numbers are CogACT's, of 32 layers and 256
+this project's recipe: tokens that cover the image, merging, and repair; `fast` chooses layers greedily, cuts the
+vision towers and takes two steps of DPM-Solver++ as well. The numbers are CogACT's, of 32 layers and 256
 patches; other sizes keep the same shares."""

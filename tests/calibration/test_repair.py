@@ -1,5 +1,6 @@
 """Repair against an eager policy that is refit by hand, frame by frame, with `numpy.linalg.lstsq`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -249,7 +251,9 @@ def test_what_is_taken_is_best_on_frames_that_were_not_fitted(small_policy: CogA
     assert np.mean(apart) == pytest.approx(decision.trials[0].deviation, rel=1e-4)
 
 
-def test_the_graph_has_an_add_more_for_each_repaired_layer(small_policy: CogACT, compiled: CompiledPolicy) -> None:
+def test_the_graph_has_an_add_more_for_each_repaired_layer(
+    small_policy: CogACT, compiled: CompiledPolicy, tmp_path: Path
+) -> None:
     unrepaired = replace(compiled.config, repair="none")
     plan = replace(
         compiled.plan,
@@ -261,6 +265,14 @@ def test_the_graph_has_an_add_more_for_each_repaired_layer(small_policy: CogACT,
     with_repair, without = (each.report.passes[-1].after for each in (compiled, plain))
     assert with_repair.ops == without.ops  # the bias is an argument of its linear layer: ONNX makes an Add of it
     assert with_repair.weight_bytes - without.weight_bytes == 3 * 32 * 4
+    if compiled.config.merge_tokens:
+        counts = []
+        for name, each in (("repaired", compiled), ("plain", plain)):
+            each.export(tmp_path / f"{name}.onnx", progress=False)
+            nodes = onnx.load(tmp_path / f"{name}.onnx", load_external_data=False).graph.node
+            counts.append(Counter(node.op_type for node in nodes))
+        assert counts[0] - counts[1] == Counter({"Add": 3})
+        assert not counts[1] - counts[0]
 
 
 def test_no_repair_is_taken_where_none_helps(

@@ -261,8 +261,10 @@ def test_presets_are_the_rows_of_table_2() -> None:
 
 def test_other_presets_keep_less_and_less_and_are_repaired() -> None:
     ours = [CompileConfig.preset(name).resolve(published_sizes("base")) for name in ("faithful", "balanced", "fast")]
-    assert [(config.keep_layers, config.visual_tokens) for config in ours] == [(28, 112), (22, 56), (16, 32)]
-    assert {(config.token_rule, config.merge_tokens, config.repair) for config in ours} == {("coverage", True, "all")}
+    assert [(config.keep_layers, config.visual_tokens) for config in ours] == [(28, 112), (22, 56), (16, 56)]
+    assert {(config.token_rule, config.merge_tokens) for config in ours} == {("coverage", True)}
+    assert [config.repair for config in ours] == ["all", "all", "last"]
+    assert [config.vision_mlp_keep for config in ours] == [1.0, 1.0, 0.25]
     assert CompileConfig.preset("balanced") == CompileConfig()
 
 

@@ -190,6 +190,18 @@ RECIPES: dict[str, Recipe] = {
     "greedy-coverage-repair": replace(OURS, layer_rule="greedy"),
     "greedy-coverage-repair-gaps": replace(OURS, layer_rule="greedy", repair="gaps"),
     **{f"coverage-repair-without-{task}": replace(OURS, without=task) for task in TASKS},
+    # the preset "fast" at a text budget that holds every instruction of the demo policy
+    "fast-w18": replace(
+        OURS,
+        layers=16 / 32,
+        layer_rule="greedy",
+        mlp_keep=0.25,
+        vision_mlp_keep=0.25,
+        repair="last",
+        solver_steps=2,
+        cache_interval=1,
+        text_tokens=18,
+    ),
     # what `evla demo` did before it repaired
     "demo": Recipe(layers=10 / 12, layer_rule="greedy", mlp_keep=0.75, tokens=112 / 256, cache_interval=5),
 }

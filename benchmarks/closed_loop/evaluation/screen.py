@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,7 +24,8 @@ from benchmarks.closed_loop.evaluation.rollout import Execution, Worker
 from benchmarks.closed_loop.evaluation.variants import Prepared, parse_variant
 from benchmarks.closed_loop.simulation.environment import simulator_lack
 from benchmarks.closed_loop.simulation.tasks import TASKS
-from evla_compile.demo.demo import measure_latencies
+from benchmarks.conditions import command_line
+from evla_compile.demo.demo import describe_machine, measure_latencies
 from evla_compile.demo.shipped_policy import DEMO_POLICY, demo_frame
 from evla_compile.errors import EvlaError
 from evla_compile.host.frames import read_frames
@@ -58,7 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (EvlaError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
-    (given.out / "screen.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    found = {
+        "command": command_line("benchmarks.closed_loop.evaluation.screen"),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "machine": describe_machine(1),
+        "calls": given.runs,
+        "episodes": given.episodes * len(TASKS),
+        "rows": rows,
+    }
+    (given.out / "screen.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     console.print(_table(rows), soft_wrap=False)
     return 0
 
