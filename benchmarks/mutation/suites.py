@@ -16,7 +16,8 @@ class Suite:
 
 PASSES = (
     *("cache_features", "expose_stages", "fold_constants", "lower_precision", "narrow_last_layer", "prune_layers"),
-    *("prune_mlp", "repair_layers", "select_tokens", "specialize_shapes", "unroll_diffusion", "unroll_solver"),
+    *("prune_mlp", "prune_vision", "repair_layers", "select_tokens", "specialize_shapes", "unroll_diffusion"),
+    "unroll_solver",
 )
 CALIBRATION = {
     "test_calibration": (
@@ -30,6 +31,7 @@ CALIBRATION = {
     "test_ridge": ("ridge",),
     "test_solver_search": ("solver_search",),
     "test_streams": ("streams",),
+    "test_vision_cut": ("vision_cut",),
 }
 RUNTIME_TESTS = ("tests/runtime/test_runtime.py", "tests/runtime/test_lifetime.py")
 ENGINE_TESTS = ("tests/runtime/test_engine_session.py",)
