@@ -173,6 +173,29 @@ def _closed_loop(data: Mapping[str, Any]) -> list[str]:
     return _table(header, cells, left=1)
 
 
+def without_task(results: Path) -> list[str]:
+    """Return what a repair does to a task of which calibration has no frames, each task in turn."""
+    cells = []
+    for task, data in _read(results / "closed-loop-without-task.json").items():
+        variants = data["variants"]
+        left_out = f"coverage-repair-without-{task}"
+        rates = []
+        for name in ("dense", "coverage", "coverage-repair", left_out):
+            success = variants[name]["all"]["success"]
+            rates.append(f"{100 * success['successes'] / success['episodes']:.0f}")
+        paired = variants[left_out]["paired"]
+        cells.append(
+            [
+                task,
+                *rates,
+                f"{100 * paired['difference']:+.0f} [{100 * paired['low']:+.0f}, {100 * paired['high']:+.0f}]",
+                f"{success['episodes']} episodes, success in %, {data['machine']}, {data['date']}",
+            ]
+        )
+    kinds = ("dense", "not repaired", "repaired", "repaired without its frames", "of these, against dense, points")
+    return _table(("task", *kinds, "conditions"), cells, left=1)
+
+
 def screened(results: Path) -> list[str]:
     """Return the latency of variants that were timed in turn, and their speed-up over each dense one."""
     data = _read(results / "closed-loop-screen.json")
@@ -223,6 +246,7 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "closed-loop-frontier": closed_loop("closed-loop-frontier"),
         "closed-loop-screen": screened,
         "closed-loop-repair-ablation": closed_loop("closed-loop-repair-ablation"),
+        "closed-loop-without-task": without_task,
         "layer-redundancy": layer_redundancy,
     }
 )
@@ -241,6 +265,7 @@ PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "closed-loop-frontier",
             "closed-loop-screen",
             "closed-loop-repair-ablation",
+            "closed-loop-without-task",
         ),
     }
 )
