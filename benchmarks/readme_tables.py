@@ -6,6 +6,7 @@ exit status is 1 where a page says something else than the results.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+from benchmarks.latency.components import COMPONENTS
 from evla_compile.units import bytes_text
 
 ROOT = Path(__file__).parent.parent
@@ -61,8 +63,8 @@ def steps(results: Path) -> list[str]:
     return _table(("after", "GFLOP, `paper`", "of upstream", "points", "`all`", "conditions"), cells, left=1)
 
 
-def latency(stem: str) -> Callable[[Path], list[str]]:
-    """Return the function that writes the table of one latency run."""
+def latency(stem: str, *, components: bool = False) -> Callable[[Path], list[str]]:
+    """Return the function that writes the table of one latency run, with the times of the components if wished."""
 
     def make(results: Path) -> list[str]:
         data = _read(results / f"{stem}.json")
@@ -81,6 +83,7 @@ def latency(stem: str) -> Callable[[Path], list[str]]:
                 f"{entry['latency']['p95']:,.0f}"
                 if entry["latency"]["p95"] >= 1000
                 else f"{entry['latency']['p95']:.1f}",
+                *(f"{milliseconds:.1f}" for milliseconds in entry["latency"]["modules"] if components),
                 f"{entry['speed_up']:.2f}x",
                 f"{entry['flops'] / 1e9:.1f}",
                 f"{entry['weight_bytes'] / 1e6:,.0f}",
@@ -88,7 +91,8 @@ def latency(stem: str) -> Callable[[Path], list[str]]:
             ]
             for entry in entries
         ]
-        header = ("policy", "backend", "median ms", "p95 ms", "speed-up", "GFLOP", "weights MB", "conditions")
+        parts = [f"{name} ms" for name in COMPONENTS if components]
+        header = ("policy", "backend", "median ms", "p95 ms", *parts, "speed-up", "GFLOP", "weights MB", "conditions")
         return _table(header, cells, left=2)
 
     return make
@@ -231,10 +235,32 @@ def layer_redundancy(results: Path) -> list[str]:
     return _table(("dropped", *kinds, "the least important ones", "conditions"), cells, left=0)
 
 
+def repair_language_model(results: Path) -> list[str]:
+    """Return the perplexity of SmolLM2 with layers and neurons taken out, without repair and with it."""
+    data = _read(results / "repair-smollm2-135m.json")
+    dense, conditions = data["dense"], "; ".join(data["conditions"])
+    cells = [["nothing", f"{dense:.1f}", "", "", "", "", "", conditions]]
+    for row in data["rows"]:
+        rises = [math.log(row[name] / dense) for name in ("without", "repaired")]
+        cells.append(
+            [
+                row["compression"],
+                *(f"{row[name]:.1f}" for name in ("without", "repaired")),
+                *(f"{rise:.3f}" for rise in rises),
+                f"{rises[1] / rises[0]:.2f}",
+                f"{row['rho']:g}",
+                conditions,
+            ]
+        )
+    kinds = ("perplexity", "repaired", "rise of its logarithm", "repaired", "ratio", "rho")
+    return _table(("taken out", *kinds, "conditions"), cells, left=1)
+
+
 TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
     {
         "paper": paper,
         "steps": steps,
+        "latency-base": latency("latency-base-cuda-bfloat16", components=True),
         "latency-demo": latency("latency-demo-cpu-float32"),
         "latency-mid": latency("latency-mid-cpu-float32"),
         "full-size": full_size,
@@ -257,7 +283,7 @@ PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "README.md": ("closed-loop-frontier", "closed-loop-screen"),
         "docs/results/closed-loop.md": ("closed-loop-confirmation", "closed-loop"),
         "docs/results/full-size.md": ("full-size", "calibration-cost"),
-        "docs/results/latency.md": ("latency-mid", "latency-demo", "compile-and-export"),
+        "docs/results/latency.md": ("latency-base", "latency-mid", "latency-demo", "compile-and-export"),
         "docs/results/layer-redundancy.md": ("layer-redundancy",),
         "docs/results/paper.md": ("paper", "steps"),
         "docs/results/quality.md": (

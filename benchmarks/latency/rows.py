@@ -75,7 +75,8 @@ class Row:
 def make_rows(sizes: ModelSizes, *, dtype: DtypeName, device: str) -> tuple[Row, ...]:
     """Return every row of a policy, the baseline first.
 
-    Budgets are the paper's; layers are scaled in proportion to the decoder's 32, visual tokens to the frame's 256.
+    Budgets are the paper's, and in the group "recipes" those of this project's presets; layers are scaled in
+    proportion to the decoder's 32, visual tokens to the frame's 256.
 
     Args:
         sizes: sizes of the policy.
@@ -106,6 +107,10 @@ def make_rows(sizes: ModelSizes, *, dtype: DtypeName, device: str) -> tuple[Row,
             budgets.append(
                 ((name, "ex7"), ("presets", "ablation"), config) if strongest else ((name,), ("presets",), config)
             )
+    budgets += [
+        ((name,), ("recipes",), replace(CompileConfig.preset(name), text_tokens=PAPER_TEXT_TOKENS))
+        for name in ("faithful", "balanced", "fast")
+    ]
     weights: list[DtypeName] = ["float32", "bfloat16"] if device == "cuda" and dtype == "bfloat16" else ["float32"]
     autocast: DtypeName = "bfloat16" if device == "cuda" else "float32"
     upstream = [

@@ -155,14 +155,15 @@ def test_measuring_no_rounds_is_refused(warmup: int, runs: int) -> None:
         measure([], CPU, warmup=warmup, runs=runs, step=lambda: None)
 
 
-def test_rows_of_a_published_size_are_the_papers() -> None:
+def test_rows_of_a_published_size_are_the_papers_and_our_presets() -> None:
     found = {row.names[0]: row for row in make_rows(SIZES["base"], dtype="bfloat16", device="cuda")}
     assert list(found) == [
         *("upstream-float32", "upstream-bfloat16", "dense", "layers-28", "layers-22", "mlp-0.75", "tokens-112"),
         *("tokens-56", "cache-5", "ex3", "ex4", "ex5", "ex6", "l28-t112", "l28-t56", "l22-t112", "l22-t56"),
+        *("faithful", "balanced", "fast"),
     ]
     assert found["dense"].config == CompileConfig.dense(text_tokens=PAPER_TEXT_TOKENS)
-    for name in ("l28-t112", "l28-t56", "l22-t112", "l22-t56"):
+    for name in ("l28-t112", "l28-t56", "l22-t112", "l22-t56", "faithful", "balanced", "fast"):
         preset = replace(CompileConfig.preset(name), text_tokens=PAPER_TEXT_TOKENS)
         config = found[name].config
         assert config is not None
