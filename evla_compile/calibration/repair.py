@@ -25,7 +25,7 @@ from torch.nn import functional
 from evla_compile.calibration.dense_measures import DenseRun
 from evla_compile.calibration.kept_layer import KeptLayer, RowWeights
 from evla_compile.calibration.resumption import Resumption
-from evla_compile.calibration.ridge import RidgeRegression
+from evla_compile.calibration.ridge import RidgeRegression, linear
 from evla_compile.calibration.streams import Batch, Stream, in_frame_order
 from evla_compile.graph.sites import decoder_layers, stage_node
 from evla_compile.graph.walk import GraphWalk, Values
@@ -155,6 +155,12 @@ class Repair:
                 found |= {f"{each.layer.path}.{name}": tensor for name, tensor in values.items()}
         return found
 
+    def forget(self, trial: Trial) -> None:
+        """Drop the refit weights of a trial that ran, unless an interrupted run would go on from them."""
+        for place, each in enumerate(self.layers):
+            if self.refits(trial, place):
+                self._shelf.drop(f"weights-{trial}-{each.layer.index}")
+
     def refits(self, trial: Trial, place: int) -> bool:
         """Tell whether a trial refits the kept layer at a place."""
         if trial.scope == "gaps":
@@ -186,16 +192,14 @@ class Repair:
             unrepaired = stream.fork(f"joint-{place}")
             unrepaired.advance(each.neurons)
             output, down = (each.weight(projection) for projection in (each.output, each.down))
-            wide = down.double()
             joint = self._system((down.shape[0], output.shape[1] + down.shape[1]), each.context, stream)
             contexts = (values[each.context.name] for _, values in stream)
             for (batch, values), (_, target), context in zip(unrepaired, dense, contexts, strict=True):
-                residual, neurons = self._residual(place, batch, values, target, wide)
+                residual, neurons = self._residual(place, batch, values, target, down)
                 self._add(joint, batch, torch.cat([context.double(), neurons], dim=-1), residual)
             unrepaired.close()
             for trial in refit:
-                change, _ = joint.solve(trial.rho, blocks=(output.shape[1], down.shape[1]))
-                refitted = (output.double() + change[:, : output.shape[1]]).to(output.dtype)
+                refitted = joint.solve(trial.rho, blocks=(output.shape[1], down.shape[1])).added_to(output)
                 found.append((self._refit(place, stream, trial, dense, refitted, down), [trial]))
         if rest:
             stream.advance(self._following(place))
@@ -214,13 +218,12 @@ class Repair:
         refit = stream.fork(f"{trial}-{place}")
         refit.jump(each.attended, lambda on: {attended: on[entry] + functional.linear(on[context], output)})
         refit.advance(each.neurons)
-        wide = down.double()
         system = self._system((down.shape[0], down.shape[1]), each.neurons, refit)
         for (batch, values), (_, target) in zip(refit, dense, strict=True):
-            residual, activations = self._residual(place, batch, values, target, wide)
+            residual, activations = self._residual(place, batch, values, target, down)
             self._add(system, batch, activations, residual)
-        change, bias = system.solve(trial.rho)
-        weight, offset = (wide + change).to(down.dtype), bias.to(down.dtype)
+        found = system.solve(trial.rho)
+        weight, offset = found.added_to(down), found.bias.to(down.dtype)
         names = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias")
         tensors = dict(zip(names, (output, weight, offset), strict=True))
         self._shelf.write(f"weights-{trial}-{each.layer.index}", tensors)
@@ -240,11 +243,11 @@ class Repair:
         return RidgeRegression(features, outputs, rows, self._batches[0].image.device)
 
     def _residual(self, place: int, batch: Batch, values: Values, dense: Values, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T - a - m W^T [B,S,D] and m [B,S,M] in float64, as `down`, W, is."""
+        """Return T - a - m W^T [B,S,D], W being `down`, and m [B,S,M], in float64."""
         each = self.layers[place]
         target = self._selected(batch, values, dense[self._target_node(place).name])
         neurons = values[each.neurons.name].double()
-        residual = target.double() - values[each.attended.name].double() - functional.linear(neurons, down)
+        residual = target.double() - values[each.attended.name].double() - linear(neurons, down)
         return residual, neurons
 
     def _selected(self, batch: Batch, values: Values, target: Tensor) -> Tensor:

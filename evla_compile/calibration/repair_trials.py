@@ -88,6 +88,9 @@ class RepairTrials:
         deviations = {trial: self._deviation(features[trial]) for trial in trials}
         best = min(trials, key=lambda trial: deviations[trial])  # the first among equals: the least change
         self.tensors = repair.tensors(best)
+        for trial in trials:
+            if trial != best:
+                repair.forget(trial)
         decision = RepairDecision(
             scope=best.scope,
             rho=best.rho,

@@ -191,8 +191,8 @@ class _Fit:
             raise CalibrationError("no calibration frames: give some")
         trials = {0.0: (weight, bias)}
         for rho in RHOS:
-            change, shift = system.solve(rho)
-            trials[rho] = (wide + change).to(weight.dtype), (offset + shift).to(bias.dtype)
+            found = system.solve(rho)
+            trials[rho] = found.added_to(weight), (offset + found.bias).to(bias.dtype)
         apart, whole = dict.fromkeys(trials, 0.0), 0.0
         for (batch, values), (_, goals) in zip(stream, target, strict=True):
             if frames := self._rows(batch, self._split.held_out):

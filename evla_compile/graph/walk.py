@@ -58,6 +58,7 @@ class GraphWalk(fx.Interpreter):
                 self.stretches.append(stretch)
                 self._ends.append(stretch[-1])
         self._live = [self._live_behind(end) for end in self._ends]
+        self._last_read = [self._read_last(*each) for each in zip(self.stretches, self._live, strict=True)]
         self._shaped = _batch_shaped(gm.graph)
         self._loaded: dict[fx.Node, Any] = {}
         self._batch = 0
@@ -100,6 +101,8 @@ class GraphWalk(fx.Interpreter):
                 self.env[node] = self.run_node(node)
             if watch and node in watch:
                 watch[node](self.env[node])
+            for read in self._last_read[stretch][node]:
+                self.env.pop(read, None)
         found = {node.name: self.env[node] for node in self._live[stretch]}
         self.env = {}
         return found
@@ -126,6 +129,20 @@ class GraphWalk(fx.Interpreter):
             held |= more
         if stretch:
             yield stretch
+
+    def _read_last(self, stretch: Sequence[fx.Node], live: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """Return, for every node of a stretch, the values that nothing behind it needs, so that they can be freed."""
+        keepers: dict[fx.Node, list[fx.Node]] = {}
+        for held, until in self._held.items():
+            keepers.setdefault(until, []).append(held)
+        last = {
+            read: node for node in stretch for read in (node, *node.all_input_nodes, *keepers.get(node, ()))
+        }  # a node that comes later replaces one before
+        found: dict[fx.Node, list[fx.Node]] = {node: [] for node in stretch}
+        for read, node in last.items():
+            if read.op != "get_attr" and read not in live:
+                found[node].append(read)
+        return found
 
     def _live_behind(self, end: fx.Node) -> tuple[fx.Node, ...]:
         """Return the nodes up to `end` that are needed behind it, itself included."""

@@ -6,7 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evla_compile.calibration.ridge import RidgeRegression
+from evla_compile.calibration import ridge
+from evla_compile.calibration.ridge import RidgeRegression, linear
 from evla_compile.errors import CalibrationError
 
 CPU = torch.device("cpu")
@@ -48,10 +49,34 @@ def test_it_equals_least_squares_on_the_augmented_system(count: int, blocks: tup
     regression = RidgeRegression(12, 5, count, CPU)
     for first in range(0, count, 7):
         regression.add(*(part[first : first + 7] for part in (x, y, weights)))
-    found, bias = regression.solve(rho, blocks)
+    found = regression.solve(rho, blocks)
     expected, offset = by_hand(x, y, weights, rho, blocks)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(bias.numpy(), offset, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found.change().numpy(), expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(found.bias.numpy(), offset, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [40, 9], ids=["more rows than features", "fewer rows than features"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_weight_gets_its_columns_of_the_change_in_its_own_dtype(
+    count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ridge, "_BLOCK", 2)  # the last of the five rows are a block of their own
+    x, y, weights = rows(count, 12, 5)
+    regression = RidgeRegression(12, 5, count, CPU)
+    regression.add(x, y, weights)
+    found = regression.solve(0.1, (4, 8))
+    weight = torch.from_numpy(np.random.Generator(np.random.PCG64(1)).normal(size=(5, 8))).to(dtype)
+    expected = (weight.double() + found.change()[:, 4:]).to(dtype)
+    torch.testing.assert_close(found.added_to(weight, 4), expected, rtol=1e-12, atol=1e-12)
+    first = (weight.double() + found.change()[:, :8]).to(dtype)
+    torch.testing.assert_close(found.added_to(weight), first, rtol=1e-12, atol=1e-12)
+
+
+def test_a_product_in_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "_BLOCK", 2)
+    x, y, _ = rows(9, 12, 5)
+    weight = (y.T @ x).to(torch.bfloat16)  # [5,12]
+    torch.testing.assert_close(linear(x, weight), x @ weight.double().T, rtol=1e-12, atol=1e-12)
 
 
 def test_both_forms_agree() -> None:
@@ -61,17 +86,18 @@ def test_both_forms_agree() -> None:
         regression = RidgeRegression(12, 5, announced, CPU)
         regression.add(x, y, weights)
         results.append(regression.solve(0.01))
-    for primal, dual in zip(*results, strict=True):
-        torch.testing.assert_close(primal, dual, rtol=1e-8, atol=1e-10)
+    primal, dual = results
+    torch.testing.assert_close(primal.change(), dual.change(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(primal.bias, dual.bias, rtol=1e-8, atol=1e-10)
 
 
 def test_a_large_penalty_leaves_the_bias_alone() -> None:
     x, y, weights = rows(40, 12, 5)
     regression = RidgeRegression(12, 5, 40, CPU)
     regression.add(x, y, weights)
-    found, bias = regression.solve(1e12)
-    assert found.abs().max() < 1e-9
-    torch.testing.assert_close(bias, (weights @ y) / weights.sum())
+    found = regression.solve(1e12)
+    assert found.change().abs().max() < 1e-9
+    torch.testing.assert_close(found.bias, (weights @ y) / weights.sum())
 
 
 def test_rows_without_a_solution_are_refused() -> None:

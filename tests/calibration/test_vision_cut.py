@@ -14,7 +14,7 @@ from torch import Tensor
 import evla_compile as evla
 from evla_compile.calibration import vision_cut
 from evla_compile.calibration.calibrate import calibrate
-from evla_compile.calibration.ridge import RidgeRegression
+from evla_compile.calibration.ridge import RidgeRegression, RidgeSolution
 from evla_compile.calibration.vision_cut import RHOS
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.model.policy import CogACT
@@ -147,9 +147,9 @@ def test_the_decoder_is_repaired_on_what_the_cut_towers_yield(policy: CogACT, fr
 def test_weights_stay_where_no_fit_is_nearer(
     policy: CogACT, frames: list[Frame], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def solve(self: RidgeRegression, rho: float) -> tuple[Tensor, Tensor]:
-        weight, bias = original(self, rho)
-        return weight + 1.0, bias + 1.0
+    def solve(self: RidgeRegression, rho: float) -> RidgeSolution:
+        found = original(self, rho)
+        return replace(found, factor=found.factor + 1.0, bias=found.bias + 1.0)
 
     original = RidgeRegression.solve
     monkeypatch.setattr(RidgeRegression, "solve", solve)

@@ -78,3 +78,20 @@ def test_a_selection_chooses_for_each_row_of_a_larger_batch(
     ]
     found, _ = run(graph, dict(zip(names, small_inputs, strict=False)), 2)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_a_value_is_freed_behind_the_last_node_that_reads_it(
+    small_graph: fx.GraphModule, small_inputs: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full size what a layer computes on the way is several times what leaves it."""
+    monkeypatch.setattr(module, "WEIGHT_LIMIT", 2**40)
+    readout = stage_node(small_graph.graph, "cognition")
+    walk = GraphWalk(small_graph, [readout])
+    (stretch,) = walk.stretches
+    held: list[int] = []
+    watch = {node: lambda _: held.append(len(walk.env) - len(walk._loaded)) for node in stretch}
+    values = dict(zip(("image", "input_ids", "text_length"), small_inputs, strict=False))
+    with walk.loaded(0):
+        walk.run_stretch(0, values, 2, watch)
+    assert len(held) == len(stretch)
+    assert max(held) < 20 < len(stretch) / 5
