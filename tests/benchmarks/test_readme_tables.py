@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme_tables as tables
+from benchmarks import result_tables
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,11 +55,11 @@ def test_every_row_of_every_table_has_its_conditions() -> None:
 def test_conditions_that_rows_share_are_said_once() -> None:
     rows = [["a", "1", "one CPU"], ["b", "2", "one CPU"]]
     header = ("row", "ms", "conditions")
-    assert tables._table(header, rows, left=1) == [
+    assert result_tables.lay_out(header, rows, left=1) == [
         *("| row | ms |", "| --- | ---: |", "| a | 1 |", "| b | 2 |", "", "Conditions of every row: one CPU.")
     ]
     rows[1][2] = "two CPUs"
-    assert tables._table(header, rows, left=1)[2:] == ["| a | 1 | one CPU |", "| b | 2 | two CPUs |"]
+    assert result_tables.lay_out(header, rows, left=1)[2:] == ["| a | 1 | one CPU |", "| b | 2 | two CPUs |"]
 
 
 @pytest.mark.parametrize(
