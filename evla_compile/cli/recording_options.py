@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from evla_compile.cli.console import step
-from evla_compile.host.frames import Frame, read_frames
+from evla_compile.errors import CalibrationError
+from evla_compile.host.frames import LISTING, Frame, read_frames
 from evla_compile.recordings.selection import Selection, parse_episodes
-from evla_compile.recordings.source import RECORDINGS, collect, open_recording, source_kind
+from evla_compile.recordings.source import collect, open_recording, source_kind
 from evla_compile.terminal import printable
 
 Camera = Annotated[
@@ -44,12 +45,27 @@ def read_source(path: Path, selection: Selection, *, convert: bool) -> list[Fram
         ValueError: options for recordings were given, and the path is a folder of frames.
         CalibrationError: the source is missing or malformed, or does not have what was asked for.
     """
-    if source_kind(path) not in RECORDINGS:
+    if not is_recording(path):
         refuse_selection(selection, f"{path} lists its frames itself")
         return read_frames(path, convert=convert)
     recording = open_recording(path, selection, convert=convert)
     with step(f"decode {recording.count:,} frames of {printable(recording.camera)} of the {recording.kind}"):
         return collect(recording)
+
+
+def is_recording(path: Path) -> bool:
+    """Tell a recording from a folder of frames.
+
+    Raises:
+        CalibrationError: the path is neither.
+    """
+    kind = source_kind(path)
+    if kind == "unknown":
+        raise CalibrationError(
+            f"{path} {'is no source of frames' if path.exists() else 'does not exist'}: expected a folder with"
+            f" {LISTING}, a LeRobotDataset's folder, or an MCAP file or a folder of them"
+        )
+    return kind != "frames"
 
 
 def refuse_selection(selection: Selection, why: str) -> None:

@@ -8,10 +8,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from evla_compile.cli.recording_options import read_source, refuse_selection
+from evla_compile.cli.recording_options import is_recording, read_source, refuse_selection
 from evla_compile.host.frames import Frame, FrameFile, list_frames, list_images
 from evla_compile.recordings.selection import Selection
-from evla_compile.recordings.source import RECORDINGS, source_kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +49,7 @@ def list_observations(
     """
     if (image is None) == (frames is None):
         raise ValueError("expected either --image FILE|DIR with --instruction, or --frames FRAMES, which has its own")
-    if frames is not None and source_kind(frames) in RECORDINGS:
+    if frames is not None and is_recording(frames):
         found = read_source(frames, selection, convert=convert)
         return [
             RecordedFrame(frame=frame, image=f"frame {number} of {frames}, episode {frame.episode}")

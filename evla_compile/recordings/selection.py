@@ -31,10 +31,10 @@ class Selection:
             ValueError: a field has a wrong type or is out of its range.
         """
         whole_number("every", self.every, low=1)
-        for name in ("camera", "instruction"):
+        for name, example in (("camera", "/camera/image_raw"), ("instruction", "pick coke can")):
             text = getattr(self, name)
             if text is not None and (not isinstance(text, str) or not text.strip() or lone_surrogate(text)):
-                raise ValueError(f"{name}={text!r}: expected a text, or None")
+                raise ValueError(f"{name}={text!r:.80}: expected a text such as {example!r}, in whole characters")
         if self.episodes is None:
             return
         if not is_listed(self.episodes) or not self.episodes or not all(map(is_whole, self.episodes)):

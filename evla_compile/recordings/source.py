@@ -17,9 +17,6 @@ from evla_compile.recordings.selection import Selection
 SourceKind: TypeAlias = Literal["frames", "dataset", "bag", "unknown"]
 """What a source of observations is."""
 
-RECORDINGS: tuple[SourceKind, ...] = ("dataset", "bag")
-"""Sources whose frames are chosen and decoded."""
-
 MOST_FRAME_BYTES = 8_000_000_000
 """Bytes of the frames that are held in memory at a time."""
 

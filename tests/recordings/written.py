@@ -195,7 +195,7 @@ def write_bag(file: Path, topics: Mapping[str, tuple[str, Sequence[Mapping[str, 
         for topic, (kind, messages) in topics.items():
             for number, message in enumerate(messages):
                 writer.write_message(topic, schemas[kind], message, log_time=number * 10**8)
-        writer.finish()
+        writer.finish()  # type: ignore[no-untyped-call]  # of the library
     return file
 
 
@@ -213,5 +213,5 @@ def foreign_bag(file: Path, schema: str, encoding: str, message_encoding: str, *
         number = writer.register_schema(schema, encoding, b"{}")
         channels = [writer.register_channel(topic, message_encoding, number) for topic in topics]
         writer.add_message(channels[0], 0, b"{}", 0)
-        writer.finish()
+        writer.finish()  # type: ignore[no-untyped-call]  # of the library
     return file
