@@ -114,7 +114,11 @@ def test_an_image_of_a_file_beside_is_read(written: dict[str, Path], tmp_path: P
         assert "row 0" in refusal(folder)
 
 
-def test_rows_of_later_row_groups_are_found(tmp_path: Path, written: dict[str, Path]) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_rows_of_later_groups_and_batches_are_found(
+    tmp_path: Path, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(parquet_columns, "_BATCH", batch)
     file = written["v2.1, images"] / "data/chunk-001/episode_000001.parquet"
     pq.write_table(pq.read_table(file), tmp_path / "groups.parquet", row_group_size=4)
     found = parquet_columns.cells(tmp_path / "groups.parquet", TOP, np.array([1, 3, 4, 8]))
@@ -189,7 +193,11 @@ def cut(file: Path, share: float = 0.5) -> None:
 def test_a_file_that_is_no_video_cannot_be_decoded(v3: Path) -> None:
     cut(v3 / VIDEO)
     assert "file-000.mp4 cannot be decoded" in refusal(v3)
-    (v3 / VIDEO).write_bytes(b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/hostname\n")  # a playlist
+
+
+def test_other_formats_under_the_name_of_an_mp4_are_refused(v3: Path) -> None:
+    # among those are playlists, which lead to other files and addresses
+    write_video(v3 / VIDEO, source_frames(0) + source_frames(1), form="matroska")
     assert "file-000.mp4 cannot be decoded" in refusal(v3)
 
 

@@ -46,10 +46,12 @@ def assert_shows(image: Any, expected: Pixels) -> None:
     assert np.abs(found - expected).mean() < 4
 
 
-def write_video(file: Path, frames: Sequence[Pixels], *, greyscale: bool = False, rate: int = FPS) -> None:
+def write_video(
+    file: Path, frames: Sequence[Pixels], *, greyscale: bool = False, rate: int = FPS, form: str = "mp4"
+) -> None:
     """Write frames as H.264, with a key frame every 5 frames and B frames between, or as greyscale FFV1."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w", format="mp4") as container:
+    with av.open(str(file), "w", format=form) as container:
         options = {} if greyscale else {"g": "5", "crf": "8"}
         stream = container.add_stream("ffv1" if greyscale else "libx264", rate=rate, options=options)
         stream.width, stream.height = frames[0].shape[1], frames[0].shape[0]
