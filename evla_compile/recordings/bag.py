@@ -19,7 +19,10 @@ SUFFIX = ".mcap"
 METADATA = "metadata.yaml"
 """File of a folder that `ros2 bag record` wrote: its MCAP files are parts of one bag."""
 MOST_CHUNK_BYTES = 2**30
-"""Bytes of the largest chunk of a bag, decompressed."""
+"""Bytes of the largest chunk of a bag, decompressed, as its index says."""
+
+# The library checks little itself: a damaged bag can end in almost any error.
+_DAMAGE = (ValueError, LookupError, OSError, RuntimeError, MemoryError, ArithmeticError, struct.error)
 
 _TYPES = " or ".join(DEFINITIONS)
 
@@ -165,8 +168,6 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     reading = import_extra("mcap.reader", "mcap", "an MCAP bag")
     mcap_error = import_extra("mcap.exceptions", "mcap", "an MCAP bag").McapError
     zstd_error = import_extra("zstandard", "mcap", "an MCAP bag").ZstdError
-    # The library checks little itself: a damaged bag can end in almost any error.
-    damage = (mcap_error, zstd_error, struct.error, ValueError, LookupError, OSError, RuntimeError, MemoryError)
     try:
         with file.open("rb") as stream:
             reader = reading.make_reader(stream, validate_crcs=True)
@@ -181,7 +182,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
                     f"{file} has a chunk of {largest:,} bytes: expected {MOST_CHUNK_BYTES:,} at most"
                 )
             yield reader, summary
-    except damage as error:
+    except (mcap_error, zstd_error, *_DAMAGE) as error:
         raise CalibrationError(
             f"{file} cannot be read ({type(error).__name__}: {error!s:.200}): expected an MCAP file; it is damaged or"
             " cut off: copy it again, or run mcap recover"

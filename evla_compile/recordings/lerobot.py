@@ -24,6 +24,9 @@ from evla_compile.recordings.recording import Recording
 from evla_compile.recordings.selection import Selection
 from evla_compile.recordings.video import frames_at
 
+LATEST = 1e7
+"""Seconds of the longest episode that is read."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Chosen:
@@ -83,10 +86,14 @@ def _choose(
             f"{episode.data} has {len(rows)} rows of episode {episode.index}: expected {episode.length}, as the"
             " dataset's list of episodes says, and one at least; download the dataset again"
         )
-    if (np.diff(numbers[rows]) <= 0).any() or (np.diff(seconds[rows]) <= 0).any() or seconds[rows[0]] < 0:
+    if (
+        (np.diff(numbers[rows]) <= 0).any()
+        or (np.diff(seconds[rows]) <= 0).any()
+        or not 0 <= seconds[rows[0]] <= seconds[rows[-1]] < LATEST
+    ):
         raise CalibrationError(
-            f"{episode.data}: frame_index or timestamp of episode {episode.index} does not ascend: expected frames in"
-            " their order; download the dataset again"
+            f"{episode.data}: frame_index or timestamp of episode {episode.index} does not ascend from 0 up: expected"
+            " frames in their order; download the dataset again"
         )
     rows = rows[:: selection.every]
     if tasks is None:

@@ -84,7 +84,7 @@ def cells(file: Path, name: str, rows: NDArray[np.int64]) -> Iterator[dict[str, 
     pyarrow = _pyarrow()
     with _table(file) as table:
         _check_column(file, table, name, pyarrow.types.is_struct, "encoded images (struct of bytes and path)")
-        first = 0
+        first = found = 0
         for group in range(table.metadata.num_row_groups):
             last = first + table.metadata.row_group(group).num_rows
             if ((rows >= first) & (rows < last)).any():
@@ -92,8 +92,11 @@ def cells(file: Path, name: str, rows: NDArray[np.int64]) -> Iterator[dict[str, 
                     column = batch.column(name)
                     for row in rows[(rows >= first) & (rows < first + len(column))] - first:
                         yield column[int(row)].as_py() or {}
+                        found += 1
                     first += len(column)
             first = last
+        if found != len(rows):
+            raise CalibrationError(f"{file}: column {name!r} has values missing: download the dataset again")
 
 
 def _pyarrow() -> Any:
@@ -109,7 +112,7 @@ def _table(file: Path) -> Iterator[Any]:
             if table.metadata.num_rows > MOST_ROWS:
                 raise CalibrationError(f"{file} has {table.metadata.num_rows:,} rows: expected {MOST_ROWS:,} at most")
             yield table
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CalibrationError(
             f"{file} cannot be read ({error!s:.200}): expected a parquet file; download the whole dataset"
         ) from error
@@ -121,6 +124,11 @@ def _columns(file: Path, table: Any, names: Sequence[str], is_right: Any, expect
     found = table.read(columns=list(names))
     columns = [found.column(name) for name in names]
     for name, column in zip(names, columns, strict=True):
+        if len(column) != table.metadata.num_rows:
+            raise CalibrationError(
+                f"{file}: column {name!r} has {len(column)} values, expected {table.metadata.num_rows}; download the"
+                " dataset again"
+            )
         if column.null_count:
             raise CalibrationError(f"{file}: column {name!r} is empty in {column.null_count} rows: expected {expected}")
     return columns

@@ -42,11 +42,6 @@ class Selection:
         for index in self.episodes:
             whole_number("episodes", index, low=0, high=MOST_EPISODES - 1)
 
-    @property
-    def is_default(self) -> bool:
-        """Whether nothing was chosen."""
-        return self == Selection()
-
 
 def parse_episodes(text: str) -> tuple[int, ...]:
     """Return the indices that a text such as `0-4,7` names, in ascending order.

@@ -27,12 +27,12 @@ def frames_at(file: Path, times: Sequence[float], tolerance: float) -> Iterator[
     av = import_extra("av", "datasets", "a LeRobotDataset's video")
     try:
         # An open file and a fixed format: a playlist in place of the video could name other files and addresses.
-        with file.open("rb") as source, av.open(source, format="mp4") as container:
+        with file.open("rb") as source, av.open(source, format="mp4", metadata_errors="replace") as container:
             for time, frame in _nearest(_decoded(file, container, times[0]), file, times, tolerance):
                 if frame.is_corrupt:
                     raise CalibrationError(f"{file} is damaged at {time:.3f} s: download the dataset again")
                 yield frame.to_image()
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         raise CalibrationError(
             f"{file} cannot be decoded ({error!s:.200}): expected an MP4 video; download the whole dataset, or leave"
             " the episode out"
@@ -44,6 +44,8 @@ def _decoded(file: Path, container: Any, start: float) -> Iterator[tuple[float, 
     if not container.streams.video:
         raise CalibrationError(f"{file} has no video stream: expected an MP4 video of a camera")
     stream = container.streams.video[0]
+    if not stream.time_base:
+        raise CalibrationError(f"{file} has a video stream without a clock: download the dataset again")
     container.seek(max(int(start / stream.time_base), 0), stream=stream)
     for frame in container.decode(stream):
         if frame.width * frame.height > MOST_PIXELS:

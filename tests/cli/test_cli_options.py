@@ -49,6 +49,8 @@ def test_the_list_of_commands_cuts_no_sentence() -> None:
         (("compile", "run", "--out", "x", "--calibration", ""), "--calibration"),
         (("compile", "run", "--out", "x", "--plan", ""), "--plan"),
         (("compile", "run", "--out", "x", "--tokenizer", ""), "--tokenizer"),
+        (("frames", "", "--out", "x"), "SOURCE"),
+        (("frames", "bag", "--out", ""), "--out"),
         (("inspect", ""), "PATH"),
         (("estimate", ""), "SIZE"),
         (("run", "", "--image", "x", "--instruction", "go"), "DIR"),

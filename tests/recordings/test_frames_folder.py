@@ -11,7 +11,7 @@ from evla_compile.errors import CalibrationError
 from evla_compile.host.frames import Frame, read_frames
 from evla_compile.recordings.contact_sheet import CELL, draw_contact_sheet, evenly_spread
 from evla_compile.recordings.frames_folder import CONTACT_SHEET, writing_frames
-from evla_compile.recordings.selection import Selection, parse_episodes
+from evla_compile.recordings.selection import parse_episodes
 from tests.recordings.written import source_frame
 
 FRAMES = [
@@ -137,8 +137,3 @@ def test_episodes_are_read(text: str, expected: tuple[int, ...]) -> None:
 def test_malformed_episodes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected indices and spans that ascend, as in 0-4,7"):
         parse_episodes(text)
-
-
-def test_a_selection_knows_whether_it_chooses() -> None:
-    assert Selection().is_default
-    assert not Selection(every=2).is_default

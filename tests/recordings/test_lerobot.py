@@ -325,7 +325,7 @@ def test_a_malicious_camera_key_stays_inside(v3: Path) -> None:
         (EPISODES, {f"videos/{TOP}/from_timestamp": [0.0, float("nan")]}, "numbers that are not finite"),
         (EPISODES, {f"videos/{TOP}/from_timestamp": [0.0, None]}, "is empty in 1 rows"),
         (EPISODES, {f"videos/{TOP}/file_index": None}, f"expected 'videos/{TOP}/file_index' once"),
-        (DATA, {"timestamp": pa.array([0.0] * 15)}, "timestamp of episode 0 does not ascend"),
+        (DATA, {"timestamp": pa.array([0.0] * 15)}, "timestamp of episode 0 does not ascend from 0 up"),
         (DATA, {"task_index": None}, "expected 'task_index' once, with whole numbers"),
         ("meta/tasks.parquet", {"__index_level_0__": [1, 2]}, "expected texts in 'task', '__index_level_0__'"),
     ],
@@ -340,6 +340,29 @@ def test_malformed_tables_are_named(v3: Path, name: str, changes: dict[str, Any]
 def test_a_table_that_is_cut_off_cannot_be_read(v3: Path) -> None:
     cut(v3 / DATA)
     assert "file-000.parquet cannot be read" in refusal(v3)
+
+
+def test_texts_that_are_no_utf_8_are_refused(v3: Path) -> None:
+    words = pa.array([b"\xff\xfe", b"go"]).view(pa.string())
+    change_table(v3 / "meta/tasks.parquet", __index_level_0__=words)
+    assert "tasks.parquet cannot be read" in refusal(v3)
+
+
+@pytest.mark.parametrize("name", [VIDEO, DATA, EPISODES, "meta/tasks.parquet", "meta/info.json"])
+def test_a_damaged_file_is_refused_or_read_and_never_crashes(v3: Path, name: str) -> None:
+    good = (v3 / name).read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(15):
+        spoiled = bytearray(good)
+        for place in rng.integers(0, len(good), 4):
+            spoiled[place] = rng.integers(0, 256)
+        (v3 / name).write_bytes(spoiled)
+        try:
+            evla.read_recording(v3, every=5)
+        except CalibrationError:
+            refused += 1
+    assert refused > 0
 
 
 def test_large_tables_and_texts_are_refused(v3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
