@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from evla_compile.exporters.build import build_engine
     from evla_compile.families.cogact.loading.checkpoint import load
     from evla_compile.host.frames import Frame, read_frames
+    from evla_compile.recordings.source import read_recording
     from evla_compile.settings.plan import Plan
     from evla_compile.settings.sizes import published_sizes
     from evla_compile.verification.verify import verify
@@ -63,6 +64,7 @@ __all__ = [
     "published_sizes",
     "quick_estimates",
     "read_frames",
+    "read_recording",
     "runtime",
     "verify",
 ]
@@ -84,6 +86,7 @@ _HOMES = {
     "published_sizes": "settings.sizes",
     "quick_estimates": "estimate.estimates",
     "read_frames": "host.frames",
+    "read_recording": "recordings.source",
     "verify": "verification.verify",
 }
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from evla_compile.cli import build, compile, demo, doctor, estimate, inspect, run, verify
+from evla_compile.cli import build, compile, demo, doctor, estimate, frames, inspect, run, verify
 from evla_compile.cli.streams import standard_streams
 from evla_compile.errors import EvlaError
 from evla_compile.scratch import exiting_on_sigterm
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 for _name, _command, _summary in (
     ("demo", demo.demo, "Compile, export, verify and run the package's small policy."),
+    ("frames", frames.frames, "Write frames of a recording to a folder."),
     ("compile", compile.compile_policy, "Compile a policy to an artifact."),
     ("inspect", inspect.inspect, "Show what is in a checkpoint or an artifact."),
     ("estimate", estimate.estimate, "Compare budgets before downloading any weight."),

@@ -16,6 +16,15 @@ from evla_compile.artifact.files import check_target
 from evla_compile.cli.arguments import RunDirectory, read_path
 from evla_compile.cli.console import new_table, step
 from evla_compile.cli.next_steps import print_next
+from evla_compile.cli.recording_options import (
+    Camera,
+    Episodes,
+    Every,
+    Task,
+    read_source,
+    refuse_selection,
+    selection_of,
+)
 from evla_compile.cli.setting_options import Dense, Preset, Settings, with_settings
 from evla_compile.cli.settings import read_config, read_plan
 from evla_compile.host.camera_frame import Framing
@@ -41,12 +50,18 @@ def compile_policy(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            parser=read_path, metavar="FRAMES", help="Folder of real observations, listed in its frames.jsonl."
+            parser=read_path,
+            metavar="FRAMES",
+            help="Real observations: folder with frames.jsonl, LeRobotDataset, MCAP bag.",
         ),
     ] = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Take greyscale, palette and opaque RGBA frames as RGB.")
     ] = False,
+    camera: Camera = None,
+    every: Every = 1,
+    episodes: Episodes = None,
+    instruction: Task = None,
     scratch: Annotated[
         Path | None,
         typer.Option(parser=read_path, metavar="DIR", help="Folder from which an interrupted calibration goes on."),
@@ -79,6 +94,9 @@ def compile_policy(
     config = read_config(settings, preset=preset, dense=dense)
     check_target(out)
     _refuse_framing_alone(framing, calibration)
+    selection = selection_of(camera, every, episodes, instruction)
+    if calibration is None:
+        refuse_selection(selection, "--calibration is not given")
     chosen = None if plan is None else read_plan(plan)
     with step("import torch"):
         from evla_compile.families.cogact.loading.checkpoint import read_checkpoint
@@ -92,7 +110,7 @@ def compile_policy(
         from evla_compile.exporters.to_onnx import OPSETS
     if opset not in OPSETS:
         raise ValueError(f"--opset {opset}: expected one from {OPSETS.start} to {OPSETS.stop - 1}")
-    frames = None if calibration is None else evla.read_frames(calibration, convert=convert)
+    frames = None if calibration is None else read_source(calibration, selection, convert=convert)
     if chosen is not None:
         check_plan(chosen, config, sizes)
     check_parts(parts, config.kept_layer_count(sizes) if chosen is None else len(chosen.keep_layers))

@@ -14,7 +14,8 @@ from rich.table import Table
 import evla_compile as evla
 from evla_compile.cli.arguments import Artifact, read_path
 from evla_compile.cli.console import new_table, print_json
-from evla_compile.cli.run_inputs import check_actions_file, list_observations, read_noise
+from evla_compile.cli.recording_options import Camera, Episodes, Every, selection_of
+from evla_compile.cli.run_inputs import RecordedFrame, check_actions_file, list_observations, read_noise
 from evla_compile.host.camera_frame import Framing
 from evla_compile.host.frames import FrameFile
 from evla_compile.runtime import Provider
@@ -35,13 +36,18 @@ def run(
         Path | None,
         typer.Option(parser=read_path, metavar="FILE|DIR", help="Camera frame, 8-bit RGB, or a folder of them."),
     ] = None,
-    instruction: Annotated[str | None, typer.Option(help="The task in words, with --image.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="The task in words, with --image or a recording; a bag needs it.")
+    ] = None,
     frames: Annotated[
         Path | None,
         typer.Option(
-            parser=read_path, metavar="FRAMES", help="Folder of frames with instructions, listed in its frames.jsonl."
+            parser=read_path, metavar="FRAMES", help="Frames: folder with frames.jsonl, LeRobotDataset, MCAP bag."
         ),
     ] = None,
+    camera: Camera = None,
+    every: Every = 1,
+    episodes: Episodes = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Take greyscale, palette and opaque RGBA images as RGB.")
     ] = False,
@@ -80,7 +86,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict action chunks for camera frames on ONNX Runtime or TensorRT; imports no torch."""
-    files = list_observations(image, instruction, frames)
+    selection = selection_of(camera, every, episodes, instruction)
+    files = list_observations(image, frames, selection, convert=convert)
     starts = [None] * len(files) if noise is None else read_noise(noise, len(files))
     check_actions_file(out)
     first = files[0].read(convert=convert)  # before the policy is loaded, which takes longer
@@ -120,13 +127,17 @@ def _refuse_batches(batch_size: int) -> None:
         )
 
 
-def _print_actions(files: Sequence[FrameFile], chunks: Sequence[NDArray[np.float64]], *, single: bool) -> None:
+def _print_actions(
+    files: Sequence[FrameFile | RecordedFrame], chunks: Sequence[NDArray[np.float64]], *, single: bool
+) -> None:
     for file, actions in zip(files, chunks, strict=True):
         where = "" if single else f" on {in_one_line(str(file.image))}"
         new_console().print(action_table(actions, f'Actions for "{in_one_line(file.instruction)}"{where}'))
 
 
-def _as_json(files: Sequence[FrameFile], chunks: Sequence[NDArray[np.float64]], *, single: bool) -> dict[str, Any]:
+def _as_json(
+    files: Sequence[FrameFile | RecordedFrame], chunks: Sequence[NDArray[np.float64]], *, single: bool
+) -> dict[str, Any]:
     if single:
         return {"actions": chunks[0].tolist()}
     found = zip(files, chunks, strict=True)

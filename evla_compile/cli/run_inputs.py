@@ -1,30 +1,68 @@
 """Inputs of `evla run`: frames with their instructions, noise, the file for the actions."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evla_compile.host.frames import FrameFile, list_frames, list_images
+from evla_compile.cli.recording_options import is_recording, read_source, refuse_selection
+from evla_compile.host.frames import Frame, FrameFile, list_frames, list_images
+from evla_compile.recordings.selection import Selection
 
 
-def list_observations(image: Path | None, instruction: str | None, frames: Path | None) -> list[FrameFile]:
-    """Return the observations that the options name, their images unread.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedFrame:
+    """One observation of a recording, decoded."""
+
+    frame: Frame
+    """The observation."""
+    image: str
+    """Which one it is."""
+
+    @property
+    def instruction(self) -> str:
+        """The task in words."""
+        return self.frame.instruction
+
+    def read(self, *, convert: bool = False) -> Frame:
+        """Return the observation; it was converted when it was decoded."""
+        return self.frame
+
+
+def list_observations(
+    image: Path | None, frames: Path | None, selection: Selection, *, convert: bool
+) -> Sequence[FrameFile | RecordedFrame]:
+    """Return the observations that the options name: images of files unread, frames of recordings decoded.
+
+    Args:
+        image: --image.
+        frames: --frames.
+        selection: --instruction, and the options for recordings.
+        convert: take other colours of recorded frames as RGB.
 
     Raises:
-        ValueError: not exactly one of --image and --frames was given, or --instruction does not go with it.
-        CalibrationError: the listing of --frames is missing or malformed.
+        ValueError: not exactly one of --image and --frames was given, or other options do not go with it.
+        CalibrationError: the listing or the recording of --frames is missing or malformed.
     """
     if (image is None) == (frames is None):
         raise ValueError("expected either --image FILE|DIR with --instruction, or --frames FRAMES, which has its own")
+    if frames is not None and is_recording(frames):
+        found = read_source(frames, selection, convert=convert)
+        return [
+            RecordedFrame(frame=frame, image=f"frame {number} of {frames}, episode {frame.episode}")
+            for number, frame in enumerate(found)
+        ]
+    refuse_selection(replace(selection, instruction=None), "--image or --frames names no such recording")
     if frames is not None:
-        if instruction is not None:
+        if selection.instruction is not None:
             raise ValueError("--instruction beside --frames: its frames.jsonl has the instructions; leave one out")
         return list_frames(frames)
-    if image is None or instruction is None:
+    if image is None or selection.instruction is None:
         raise ValueError("--image without --instruction: give the task in words, as in --instruction 'open it'")
-    return list_images(image, instruction)
+    return list_images(image, selection.instruction)
 
 
 def read_noise(file: Path, frames: int) -> list[NDArray[np.floating]]:

@@ -81,7 +81,7 @@ def _dropped(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _with_legend(picture: Image.Image, count: int, patches: int, instruction: str) -> Image.Image:
     font = ImageFont.load_default(size=13)
-    words = _wrapped(f'"{in_one_line(instruction)}"', font, picture.width - 2 * _MARGIN)
+    words = wrapped(f'"{in_one_line(instruction)}"', font, picture.width - 2 * _MARGIN)
     rows = (
         (f"{count} of {patches} visual tokens are kept: the camera's colours, grey ones too", _FRAME_COLOUR, "white"),
         (
@@ -105,15 +105,20 @@ def _with_legend(picture: Image.Image, count: int, patches: int, instruction: st
     return whole
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Return a text in lines of at most `width` pixels; a long text is cut off at its end."""
-    lines = [""]
+def wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, lines: int = _INSTRUCTION_LINES
+) -> list[str]:
+    """Return a text in at most `lines` lines of at most `width` pixels; a long text is cut off at its end.
+
+    A word that is wider than that stays whole.
+    """
+    found = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
+        longer = f"{found[-1]} {word}".strip()
+        if found[-1] and font.getlength(longer) > width:
+            found.append(word)
         else:
-            lines[-1] = longer
-    if len(lines) > _INSTRUCTION_LINES:
-        lines = [*lines[: _INSTRUCTION_LINES - 1], f"{lines[_INSTRUCTION_LINES - 1]} ..."]
-    return lines
+            found[-1] = longer
+    if len(found) > lines:
+        found = [*found[: lines - 1], f"{found[lines - 1]} ..."]
+    return found

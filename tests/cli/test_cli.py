@@ -359,7 +359,7 @@ def test_inspect_shows_an_artifact(artifact: Path, name: str) -> None:
         (("--key-tokens", "most"), "--key-tokens most: expected a count as in 4, or a share as in 0.016"),
         (("--dense", "--tokenizer", "/nowhere"), "tokenizer='/nowhere': expected a tokenizer.json or its folder"),
         (("--dense", "--plan", "/nowhere.json"), "plan /nowhere.json"),
-        (("--dense", "--calibration", "/nowhere"), "/nowhere/frames.jsonl cannot be read"),
+        (("--dense", "--calibration", "/nowhere"), "/nowhere does not exist: expected a folder with frames.jsonl"),
     ],
 )
 def test_compile_refuses_settings(refused_early: Callable[..., str], arguments: tuple[str, ...], expected: str) -> None:

@@ -16,7 +16,7 @@ from evla_compile.settings.config import CompileConfig
 from evla_compile.terminal import new_console
 from tests.cli.command_line import evla, refused
 
-COMMANDS = ("demo", "compile", "inspect", "estimate", "run", "build", "verify", "doctor")
+COMMANDS = ("demo", "frames", "compile", "inspect", "estimate", "run", "build", "verify", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,6 +49,8 @@ def test_the_list_of_commands_cuts_no_sentence() -> None:
         (("compile", "run", "--out", "x", "--calibration", ""), "--calibration"),
         (("compile", "run", "--out", "x", "--plan", ""), "--plan"),
         (("compile", "run", "--out", "x", "--tokenizer", ""), "--tokenizer"),
+        (("frames", "", "--out", "x"), "SOURCE"),
+        (("frames", "bag", "--out", ""), "--out"),
         (("inspect", ""), "PATH"),
         (("estimate", ""), "SIZE"),
         (("run", "", "--image", "x", "--instruction", "go"), "DIR"),

@@ -1,0 +1,1 @@
+"""Observations out of recordings: LeRobotDataset folders and MCAP bags; no torch."""
