@@ -34,6 +34,7 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "closed-loop-repair-ablation": rows_of.closed_loop("closed-loop-repair-ablation"),
         "closed-loop-without-task": rows_of.without_task,
         "layer-redundancy": rows_of.layer_redundancy,
+        "repair-language-model": rows_of.repair_language_model,
     }
 )
 """The function that writes the lines of each table."""
@@ -52,6 +53,7 @@ PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "closed-loop-screen",
             "closed-loop-repair-ablation",
             "closed-loop-without-task",
+            "repair-language-model",
         ),
     }
 )
