@@ -195,8 +195,10 @@ class Repair:
             joint = self._system((down.shape[0], output.shape[1] + down.shape[1]), each.context, stream)
             contexts = (values[each.context.name] for _, values in stream)
             for (batch, values), (_, target), context in zip(unrepaired, dense, contexts, strict=True):
-                residual, neurons = self._residual(place, batch, values, target, down)
-                self._add(joint, batch, torch.cat([context.double(), neurons], dim=-1), residual)
+                if self._frames(batch):
+                    residual, neurons = self._residual(place, batch, values, target, down)
+                    features = torch.cat([self._rows(batch, context), neurons], dim=1)
+                    joint.add(features, residual, self._row_weights(batch, context))
             unrepaired.close()
             for trial in refit:
                 refitted = joint.solve(trial.rho, blocks=(output.shape[1], down.shape[1])).added_to(output)
@@ -220,8 +222,9 @@ class Repair:
         refit.advance(each.neurons)
         system = self._system((down.shape[0], down.shape[1]), each.neurons, refit)
         for (batch, values), (_, target) in zip(refit, dense, strict=True):
-            residual, activations = self._residual(place, batch, values, target, down)
-            self._add(system, batch, activations, residual)
+            if self._frames(batch):
+                residual, activations = self._residual(place, batch, values, target, down)
+                system.add(activations, residual, self._row_weights(batch, values[neurons]))
         found = system.solve(trial.rho)
         weight, offset = found.added_to(down), found.bias.to(down.dtype)
         names = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.down_proj.bias")
@@ -243,11 +246,11 @@ class Repair:
         return RidgeRegression(features, outputs, rows, self._batches[0].image.device)
 
     def _residual(self, place: int, batch: Batch, values: Values, dense: Values, down: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T - a - m W^T [B,S,D], W being `down`, and m [B,S,M], in float64."""
+        """Return T - a - m W^T [N,D], W being `down`, and m [N,M], in the rows that count."""
         each = self.layers[place]
         target = self._selected(batch, values, dense[self._target_node(place).name])
-        neurons = values[each.neurons.name].double()
-        residual = target.double() - values[each.attended.name].double() - linear(neurons, down)
+        neurons = self._rows(batch, values[each.neurons.name])
+        residual = self._rows(batch, target) - self._rows(batch, values[each.attended.name]) - linear(neurons, down)
         return residual, neurons
 
     def _selected(self, batch: Batch, values: Values, target: Tensor) -> Tensor:
@@ -271,10 +274,12 @@ class Repair:
         weights = self._weights.of(positions, batch.input_ids.shape[1])
         return weights.nonzero().flatten(), weights[weights > 0]
 
-    def _add(self, system: RidgeRegression, batch: Batch, features: Tensor, residual: Tensor) -> None:
-        """Add the rows of features [B,S,K] and residual [B,S,D] that count."""
-        frames = self._frames(batch)
-        positions, weights = self._positions(batch, features.shape[1])
-        if frames:
-            x, y = (rows[frames][:, positions.to(rows.device)].flatten(0, 1) for rows in (features, residual))
-            system.add(x, y, weights.repeat(len(frames)).to(x.device))
+    def _rows(self, batch: Batch, values: Tensor) -> Tensor:
+        """Return the rows [N,K] of values [B,S,K] that are fitted on and have a weight, float64."""
+        positions, _ = self._positions(batch, values.shape[1])
+        return values[self._frames(batch)][:, positions.to(values.device)].flatten(0, 1).double()
+
+    def _row_weights(self, batch: Batch, values: Tensor) -> Tensor:
+        """Return the weights [N] of these rows."""
+        _, weights = self._positions(batch, values.shape[1])
+        return weights.repeat(len(self._frames(batch))).to(values.device)
