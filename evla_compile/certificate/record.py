@@ -119,8 +119,9 @@ class Certificate:
             f" split with seed {self.split_seed} kept from choosing; {len(self.tested)} of"
             f" {len(self.tested) + len(self.not_reached)} settings were tested, safest first ({self.method})."
             " It says nothing about other scenes, tasks or cameras, and nothing about success. It says nothing at all"
-            " if any of these frames were used for choosing the settings or their order. The frames are of recorded"
-            " behaviour, not of the compiled policy's own, whose actions may lead to states that were not recorded."
+            " if any of these frames were used for choosing the settings or their order, or if the bound or the split"
+            " was chosen by its result. The frames are of recorded behaviour, not of the compiled policy's own, whose"
+            " actions may lead to states that were not recorded."
         )
         deviating = (
             "the expected fraction of control steps of an episode at which the action deviates from the dense policy's"

@@ -135,6 +135,13 @@ def test_the_episodes_needed_are_those_of_the_formula() -> None:
     assert episodes_needed(0.5, 0.125) == 3
 
 
+@pytest.mark.parametrize(("alpha", "table"), [(0.1, [29, 42, 70, 173]), (0.05, [59, 87, 144, 375])])
+def test_so_many_episodes_certify_as_the_documentation_says(alpha: float, table: list[int]) -> None:
+    for part, expected in zip((0, 0.1, 0.25, 0.5), table, strict=True):
+        failing = [n for n in range(1, 1000) if hoeffding_bentkus(alpha * part, n, alpha) > 0.05]
+        assert failing[-1] == expected - 1
+
+
 def test_too_few_episodes_are_refused_with_the_number_that_is_needed() -> None:
     check_episodes(22, alpha=0.1, delta=0.1)
     with pytest.raises(CalibrationError, match="found 21 certifying episodes, at least 22 are needed for alpha"):

@@ -83,6 +83,7 @@ def test_the_statement_says_what_is_certified_and_what_is_not(certificate: Certi
         "3 of 4 settings were tested",
         "nothing about other scenes, tasks or cameras, and nothing about success",
         "nothing at all if any of these frames were used for choosing",
+        "if the bound or the split was chosen by its result",
         "not of the compiled policy's own",
     ):
         assert part in text
