@@ -25,7 +25,7 @@ class UnsupportedModelError(EvlaError):
 
 
 class CalibrationError(EvlaError):
-    """Calibration frames are missing or malformed, or a plan does not fit the policy."""
+    """Frames are missing, malformed or too few, a plan does not fit the policy, or a certificate is malformed."""
 
 
 class PassError(EvlaError):
