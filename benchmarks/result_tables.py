@@ -208,6 +208,27 @@ def screened(results: Path) -> list[str]:
     return lay_out(("variant", "median ms", *(f"of `{each}`" for each in dense), "GFLOP", "conditions"), cells, left=1)
 
 
+def fidelity_ranks(results: Path) -> list[str]:
+    """Return how well each figure of fidelity ranks variants as the closed loop does, by the frames it is taken on."""
+    data = _read(results / "fidelity-ranks.json")
+    names = list(data["frames"])
+    cells = [
+        [
+            row["figure"],
+            *(
+                f"{row[name]['value']:.2f} [{row[name]['interval'][0]:.2f}, {row[name]['interval'][1]:.2f}]"
+                for name in names
+            ),
+            f"{len(data['variants'])} variants, {data['draws']} noises a frame, {data['machine']}, {data['date']}",
+        ]
+        for row in data["correlations"]
+    ]
+    counts = (
+        f"{'both' if name == 'both' else f'the {name}'}, {count} frames" for name, count in data["frames"].items()
+    )
+    return lay_out(("figure", *counts, "conditions"), cells, left=1)
+
+
 def layer_redundancy(results: Path) -> list[str]:
     """Return the perplexity of SmolLM2 with layers dropped by several rules."""
     data = _read(results / "layer-redundancy-smollm2-135m.json")

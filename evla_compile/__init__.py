@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from evla_compile.estimate.estimates import Estimate, estimate_upstream, estimates, quick_estimates
     from evla_compile.exporters.build import build_engine
     from evla_compile.families.cogact.loading.checkpoint import load
+    from evla_compile.fidelity.chunks import ActionChunks
+    from evla_compile.fidelity.measure import Fidelity
     from evla_compile.host.frames import Frame, read_frames
     from evla_compile.recordings.source import read_recording
     from evla_compile.settings.plan import Plan
     from evla_compile.settings.sizes import published_sizes
+    from evla_compile.verification.fidelity import measure_fidelity, record_chunks
     from evla_compile.verification.verify import verify
 
 __version__ = "0.1.0"
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEVICES",
     "PRESETS",
+    "ActionChunks",
     "ArtifactError",
     "CalibrationError",
     "CheckpointError",
@@ -48,6 +52,7 @@ __all__ = [
     "Estimate",
     "EvlaError",
     "ExportError",
+    "Fidelity",
     "Frame",
     "PassError",
     "Plan",
@@ -61,19 +66,23 @@ __all__ = [
     "estimates",
     "find_device",
     "load",
+    "measure_fidelity",
     "published_sizes",
     "quick_estimates",
     "read_frames",
     "read_recording",
+    "record_chunks",
     "runtime",
     "verify",
 ]
 
 _HOMES = {
+    "ActionChunks": "fidelity.chunks",
     "CompiledPolicy": "compiled_policy",
     "DEVICES": "estimate.devices",
     "Device": "estimate.devices",
     "Estimate": "estimate.estimates",
+    "Fidelity": "fidelity.measure",
     "Frame": "host.frames",
     "Plan": "settings.plan",
     "build_engine": "exporters.build",
@@ -83,10 +92,12 @@ _HOMES = {
     "estimates": "estimate.estimates",
     "find_device": "estimate.devices",
     "load": "families.cogact.loading.checkpoint",
+    "measure_fidelity": "verification.fidelity",
     "published_sizes": "settings.sizes",
     "quick_estimates": "estimate.estimates",
     "read_frames": "host.frames",
     "read_recording": "recordings.source",
+    "record_chunks": "verification.fidelity",
     "verify": "verification.verify",
 }
 

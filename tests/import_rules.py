@@ -13,7 +13,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("settings",),
     ("host",),
     ("certificate",),
-    ("artifact", "recordings", "tensorrt"),
+    ("artifact", "fidelity", "recordings", "tensorrt"),
     ("graph", "runtime"),
     ("families", "passes"),
     ("calibration",),
@@ -25,7 +25,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms of the package from the ground up: a module may import its own room and the floors below, no neighbour."""
 
-TORCH_FREE = (*FLOORS[0], "settings", "host", "certificate", "artifact", "recordings", "tensorrt", "runtime", "doctor")
+TORCH_FREE = (
+    *FLOORS[0],
+    "settings",
+    "host",
+    "certificate",
+    "artifact",
+    "fidelity",
+    "recordings",
+    "tensorrt",
+    "runtime",
+    "doctor",
+)
 """Rooms that run on a robot: what they import when they are imported never leads to `COMPILER_LIBRARIES`."""
 
 COMPILER_LIBRARIES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript")

@@ -6,11 +6,8 @@ every weight is read once for all of them.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from torch import Tensor, fx
 
@@ -26,7 +23,7 @@ from evla_compile.calibration.progress import CalibrationProgress, drawing_progr
 from evla_compile.calibration.repair_trials import RepairTrials
 from evla_compile.calibration.resumption import Resumption
 from evla_compile.calibration.solver_search import SolverRun
-from evla_compile.calibration.streams import Batch, Shelf, Stream, batches_of
+from evla_compile.calibration.streams import Batch, Stream, batches_of, open_shelf
 from evla_compile.calibration.vision_cut import VisionCut
 from evla_compile.errors import CalibrationError
 from evla_compile.families.cogact.capture import capture
@@ -36,14 +33,12 @@ from evla_compile.graph.plan_tensors import to_plan_tensor
 from evla_compile.graph.torch_state import own_torch_state
 from evla_compile.host.frames import Frame, as_frames
 from evla_compile.json_text import to_json_text
-from evla_compile.memory import available_memory
 from evla_compile.settings.budgets.budget import Measured
 from evla_compile.settings.budgets.layers import drop_trials
 from evla_compile.settings.config import CompileConfig
 from evla_compile.settings.plan import Plan, planned
 
 _GREEDY_FRAMES = 50  # that choose the layers, about
-_MEMORY_SHARE = 0.5  # of what is free, for streams; beyond that they go to files
 
 
 @own_torch_state()
@@ -93,7 +88,7 @@ def calibrate(
         ValueError: a frame or an instruction is refused by the processor, or a budget does not fit the policy.
     """
     config = (config or CompileConfig()).resolve(policy.sizes)
-    plan, _ = measure(policy, frames, config, progress=progress, scratch=scratch)
+    plan, _, _ = measure(policy, frames, config, progress=progress, scratch=scratch)
     return plan
 
 
@@ -105,8 +100,8 @@ def measure(
     *,
     progress: bool,
     scratch: str | os.PathLike[str] | None = None,
-) -> tuple[Plan, fx.GraphModule]:
-    """Return the plan of `calibrate`, and the captured policy that it was measured on."""
+) -> tuple[Plan, fx.GraphModule, Tensor]:
+    """Return the plan of `calibrate`, the captured policy that it was measured on, and its cognition features [F,D]."""
     sizes = policy.sizes
     config.decide(sizes, None)  # refuses budgets that do not fit, before anything is measured
     asked = config.measurements(sizes)
@@ -119,7 +114,7 @@ def measure(
     batches, checkpoint = batches_of(policy, observations), fingerprint_weights(policy.state_dict())
     digest = _digest(batches)
     needed = stream_bytes(policy, batches, most_trials(config, sizes))
-    with _open_shelf(scratch, needed) as shelf, drawing_progress(wanted=progress) as bar:
+    with open_shelf(scratch, needed) as shelf, drawing_progress(wanted=progress) as bar:
         resumption = Resumption(shelf, _key(config, digest, checkpoint))
         run = DenseRun(graph, batches, shelf)
         found = DenseMeasures(run, len(observations), neurons="neuron_scores" in asked, vision="vision" in asked)
@@ -165,7 +160,7 @@ def measure(
         checkpoint=checkpoint,
         tensors=refit,
     )
-    return plan, graph
+    return plan, graph, features
 
 
 def _run_dense(
@@ -205,21 +200,6 @@ def _measure_up_to(
         advanced()
 
     stream.advance(stop, found.watch, tick)
-
-
-@contextmanager
-def _open_shelf(scratch: str | os.PathLike[str] | None, needed: int) -> Iterator[Shelf]:
-    """Yield where streams are kept: in the folder that is given, in a temporary one if they are large, or in memory."""
-    free = available_memory()
-    if scratch is not None:
-        folder = Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        yield Shelf(folder)
-    elif free is not None and needed > _MEMORY_SHARE * free:
-        with TemporaryDirectory(prefix="evla-calibration-") as temporary:
-            yield Shelf(Path(temporary))
-    else:
-        yield Shelf()
 
 
 def _key(config: CompileConfig, frames: str, checkpoint: Sequence[tuple[str, str]]) -> str:

@@ -1,8 +1,11 @@
 """Streams: the values of a graph on all calibration frames between two of its stretches, in memory or in files."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Self
 
 import numpy as np
@@ -13,10 +16,13 @@ from torch import Tensor, fx
 from evla_compile.families.cogact.model.policy import CogACT
 from evla_compile.graph.walk import GraphWalk, Values, Watch
 from evla_compile.host.frames import Frame
+from evla_compile.memory import available_memory
 from evla_compile.settings.anatomy import IMAGE, INPUT_IDS, TEXT_LENGTH
 
 BATCH = 8
 """Frames of a batch, at most; only frames whose prompts have as many tokens share one."""
+
+_MEMORY_SHARE = 0.5  # of what is free, for streams; beyond that they go to files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -122,6 +128,26 @@ class Shelf:
         if self.folder is None:
             raise AssertionError("values in memory have no file")
         return self.folder / f"{name}.safetensors"
+
+
+@contextmanager
+def open_shelf(scratch: str | os.PathLike[str] | None, needed: int) -> Iterator[Shelf]:
+    """Yield where streams are kept: in the folder that is given, in a temporary one if they are large, or in memory.
+
+    Args:
+        scratch: the folder, made if missing; None for one of the other two.
+        needed: bytes that they take.
+    """
+    free = available_memory()
+    if scratch is not None:
+        folder = Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield Shelf(folder)
+    elif free is not None and needed > _MEMORY_SHARE * free:
+        with TemporaryDirectory(prefix="evla-calibration-") as temporary:
+            yield Shelf(Path(temporary))
+    else:
+        yield Shelf()
 
 
 class Stream:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from evla_compile.cli import build, compile, demo, doctor, estimate, frames, inspect, run, verify
+from evla_compile.cli import build, compile, demo, doctor, estimate, fidelity, frames, inspect, run, verify
 from evla_compile.cli.streams import standard_streams
 from evla_compile.errors import EvlaError
 from evla_compile.scratch import exiting_on_sigterm
@@ -27,6 +27,7 @@ for _name, _command, _summary in (
     ("run", run.run, "Predict actions from camera frames, without torch."),
     ("build", build.build, "Build the TensorRT engines of an artifact."),
     ("verify", verify.verify, "Prove that an artifact is what torch computed."),
+    ("fidelity", fidelity.fidelity, "Measure how far a policy's actions are from the dense policy's."),
     ("doctor", doctor.doctor, "Check whether this machine can do a piece of work."),
 ):
     app.command(_name, short_help=_summary)(_command)

@@ -152,12 +152,12 @@ def _print_memory(peak: PeakMemory) -> None:
 
 def compile_summary(report: "CompileReport") -> RenderableType:
     """Return the report of a compilation as tables."""
-    repair = map(Text, report.repair_lines())
+    lines = map(Text, [*report.fidelity_lines(), *report.repair_lines()])
     if not report.deviations:
         advice = "Deviation from the dense policy: not measured. --calibration FRAMES measures it, beside --plan too."
-        return Group("", pass_table(report), advice, *repair)
+        return Group("", pass_table(report), advice, *lines)
     deviations = deviation_table([("from the dense policy", deviations_by_stage(report))])
-    return Group("", pass_table(report), deviations, *repair)
+    return Group("", pass_table(report), deviations, *lines)
 
 
 def pass_table(report: "CompileReport") -> Table:

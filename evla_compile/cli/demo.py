@@ -62,10 +62,10 @@ def demo_summary(result: "DemoResult") -> RenderableType:
     return Group(
         "",
         pass_table(report),
-        *(Text(f"{line}\n") for line in report.repair_lines()),
+        *(Text(f"{line}\n") for line in (*report.repair_lines(), *report.fidelity_lines())),
         deviation_table(deviations),
-        "Every figure is of the worst frame. The lossy passes do move actions, those of single frames far;"
-        " how often the policy then still solves its tasks is measured in simulation: docs/results/quality.md.\n",
+        "Every figure of this table is of the worst of two frames. How often the policy still solves its tasks is"
+        " measured in simulation: docs/results/quality.md.\n",
         latency_table(result.latencies, sizes),
         f"{result.conditions}\n",
         action_table(result.actions, f'Actions of the compiled ONNX for "{result.instruction}"'),

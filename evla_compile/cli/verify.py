@@ -33,6 +33,8 @@ def verify(
         f"verified: files as the manifest says; {found.nodes} operators, all shapes static; {found.cases} recorded"
         f" cases, {len(found.stages)} stages each, largest relative error {errors} (tolerance {found.tolerance:.0e})"
     )
+    if found.fidelity is not None:
+        new_console().print(f"when it was compiled, {found.fidelity.line()}\n{found.fidelity.how_to_read()}")
 
 
 def stage_table(found: "Verification") -> Table:

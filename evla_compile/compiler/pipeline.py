@@ -1,14 +1,16 @@
 """The passes of a configuration and plan, in their order, and `compile_into`, which runs them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from evla_compile.calibration.calibrate import measure
 from evla_compile.calibration.decoder_passes import decoder_passes, lossy_pass
 from evla_compile.calibration.fingerprint import check_checkpoint
+from evla_compile.calibration.progress import drawing_progress
 from evla_compile.compiler.deviations import measure_deviations
+from evla_compile.compiler.fidelity import compiled_chunks, dense_chunks, measure_compilation
 from evla_compile.compiler.report import CompileReport, RepairReport, VisionReport
 from evla_compile.compiler.result import CompiledGraph
 from evla_compile.families.cogact.capture import capture
@@ -28,6 +30,7 @@ from evla_compile.passes import (
     UnrollDiffusion,
     UnrollSolver,
 )
+from evla_compile.settings.budgets.budget import Decision
 from evla_compile.settings.budgets.cache import CacheDecision
 from evla_compile.settings.budgets.sampler import SamplerDecision
 from evla_compile.settings.budgets.vision import VisionDecision
@@ -63,10 +66,10 @@ def compile_into(
     elif frames is None:
         plan = plan_without_calibration(policy.sizes, config)
     if plan is None:  # even where all is kept: a later float16 export needs the activation ranges
-        plan, captured = measure(policy, frames or (), config, progress=progress, scratch=scratch)
+        plan, captured, dense = measure(policy, frames or (), config, progress=progress, scratch=scratch)
     else:
         check_finite_policy(policy)
-        captured = capture(policy, config)
+        captured, dense = capture(policy, config), None
     graph, reports = run_passes(captured, build_passes(config, plan, policy.sizes))
     compiled = kind(
         graph=graph,
@@ -83,8 +86,17 @@ def compile_into(
         ),
         frames=tuple(frames or ())[:COMPARED_FRAMES],
     )
-    if compiled.frames:
-        compiled.report = replace(compiled.report, deviations=measure_deviations(policy, compiled, compiled.frames))
+    if frames:
+        decisions = config.complete(plan.decisions, policy.sizes)
+        perception, _ = run_passes(captured, _perception_passes(decisions, plan, policy.sizes))
+        with drawing_progress(wanted=progress) as bar:
+            right = dense_chunks(policy, frames, captured, bar, cfg_scale=config.cfg_scale, features=dense)
+            found = compiled_chunks(policy, frames, perception, config, decisions, bar)
+        compiled.report = replace(
+            compiled.report,
+            deviations=measure_deviations(policy, compiled, compiled.frames),
+            fidelity=measure_compilation(policy, frames, right, found),
+        )
     return compiled
 
 
@@ -101,16 +113,9 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
 
     solver = lossy_pass(decisions, sizes, SamplerDecision, lambda s: UnrollSolver(timesteps=s.timesteps))
     sampler = solver or UnrollDiffusion(ddim_steps=config.ddim_steps)
-    tensors = {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}
     passes = (
         sampler,  # first: from here on, every graph yields samples
-        lossy_pass(
-            decisions,
-            sizes,
-            VisionDecision,
-            lambda v: PruneVision(neurons={b.path: b.neurons for b in v.blocks}, refit=v.refit, tensors=tensors),
-        ),
-        *decoder_passes(decisions, sizes, tensors),
+        *_perception_passes(decisions, plan, sizes),
         lossy_pass(  # of the unrolled loop
             decisions, sizes, CacheDecision, lambda c: CacheFeatures(steps=c.steps, extrapolate=c.extrapolate)
         ),
@@ -118,4 +123,17 @@ def build_passes(config: CompileConfig, plan: Plan, sizes: ModelSizes) -> tuple[
         SpecializeShapes(text_tokens=config.text_tokens),  # after every change of the sequence length
         FoldConstants(),  # last: static sizes make rotary tables and masks constants
     )
+    return tuple(rewrite for rewrite in passes if rewrite is not None)
+
+
+def _perception_passes(decisions: Sequence[Decision], plan: Plan, sizes: ModelSizes) -> tuple[GraphPass, ...]:
+    """Return the lossy rewrites in front of the action head."""
+    tensors = {name: to_tensor(tensor) for name, tensor in plan.tensors.items()}
+    vision = lossy_pass(
+        decisions,
+        sizes,
+        VisionDecision,
+        lambda v: PruneVision(neurons={b.path: b.neurons for b in v.blocks}, refit=v.refit, tensors=tensors),
+    )
+    passes = (vision, *decoder_passes(decisions, sizes, tensors))
     return tuple(rewrite for rewrite in passes if rewrite is not None)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from evla_compile.fidelity.measure import Fidelity
 from evla_compile.graph.contract import GraphStats, PassReport
 from evla_compile.settings.budgets.budget import decision_of
 from evla_compile.settings.budgets.repair import RepairDecision
@@ -111,6 +112,8 @@ class CompileReport:
     """Distance from the dense policy; empty where no calibration frames were given."""
     repair: RepairReport | None = None
     """What the repair did; None where there was none."""
+    fidelity: Fidelity | None = None
+    """Distance of the actions from the dense policy's on all frames; None where none were given."""
     vision: VisionReport | None = None
     """What the cut of the vision towers did; None where there was none."""
 
@@ -120,9 +123,14 @@ class CompileReport:
             "config": self.config.to_json(),
             "passes": [asdict(report) for report in self.passes],
             "deviations": [asdict(deviation) for deviation in self.deviations],
+            "fidelity": None if self.fidelity is None else self.fidelity.to_json(),
             "repair": None if self.repair is None else asdict(self.repair),
             "vision": None if self.vision is None else asdict(self.vision),
         }
+
+    def fidelity_lines(self) -> list[str]:
+        """Return the headline of the fidelity and how to read it; nothing where it was not measured."""
+        return [] if self.fidelity is None else [self.fidelity.line(), self.fidelity.how_to_read()]
 
     def repair_lines(self) -> list[str]:
         """Return what to tell of the refits of vision and decoder, and each warning; nothing where there was none."""
@@ -160,4 +168,4 @@ class CompileReport:
             f" {deviation.frames} frames"
             for deviation in self.deviations
         ] or ["deviation from the dense policy: not measured; give calibration frames, beside a plan too"]
-        return "\n".join([*lines, *self.repair_lines()])
+        return "\n".join([*lines, *self.fidelity_lines(), *self.repair_lines()])

@@ -218,27 +218,35 @@ class Processor:
         Raises:
             ValueError: the dataset is unknown, the shape is another, or a sample or an action is not finite.
         """
-        statistics = self.statistics_for(unnorm_key)
-        raw = np.asarray(samples, dtype=np.float64)
-        if raw.ndim < 2 or raw.shape[-1] != ACTION_WIDTH:
-            raise ValueError(f"samples have the shape {raw.shape}: expected [...,A,{ACTION_WIDTH}]")
-        if not np.isfinite(raw).all():
-            raise ValueError(
-                f"{np.count_nonzero(~np.isfinite(raw))} of {raw.size} samples are not finite, and a robot must not move"
-                " on them: check the weights and their dtype with verify"
-            )
-        normalized = np.clip(raw, -1.0, 1.0)
-        normalized[..., GRIPPER] = normalized[..., GRIPPER] >= 0.5
-        low = np.array(statistics.low, dtype=np.float64)
-        high = np.array(statistics.high, dtype=np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused next
-            actions = np.where(statistics.mask, 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
-        if not np.isfinite(actions).all():
-            raise ValueError(
-                f"{np.count_nonzero(~np.isfinite(actions))} of {actions.size} actions are not finite after scaling, and"
-                f" a robot must not move on them: check the statistics of the dataset, {statistics}"
-            )
-        return actions
+        return scale_actions(samples, self.statistics_for(unnorm_key))
+
+
+def scale_actions(samples: ArrayLike, statistics: ActionStatistics) -> NDArray[np.float64]:
+    """Turn raw samples [...,A,7] into actions float64 [...,A,7]; see `Processor.actions`.
+
+    Raises:
+        ValueError: the shape is another, or a sample or an action is not finite.
+    """
+    raw = np.asarray(samples, dtype=np.float64)
+    if raw.ndim < 2 or raw.shape[-1] != ACTION_WIDTH:
+        raise ValueError(f"samples have the shape {raw.shape}: expected [...,A,{ACTION_WIDTH}]")
+    if not np.isfinite(raw).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(raw))} of {raw.size} samples are not finite, and a robot must not move"
+            " on them: check the weights and their dtype with verify"
+        )
+    normalized = np.clip(raw, -1.0, 1.0)
+    normalized[..., GRIPPER] = normalized[..., GRIPPER] >= 0.5
+    low = np.array(statistics.low, dtype=np.float64)
+    high = np.array(statistics.high, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused next
+        actions = np.where(statistics.mask, 0.5 * (normalized + 1.0) * (high - low) + low, normalized)
+    if not np.isfinite(actions).all():
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(actions))} of {actions.size} actions are not finite after scaling, and"
+            f" a robot must not move on them: check the statistics of the dataset, {statistics}"
+        )
+    return actions
 
 
 def _plain(values: Any) -> Any:

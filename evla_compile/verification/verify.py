@@ -18,6 +18,8 @@ from evla_compile.artifact.records import Part
 from evla_compile.artifact.replay import replay
 from evla_compile.errors import VerificationError
 from evla_compile.exporters.stage_run import replay_graphs
+from evla_compile.fidelity.measure import Fidelity
+from evla_compile.fidelity.stored import read_report
 from evla_compile.runtime import Provider, load
 from evla_compile.runtime.linked_weights import read_checked
 from evla_compile.settings.anatomy import INPUT_IDS, SAMPLES
@@ -43,6 +45,9 @@ class Verification:
     """The same for the outputs alone, as the runtime returns them."""
     tolerance: float
     """Largest error that the samples may have."""
+    fidelity: Fidelity | None
+    """How far its actions were from the dense policy's when it was compiled, as its report says, which is not measured
+    again; None where no frames were given."""
 
 
 def verify(
@@ -96,6 +101,7 @@ def verify(
         stages=tuple(stages.items()),
         errors=tuple(errors.items()),
         tolerance=lowered_tolerance(manifest.precision, SAMPLES),
+        fidelity=read_report(place.with_name(manifest.report.name)),
     )
 
 

@@ -1,10 +1,13 @@
-"""Success rates and their paired comparison: Wilson's interval, Newcombe's paired interval, McNemar's exact test."""
+"""Success rates and their comparison: Wilson's and Newcombe's intervals, McNemar's test, Spearman's correlation."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 _Z = NormalDist().inv_cdf(0.975)  # 95 %, two-sided
 _Episode = TypeVar("_Episode")
@@ -122,3 +125,25 @@ def _newcombe(both: int, gained: int, lost: int, neither: int) -> tuple[float, f
 
 def _side(first: float, second: float, correlation: float) -> float:
     return math.sqrt(max(0.0, first**2 - 2 * correlation * first * second + second**2))
+
+
+def rank_correlation(left: ArrayLike, right: ArrayLike) -> float:
+    """Return Spearman's rank correlation of two sequences [N], ties at the mean of their ranks; NaN if one is constant.
+
+    Raises:
+        ValueError: their lengths differ, or are below 2.
+    """
+    a, b = (np.asarray(each, dtype=np.float64) for each in (left, right))
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise ValueError(f"sequences of {a.shape} and {b.shape}: expected two of the same length, 2 at least")
+    ranks = [_ranks(each) - (len(each) - 1) / 2 for each in (a, b)]
+    spread = np.sqrt(np.sum(ranks[0] ** 2) * np.sum(ranks[1] ** 2))
+    return float(np.sum(ranks[0] * ranks[1]) / spread) if spread else math.nan
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the place of each value among all, from 0, the mean place among equals."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    found: NDArray[np.float64] = (ends - (counts + 1) / 2)[inverse]
+    return found
