@@ -33,6 +33,7 @@ TABLES: Mapping[str, Callable[[Path], list[str]]] = MappingProxyType(
         "closed-loop-screen": rows_of.screened,
         "closed-loop-repair-ablation": rows_of.closed_loop("closed-loop-repair-ablation"),
         "closed-loop-without-task": rows_of.without_task,
+        "fidelity-ranks": rows_of.fidelity_ranks,
         "layer-redundancy": rows_of.layer_redundancy,
         "repair-language-model": rows_of.repair_language_model,
     }
@@ -53,6 +54,7 @@ PAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "closed-loop-screen",
             "closed-loop-repair-ablation",
             "closed-loop-without-task",
+            "fidelity-ranks",
             "repair-language-model",
         ),
     }

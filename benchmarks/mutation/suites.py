@@ -49,6 +49,16 @@ SUITES = (
         for name in names
     ),
     _suite("verification", "evla_compile/verification/verify.py", "tests/verification/test_verification.py"),
+    _suite("verification", "evla_compile/verification/fidelity.py", "tests/compiler/test_fidelity.py"),
+    _suite("fidelity", "evla_compile/compiler/fidelity.py", "tests/compiler/test_fidelity.py"),
+    *(
+        _suite("fidelity", f"evla_compile/fidelity/{name}.py", f"tests/fidelity/test_{name}.py")
+        for name in ("chunks", "measure", "stored")
+    ),
+    *(
+        _suite("certificate", f"evla_compile/certificate/{name}.py", f"tests/certificate/test_{name}.py")
+        for name in ("certify", "episodes", "p_value", "record")
+    ),
     _suite("verification", "evla_compile/artifact/cases.py", "tests/artifact/test_recorded.py"),
     _suite("verification", "evla_compile/artifact/replay.py", "tests/artifact/test_replay.py"),
     _suite("verification", "evla_compile/settings/tolerances.py", "tests/settings/test_tolerances.py"),

@@ -19,10 +19,10 @@ from evla_compile.host.camera_frame import Framing
 from evla_compile.runtime import Provider
 from evla_compile.terminal import in_one_line, new_console
 
-MOST_EPISODES = 10
-"""Episodes that are shown, the farthest ones."""
+MOST_ROWS = 10
+"""Instructions and episodes that are shown, the farthest ones."""
 ABOVE = 1
-"""Exit status where the headline is above --max."""
+"""Exit status where the drift is above --max."""
 
 
 def fidelity(
@@ -64,7 +64,7 @@ def fidelity(
     ] = None,
     largest: Annotated[
         float | None,
-        typer.Option("--max", min=0.0, max=1.0, help="Exit with status 1 if the headline share is above."),
+        typer.Option("--max", min=0.0, metavar="MM", help="Exit with status 1 if an instruction drifts farther."),
     ] = None,
     provider: Annotated[
         Provider | None, typer.Option(help="Where artifacts compute; engine for an .engine file, else cpu by default.")
@@ -105,8 +105,8 @@ def fidelity(
         print_json(found.to_json())
     else:
         new_console().print(fidelity_tables(found))
-    if largest is not None and found.beyond_noise > largest:
-        new_console(stderr=True).print(f"{found.beyond_noise:.1%} is above --max {largest:g}", soft_wrap=True)
+    if largest is not None and found.drift > largest:
+        new_console(stderr=True).print(f"a drift of {found.drift:.2f} mm is above --max {largest:g}", soft_wrap=True)
         raise typer.Exit(ABOVE)
 
 
@@ -128,7 +128,7 @@ def fidelity_tables(found: Fidelity) -> RenderableType:
     dimensions = new_table("Each action dimension", "dimension", right=("mean", "95 %", "own noise"))
     for line in found.dimensions:
         dimensions.add_row(f"{line.name}, {line.unit}", *(f"{value:.3g}" for value in (line.mean, line.p95, line.own)))
-    parts: list[RenderableType] = [table, dimensions]
+    parts: list[RenderableType] = [table, dimensions, _instructions(found)]
     if found.episodes:
         parts.append(_episodes(found))
     return Group(*parts, found.line(), found.how_to_read())
@@ -138,8 +138,21 @@ def _figures(found: Deviation) -> tuple[str, str, str, str]:
     return f"{found.mean:.2f}", f"{found.p95:.2f}", f"{found.worst:.2f} ({found.frame})", f"{found.own:.2f}"
 
 
+def _instructions(found: Fidelity) -> Table:
+    shown = found.instructions[:MOST_ROWS]
+    table = new_table(
+        f"{len(shown)} of {len(found.instructions)} instructions, those that drift farthest",
+        "instruction",
+        right=("frames", "drift, mm", "chance, mm", "beyond own noise"),
+    )
+    for each in shown:
+        figures = (str(each.frames), f"{each.drift:.2f}", f"{each.own:.2f}", f"{each.beyond_noise:.1%}")
+        table.add_row(in_one_line(each.instruction), *figures)
+    return table
+
+
 def _episodes(found: Fidelity) -> Table:
-    shown = found.episodes[:MOST_EPISODES]
+    shown = found.episodes[:MOST_ROWS]
     table = new_table(
         f"Farthest {len(shown)} of {len(found.episodes)} episodes",
         "episode",

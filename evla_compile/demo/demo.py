@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from evla_compile import runtime
 from evla_compile.arguments import whole_number
 from evla_compile.compiled_policy import CompiledPolicy, compile
+from evla_compile.compiler.pipeline import COMPARED_FRAMES
 from evla_compile.compiler.report import CompileReport
 from evla_compile.demo.shipped_policy import DEMO_POLICY, calibration_frames, demo_frame
 from evla_compile.families.cogact.loading.checkpoint import load
@@ -127,7 +128,7 @@ def run_demo(
         compiled = {}
         with step("dense: capture and rewrite the graph"):
             plan = plan_without_calibration(policy.sizes, dense)
-            compiled["dense"] = compile(policy, dense, calibration=frames, plan=plan, progress=False)
+            compiled["dense"] = compile(policy, dense, calibration=frames[:COMPARED_FRAMES], plan=plan, progress=False)
         with step(f"compiled: calibrate on {len(frames)} frames of other episodes, repair, rewrite the graph"):
             compiled["compiled"] = compile(policy, config, calibration=frames, progress=False)
         variants = tuple(

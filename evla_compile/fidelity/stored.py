@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from evla_compile.errors import ArtifactError
-from evla_compile.fidelity.measure import Deviation, DimensionDeviation, EpisodeDeviation, Fidelity
+from evla_compile.fidelity.measure import (
+    Deviation,
+    DimensionDeviation,
+    EpisodeDeviation,
+    Fidelity,
+    InstructionDeviation,
+)
 
 
 def read_report(path: Path) -> Fidelity | None:
@@ -31,6 +37,7 @@ def read_report(path: Path) -> Fidelity | None:
 def _fidelity(data: Any) -> Fidelity:
     values = _object(data, "fidelity")
     return Fidelity(
+        drift=_number(values, "drift"),
         beyond_noise=_number(values, "beyond_noise", high=1.0),
         frames=_count(values, "frames"),
         draws=_count(values, "draws"),
@@ -50,6 +57,7 @@ def _fidelity(data: Any) -> Fidelity:
             )
             for each in _objects(values, "dimensions")
         ),
+        instructions=_instructions(values),
         episodes=tuple(
             EpisodeDeviation(
                 episode=_text(each, "episode"),
@@ -60,6 +68,22 @@ def _fidelity(data: Any) -> Fidelity:
             for each in _objects(values, "episodes")
         ),
     )
+
+
+def _instructions(data: Mapping[str, Any]) -> tuple[InstructionDeviation, ...]:
+    found = tuple(
+        InstructionDeviation(
+            instruction=_text(each, "instruction"),
+            frames=_count(each, "frames"),
+            drift=_number(each, "drift"),
+            own=_number(each, "own"),
+            beyond_noise=_number(each, "beyond_noise", high=1.0),
+        )
+        for each in _objects(data, "instructions")
+    )
+    if not found:
+        raise ValueError("'instructions' is empty: expected one at least")
+    return found
 
 
 def _deviation(data: Mapping[str, Any], name: str) -> Deviation:

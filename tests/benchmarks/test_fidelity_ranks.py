@@ -104,7 +104,7 @@ def test_candidates_are_of_the_frames_that_are_named() -> None:
         candidates(dense, found, frames, places, STATISTICS) for places in ([3, 4, 5], [0, 1, 2], list(range(6)))
     )
     assert set(near.values()) == {0.0}
-    assert both["calls that end beyond own noise"] == compare_chunks(dense, found, STATISTICS).beyond_noise
+    assert both["calls that end beyond own noise"] == compare_chunks(dense, found, STATISTICS, frames).beyond_noise
     for name, value in far.items():
         assert value > 0, name
     assert far["end, mean"] == pytest.approx(1000 * 8 * 0.3 * 0.05 * np.sqrt(3), rel=1e-5)

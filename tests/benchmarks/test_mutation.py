@@ -20,7 +20,10 @@ def test_every_suite_names_files_that_are_there(suite: Suite) -> None:
     assert not (ROOT / suite.file).is_symlink()
 
 
-@pytest.mark.parametrize("folder", ["passes", "evla_compile/calibration", "evla_compile/verification"])
+@pytest.mark.parametrize(
+    "folder",
+    ["passes", *(f"evla_compile/{room}" for room in ("calibration", "certificate", "fidelity", "verification"))],
+)
 def test_every_module_of_a_mutated_room_has_a_suite(folder: str) -> None:
     modules = {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py") if file.name != "__init__.py"}
     assert modules - {suite.file for suite in SUITES} == set()

@@ -71,7 +71,7 @@ def test_a_record_is_as_good_as_the_policy(
 
 
 def test_an_artifact_is_nowhere_from_itself(artifact: Path, frames: Path) -> None:
-    assert measured(artifact, artifact, "--frames", frames)["beyond_noise"] == 0.0
+    assert measured(artifact, artifact, "--frames", frames)["drift"] == 0.0
 
 
 def test_the_tables_are_printed(artifact: Path, recorded: tuple[Path, Outcome], frames: Path) -> None:
@@ -84,25 +84,22 @@ def test_the_tables_are_printed(artifact: Path, recorded: tuple[Path, Outcome], 
         "gripper flips",
         "roll, degrees",
         "Farthest 2 of 2 episodes",
+        "1 of 1 instructions",
         "fidelity: ",
         "in 4 actions",
     ):
         assert text in outcome.out, text
 
 
-def test_a_bound_decides_the_exit_status(
-    artifact: Path, recorded: tuple[Path, Outcome], frames: Path, tmp_path: Path
-) -> None:
-    """Against a policy that noise hardly moves, so that every call is beyond it."""
-    dense = ActionChunks.load(recorded[0])
-    calm = np.stack([dense.samples[0], dense.samples[0] + np.float32(1e-5)])
-    ActionChunks(samples=calm, frames=dense.frames).save(tmp_path / "calm.npz")
+def test_a_bound_decides_the_exit_status(artifact: Path, recorded: tuple[Path, Outcome], frames: Path) -> None:
+    drift = measured(artifact, recorded[0], "--frames", frames)["drift"]
+    assert isinstance(drift, float)
     outcomes = [
-        evla("fidelity", artifact, tmp_path / "calm.npz", "--frames", frames, "--unnorm-key", KEY, "--max", bound)
-        for bound in (1.0, 0.9)
+        evla("fidelity", artifact, recorded[0], "--frames", frames, "--unnorm-key", KEY, "--max", factor * drift)
+        for factor in (1.01, 0.99)
     ]
     assert [outcome.status for outcome in outcomes] == [0, 1]
-    assert "100.0% is above --max 0.9" in outcomes[1].message
+    assert f"a drift of {drift:.2f} mm is above --max" in outcomes[1].message
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def test_the_report_says_what_frame_by_frame_runs_say(name: str, policy: CogACT,
         fidelity = report.fidelity
         assert fidelity is not None
         assert fidelity.beyond_noise == expected.beyond_noise
+        assert fidelity.drift == pytest.approx(expected.drift, rel=1e-3, abs=1e-3)
         assert fidelity.end.own == pytest.approx(expected.end.own, rel=1e-4)
         assert fidelity.end.mean == pytest.approx(expected.end.mean, rel=1e-3, abs=1e-3)
         assert fidelity.step.worst == pytest.approx(expected.step.worst, rel=1e-3, abs=1e-3)

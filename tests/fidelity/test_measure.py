@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from evla_compile.errors import CalibrationError
 from evla_compile.fidelity.chunks import ActionChunks
@@ -22,6 +23,7 @@ STATISTICS = ActionStatistics(
 SCALE = np.array([0.05, 0.05, 0.03, 0.2, 0.2, 0.3])
 FRAMES, HORIZON = 6, 3
 EPISODES = ("a", "a", "b", None, "b", "c")
+INSTRUCTIONS = ("go", "go", "stop", "go", "stop", "go")
 
 
 def chunks(seed: int, draws: int = 3, spread: float = 0.2) -> ActionChunks:
@@ -47,7 +49,7 @@ def found(dense: ActionChunks) -> ActionChunks:
 @pytest.fixture(scope="module")
 def frames() -> list[Frame]:
     blank = np.zeros((4, 4, 3), dtype=np.uint8)
-    return [Frame(blank, "go", episode) for episode in EPISODES]
+    return [Frame(blank, word, episode) for word, episode in zip(INSTRUCTIONS, EPISODES, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def ends(left: ActionChunks, right: ActionChunks, a: int, b: int, frame: int) ->
     return 1000.0 * float(np.sqrt(place @ place))
 
 
-def test_the_headline_counts_calls_that_end_farther_off_than_own_noise(
+def test_calls_that_end_farther_off_than_own_noise_are_counted(
     dense: ActionChunks, found: ActionChunks, fidelity: Fidelity
 ) -> None:
     own = [ends(dense, dense, a, b, frame) for frame in range(FRAMES) for a, b in combinations(range(3), 2)]
@@ -77,6 +79,42 @@ def test_the_headline_counts_calls_that_end_farther_off_than_own_noise(
     assert fidelity.end.p95 == pytest.approx(np.percentile(apart, 95))
     assert fidelity.end.worst == pytest.approx(apart.mean(axis=0).max())
     assert (fidelity.end.frame, fidelity.frames, fidelity.draws, fidelity.horizon) == (4, FRAMES, 2, HORIZON)
+
+
+def between(left: ActionChunks, right: ActionChunks, a: int, b: int, frame: int) -> NDArray[np.float64]:
+    """Return the vector between where two draws of a frame end, mm."""
+    found = np.zeros(3)
+    for step in range(HORIZON):
+        x, y = (each.samples[draw, frame, step, :3].astype(np.float64) for each, draw in ((left, a), (right, b)))
+        found += 1000.0 * (x - y) * SCALE[:3]
+    return found
+
+
+def test_the_headline_is_the_mean_vector_of_the_instruction_that_drifts_farthest(
+    dense: ActionChunks, found: ActionChunks, fidelity: Fidelity
+) -> None:
+    for each in fidelity.instructions:
+        places = [place for place, word in enumerate(INSTRUCTIONS) if word == each.instruction]
+        mean = np.mean([between(found, dense, draw, draw, place) for draw in range(2) for place in places], axis=0)
+        assert each.drift == pytest.approx(np.sqrt(mean @ mean))
+        chance = [
+            np.linalg.norm(np.mean([between(dense, dense, a, b, place) for place in places], axis=0))
+            for a, b in combinations(range(3), 2)
+        ]
+        assert each.own == pytest.approx(np.mean(chance))
+        assert each.frames == len(places)
+    assert [each.instruction for each in fidelity.instructions] == ["stop", "go"]  # frame 4 is far off
+    assert fidelity.drift == fidelity.instructions[0].drift > fidelity.instructions[1].drift
+
+
+def test_what_is_off_now_this_way_and_now_that_way_does_not_drift(dense: ActionChunks, frames: list[Frame]) -> None:
+    samples = dense.samples[:2] * np.float32(0.5)
+    still = replace(dense, samples=dense.samples * np.float32(0.5))
+    samples[0, :, :, :3] += np.float32(0.3)
+    samples[1, :, :, :3] -= np.float32(0.3)
+    found = compare_chunks(still, replace(dense, samples=samples), STATISTICS, frames, horizon=HORIZON)
+    assert found.drift == pytest.approx(0.0, abs=1e-4)
+    assert found.end.mean > 10
 
 
 def test_steps_rotations_and_flips(dense: ActionChunks, found: ActionChunks, fidelity: Fidelity) -> None:
@@ -114,7 +152,13 @@ def test_episodes_are_listed_the_farthest_first(dense: ActionChunks, found: Acti
 
 def test_a_policy_that_does_the_same_is_nowhere_beyond(dense: ActionChunks, frames: list[Frame]) -> None:
     same = compare_chunks(dense, dense, STATISTICS, frames, horizon=HORIZON)
-    assert (same.beyond_noise, same.end.mean, same.step.worst, same.gripper_flips) == (0.0, 0.0, 0.0, 0.0)
+    assert (same.drift, same.beyond_noise, same.end.mean, same.step.worst, same.gripper_flips) == (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
     assert same.end.own > 0
 
 
@@ -126,21 +170,22 @@ def test_what_is_beyond_the_horizon_does_not_count(
     assert compare_chunks(dense, replace(found, samples=samples), STATISTICS, frames, horizon=HORIZON) == fidelity
 
 
-def test_what_a_robot_does_not_get_does_not_count(dense: ActionChunks) -> None:
+def test_what_a_robot_does_not_get_does_not_count(dense: ActionChunks, frames: list[Frame]) -> None:
     """Samples are clipped before they are scaled, so that 1 and 2 are the same action."""
     samples = dense.samples.copy()
     samples[:, 0, 0, 0] = 1.0
     beyond = samples.copy()
     beyond[:, 0, 0, 0] = 2.0
-    found = compare_chunks(replace(dense, samples=samples), replace(dense, samples=beyond), STATISTICS, horizon=HORIZON)
+    found = compare_chunks(
+        replace(dense, samples=samples), replace(dense, samples=beyond), STATISTICS, frames, horizon=HORIZON
+    )
     assert found.end.mean == 0.0
 
 
 def test_it_prints_and_is_json(fidelity: Fidelity) -> None:
-    share = f"{fidelity.beyond_noise:.1%} of 12 calls end farther"
-    assert share in fidelity.line()
-    assert f"({fidelity.end.own:.1f} mm in 3 actions)" in fidelity.line()
-    assert "worst frame 4" in fidelity.line()
+    assert f"at 'stop' the hand drifts {fidelity.drift:.1f} mm in 3 actions" in fidelity.line()
+    assert f"{fidelity.beyond_noise:.1%} of 12 calls end farther off" in fidelity.line()
+    assert f"({fidelity.end.own:.1f} mm)" in fidelity.line()
     assert to_json_text(fidelity.to_json())
 
 
@@ -154,16 +199,25 @@ def test_it_prints_and_is_json(fidelity: Fidelity) -> None:
     ],
 )
 def test_chunks_that_do_not_go_together_are_refused(
-    dense_change: dict[str, Any], found_change: dict[str, Any], message: str, dense: ActionChunks, found: ActionChunks
+    dense_change: dict[str, Any],
+    found_change: dict[str, Any],
+    message: str,
+    dense: ActionChunks,
+    found: ActionChunks,
+    frames: list[Frame],
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
-        compare_chunks(replace(dense, **dense_change), replace(found, **found_change), STATISTICS, horizon=HORIZON)
+        compare_chunks(
+            replace(dense, **dense_change), replace(found, **found_change), STATISTICS, frames, horizon=HORIZON
+        )
 
 
 @pytest.mark.parametrize("horizon", [0, 6, 2.0])
-def test_a_horizon_out_of_range_is_refused(horizon: Any, dense: ActionChunks, found: ActionChunks) -> None:
+def test_a_horizon_out_of_range_is_refused(
+    horizon: Any, dense: ActionChunks, found: ActionChunks, frames: list[Frame]
+) -> None:
     with pytest.raises(ValueError, match=r"horizon=.*from 1 to 5"):
-        compare_chunks(dense, found, STATISTICS, horizon=horizon)
+        compare_chunks(dense, found, STATISTICS, frames, horizon=horizon)
 
 
 def test_other_frames_in_number_are_refused(dense: ActionChunks, found: ActionChunks, frames: list[Frame]) -> None:

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 
 from evla_compile.errors import ArtifactError
-from evla_compile.fidelity.measure import Deviation, DimensionDeviation, EpisodeDeviation, Fidelity
+from evla_compile.fidelity.measure import (
+    Deviation,
+    DimensionDeviation,
+    EpisodeDeviation,
+    Fidelity,
+    InstructionDeviation,
+)
 from evla_compile.fidelity.stored import read_report
 
 FIDELITY = Fidelity(
+    drift=2.5,
     beyond_noise=0.05,
     frames=20,
     draws=2,
@@ -22,6 +29,7 @@ FIDELITY = Fidelity(
     gripper_flips=0.01,
     own_gripper_flips=0.0,
     dimensions=(DimensionDeviation(name="x", unit="mm", mean=0.1, p95=0.2, own=1.0),),
+    instructions=(InstructionDeviation(instruction="go", frames=3, drift=2.5, own=0.5, beyond_noise=0.1),),
     episodes=(EpisodeDeviation(episode="a", frames=3, beyond_noise=0.5, mean=2.0),),
 )
 
@@ -45,6 +53,9 @@ def test_a_report_may_say_none(report: dict[str, Any], tmp_path: Path) -> None:
     [
         ((), []),
         (("beyond_noise",), 1.5),
+        (("drift",), None),
+        (("instructions",), []),
+        (("instructions", 0, "own"), -1),
         (("beyond_noise",), True),
         (("gripper_flips",), -0.1),
         (("end",), None),

@@ -54,8 +54,8 @@ FILES = (
 """Results whose variants are judged."""
 DRAWS = 2
 """Noises of each frame."""
-PER_EPISODE = 4
-"""Frames of an episode that the dense policy drives."""
+PER_EPISODE = 19
+"""Frames of an episode that the dense policy drives, at most: all of its calls."""
 SAMPLES = 2_000
 """Draws of every interval."""
 
@@ -210,13 +210,15 @@ def candidates(
 ) -> dict[str, float]:
     """Return every candidate figure on the frames at some places."""
     right, left = (replace(each, samples=each.samples[:, list(places)]) for each in (dense, found))
-    fidelity = compare_chunks(right, left, statistics)
+    fidelity = compare_chunks(right, left, statistics, [frames[place] for place in places])
     actions = [scale_actions(each.samples[:, :, :HORIZON], statistics)[..., :3] for each in (right, left)]
     ends = 1000.0 * np.linalg.norm((actions[1] - actions[0]).sum(axis=2), axis=-1)  # [R,F]
     steps = 1000.0 * np.linalg.norm(actions[1] - actions[0], axis=-1).mean(axis=-1)  # [R,F]
     instructions = np.array([frames[place].instruction for place in places])
     raw = np.abs(left.samples - right.samples)
     return {
+        "drift, worst instruction": fidelity.drift,
+        "drift, mean over instructions": float(np.mean([each.drift for each in fidelity.instructions])),
         "calls that end beyond own noise": fidelity.beyond_noise,
         "end, root mean square": _norm(ends, 2),
         "end, mean": float(ends.mean()),
