@@ -16,7 +16,7 @@ from evla_compile.settings.config import CompileConfig
 from evla_compile.terminal import new_console
 from tests.cli.command_line import evla, refused
 
-COMMANDS = ("demo", "frames", "compile", "inspect", "estimate", "run", "build", "verify", "doctor")
+COMMANDS = ("demo", "frames", "compile", "inspect", "estimate", "run", "build", "verify", "fidelity", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
