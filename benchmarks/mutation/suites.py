@@ -50,10 +50,11 @@ SUITES = (
     ),
     _suite("verification", "evla_compile/verification/verify.py", "tests/verification/test_verification.py"),
     _suite("verification", "evla_compile/verification/fidelity.py", "tests/compiler/test_fidelity.py"),
+    _suite("verification", "evla_compile/verification/compile_report.py", "tests/verification/test_compile_report.py"),
     _suite("fidelity", "evla_compile/compiler/fidelity.py", "tests/compiler/test_fidelity.py"),
     *(
         _suite("fidelity", f"evla_compile/fidelity/{name}.py", f"tests/fidelity/test_{name}.py")
-        for name in ("chunks", "measure", "stored")
+        for name in ("chunks", "measure")
     ),
     *(
         _suite("certificate", f"evla_compile/certificate/{name}.py", f"tests/certificate/test_{name}.py")

@@ -13,7 +13,7 @@ import evla_compile as evla
 from evla_compile.cli.arguments import read_path
 from evla_compile.cli.console import new_table, print_json, step
 from evla_compile.cli.recording_options import Camera, Episodes, Every, Task, read_source, selection_of
-from evla_compile.fidelity.chunks import DRAWS, ActionChunks
+from evla_compile.fidelity.chunks import DRAWS, SUFFIX, ActionChunks
 from evla_compile.fidelity.measure import HORIZON, Deviation, Fidelity
 from evla_compile.host.camera_frame import Framing
 from evla_compile.runtime import Provider
@@ -79,8 +79,8 @@ def fidelity(
     """Measure how far a policy's actions are from the dense policy's, at equal noise and on recorded frames."""
     if reference is None and record is None:
         raise ValueError("expected a second policy to compare with, or --record NPZ to keep the actions of this one")
-    if record is not None and record.suffix != ".npz":
-        raise ValueError(f"--record {record}: expected a file that ends in .npz")
+    if record is not None and record.suffix != SUFFIX:
+        raise ValueError(f"--record {record}: expected a file that ends in {SUFFIX}")
     if reference is None and (largest is not None or as_json):
         raise ValueError("--max and --json are for a comparison, and there is no second policy")
     observations = read_source(frames, selection_of(camera, every, episodes, instruction), convert=convert)
@@ -165,7 +165,7 @@ def _episodes(found: Fidelity) -> Table:
 
 def _open(path: Path, *, provider: Provider | None, threads: int | None, tokenizer: Path | None) -> Any:
     """Return recorded chunks, the dense policy of a run directory, or a loaded artifact."""
-    if path.suffix == ".npz":
+    if path.suffix == SUFFIX:
         return ActionChunks.load(path)
     if (path / "checkpoints").is_dir() or path.suffix == ".pt":
         with step(f"load the dense policy {path}"):
@@ -173,4 +173,4 @@ def _open(path: Path, *, provider: Provider | None, threads: int | None, tokeniz
 
             return load(path, tokenizer=tokenizer, deferred=True)
     with step(f"load {path}"):
-        return evla.runtime.load(path, "engine" if path.suffix == ".engine" else provider, threads)
+        return evla.runtime.load(path, provider, threads)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from evla_compile.calibration.cache_search import CachedRun
@@ -61,42 +62,44 @@ def dense_chunks(
     check_draws(draws, frames)
     if features is None:
         features = cognition_features(policy, captured, frames, bar, "Running the dense policy")
-    return _chunks(
+    samples = _samples(
         policy,
-        frames,
         features,
         draws,
         lambda condition, noise: policy.denoise(condition, noise, ddim_steps=DDIM_STEPS, cfg_scale=cfg_scale),
     )
+    return ActionChunks(samples=samples, frames=digest_frames(policy.processor, frames))
 
 
-def compiled_chunks(
+def measure_compilation(
     policy: CogACT,
     frames: Sequence[Frame],
+    captured: fx.GraphModule,
     rewritten: fx.GraphModule,
     config: CompileConfig,
     decisions: Sequence[Decision],
     bar: CalibrationProgress,
-    *,
-    draws: int = DRAWS,
-) -> ActionChunks:
-    """Run a compiled policy.
+    features: Tensor | None,
+) -> Fidelity | None:
+    """Return the fidelity of a compilation, in the units of the policy's first dataset by name; None without any.
 
     Args:
-        policy: the dense policy, whose action head it has.
+        policy: the dense policy, whose action head both have.
         frames: observations.
-        rewritten: its graph after all lossy passes, its sequence length symbolic.
-        config: its settings.
+        captured: its graph.
+        rewritten: its graph after the lossy passes in front of the action head, its sequence length symbolic.
+        config: the settings.
         decisions: those of all techniques.
         bar: draws progress.
-        draws: noises of each frame.
+        features: the dense policy's cognition features [F,D], where they are known already.
 
     Raises:
-        ValueError: there are no frames, or `draws` is out of range.
         EvlaError: a sample is not finite.
     """
-    check_draws(draws, frames)
-    features = cognition_features(policy, rewritten, frames, bar, "Running the compiled policy")
+    known = policy.processor.statistics
+    if not known:
+        return None  # such a policy has samples, and no actions
+    dense = dense_chunks(policy, frames, captured, bar, cfg_scale=config.cfg_scale, features=features)
     timesteps = decision_of(SamplerDecision, decisions).timesteps
     steps = decision_of(CacheDecision, decisions).steps or tuple(range(config.ddim_steps))
 
@@ -105,16 +108,8 @@ def compiled_chunks(
             return SolverRun(policy, config, condition, noise).samples(timesteps)
         return CachedRun(policy, config, condition, noise).samples(steps)
 
-    return _chunks(policy, frames, features, draws, denoise)
-
-
-def measure_compilation(
-    policy: CogACT, frames: Sequence[Frame], dense: ActionChunks, found: ActionChunks
-) -> Fidelity | None:
-    """Return the fidelity of a compilation, in the units of the policy's first dataset by name; None without any."""
-    known = policy.processor.statistics
-    if not known:
-        return None  # such a policy has samples, and no actions
+    compiled = cognition_features(policy, rewritten, frames, bar, "Running the compiled policy")
+    found = ActionChunks(samples=_samples(policy, compiled, DRAWS, denoise), frames=dense.frames)
     horizon = min(HORIZON, policy.sizes.action.chunk)
     return compare_chunks(dense, found, known[min(known)], frames, horizon=horizon)
 
@@ -132,17 +127,13 @@ def cognition_features(
         return in_frame_order(batches, [values[readout.name] for _, values in stream])
 
 
-def _chunks(
-    policy: CogACT,
-    frames: Sequence[Frame],
-    features: Tensor,
-    draws: int,
-    denoise: Callable[[Tensor, Tensor], Tensor],
-) -> ActionChunks:
-    """Run the action head on cognition features [F,D]."""
+def _samples(
+    policy: CogACT, features: Tensor, draws: int, denoise: Callable[[Tensor, Tensor], Tensor]
+) -> NDArray[np.float32]:
+    """Run the action head on cognition features [F,D], and return raw samples [R,F,A,W]."""
     action, dtype = policy.sizes.action, next(policy.action_model.parameters()).dtype
     shape = (action.chunk, action.action_width)
-    noise = np.stack([frame_noise(place, draws, shape) for place in range(len(frames))])  # [F,R,A,W]
+    noise = np.stack([frame_noise(place, draws, shape) for place in range(len(features))])  # [F,R,A,W]
     rows = torch.from_numpy(noise).flatten(0, 1).to(features.device)  # [F*R,A,W]
     conditions = features.to(dtype)[:, None].repeat_interleave(draws, dim=0)  # [F*R,1,D]
     with torch.no_grad():
@@ -150,5 +141,6 @@ def _chunks(
             denoise(conditions[first : first + _ROWS], rows[first : first + _ROWS])
             for first in range(0, len(rows), _ROWS)
         ]
-    samples = torch.cat(parts).reshape(len(frames), draws, *shape).transpose(0, 1)  # [R,F,A,W]
-    return ActionChunks(samples=samples.float().cpu().numpy(), frames=digest_frames(policy.processor, frames))
+    samples = torch.cat(parts).reshape(len(features), draws, *shape).transpose(0, 1)  # [R,F,A,W]
+    found: NDArray[np.float32] = samples.float().cpu().numpy()
+    return found

@@ -10,7 +10,7 @@ from evla_compile.calibration.decoder_passes import decoder_passes, lossy_pass
 from evla_compile.calibration.fingerprint import check_checkpoint
 from evla_compile.calibration.progress import drawing_progress
 from evla_compile.compiler.deviations import measure_deviations
-from evla_compile.compiler.fidelity import compiled_chunks, dense_chunks, measure_compilation
+from evla_compile.compiler.fidelity import measure_compilation
 from evla_compile.compiler.report import CompileReport, RepairReport, VisionReport
 from evla_compile.compiler.result import CompiledGraph
 from evla_compile.families.cogact.capture import capture
@@ -90,12 +90,11 @@ def compile_into(
         decisions = config.complete(plan.decisions, policy.sizes)
         perception, _ = run_passes(captured, _perception_passes(decisions, plan, policy.sizes))
         with drawing_progress(wanted=progress) as bar:
-            right = dense_chunks(policy, frames, captured, bar, cfg_scale=config.cfg_scale, features=dense)
-            found = compiled_chunks(policy, frames, perception, config, decisions, bar)
+            fidelity = measure_compilation(policy, frames, captured, perception, config, decisions, bar, dense)
         compiled.report = replace(
             compiled.report,
             deviations=measure_deviations(policy, compiled, compiled.frames),
-            fidelity=measure_compilation(policy, frames, right, found),
+            fidelity=fidelity,
         )
     return compiled
 

@@ -22,14 +22,17 @@ from evla_compile.host.inputs import GraphInputs, draw_noise
 from evla_compile.host.predictor import Predictor
 from evla_compile.host.processor import Processor
 from evla_compile.json_text import to_json_text
+from evla_compile.scratch import replacing
 
 DRAWS = 2
 """Noises that a frame is run from: the fewest that tell how far noise alone moves the actions."""
 MAX_DRAWS = 64
 """Most of them."""
 
+SUFFIX = ".npz"
+"""How the name of a file of chunks ends."""
+
 _FORMAT = 1
-_SUFFIX = ".npz"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,15 +59,11 @@ class ActionChunks:
             ValueError: the file does not end in .npz.
         """
         place = Path(path)
-        if place.suffix != _SUFFIX:
-            raise ValueError(f"{place}: expected a file that ends in {_SUFFIX}")
+        if place.suffix != SUFFIX:
+            raise ValueError(f"{place}: expected a file that ends in {SUFFIX}")
         about = to_json_text({"format": _FORMAT, "frames": self.frames}).encode()
-        new = place.with_name(f".{place.name}.new{_SUFFIX}")
-        try:
-            np.savez(new, samples=self.samples, about=np.frombuffer(about, dtype=np.uint8))
-            new.replace(place)
-        finally:
-            new.unlink(missing_ok=True)
+        with replacing(place) as new, new.open("wb") as file:
+            np.savez(file, samples=self.samples, about=np.frombuffer(about, dtype=np.uint8))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

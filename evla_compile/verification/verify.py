@@ -19,11 +19,11 @@ from evla_compile.artifact.replay import replay
 from evla_compile.errors import VerificationError
 from evla_compile.exporters.stage_run import replay_graphs
 from evla_compile.fidelity.measure import Fidelity
-from evla_compile.fidelity.stored import read_report
 from evla_compile.runtime import Provider, load
 from evla_compile.runtime.linked_weights import read_checked
 from evla_compile.settings.anatomy import INPUT_IDS, SAMPLES
 from evla_compile.settings.tolerances import lowered_tolerance
+from evla_compile.verification.compile_report import read_report
 
 _FLOATS = {"float": "float32", "double": "float64"}
 """Dtypes whose names in ONNX differ from numpy's: ONNX name -> numpy name."""

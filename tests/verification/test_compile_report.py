@@ -15,7 +15,7 @@ from evla_compile.fidelity.measure import (
     Fidelity,
     InstructionDeviation,
 )
-from evla_compile.fidelity.stored import read_report
+from evla_compile.verification.compile_report import read_report
 
 FIDELITY = Fidelity(
     drift=2.5,
